@@ -1,0 +1,1 @@
+"""Backends: graph to callable, one file a device family."""

@@ -1,0 +1,114 @@
+"""The contract between the compiler and the kernels: what a quantized linear computes, and who can run it.
+
+The core never imports a kernel. A backend is found by name (`dlqc.backends.<name>`), asked at lowering which of its
+kernels supports each site, and gives back the op and the tensors that the site calls from then on.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from dlqc.errors import LoweringError, nearest
+from dlqc.formats.activation import ActFormat
+from dlqc.formats.integer import IntFormat
+
+BACKENDS = ("reference", "cpu")
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """A quantized linear `y = act(x) · dequant(W)ᵀ + b`, without its tensors.
+
+    Attributes:
+        in_features: K. out_features: N.
+        weight: number format of W, [N, K].
+        act: how x is quantized on the fly before the product, or None for 16/32-bit activations.
+        has_bias: whether b [N] is added.
+    """
+
+    in_features: int
+    out_features: int
+    weight: IntFormat
+    act: ActFormat | None
+    has_bias: bool
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """What a kernel makes of a site: the node becomes `op(x, *tensors, *scalars)`.
+
+    Attributes:
+        op: a registered custom op (`torch.ops.<namespace>.<name>.default`).
+        tensors: role -> the kernel's own layout of the weight, in call order; None stands for an absent bias.
+        scalars: the remaining arguments, all int, float, bool or str.
+    """
+
+    op: Callable[..., torch.Tensor]
+    tensors: dict[str, torch.Tensor | None]
+    scalars: tuple[int | float | bool | str, ...] = ()
+
+
+class Kernel(Protocol):
+    """One way to run a quantized linear on one kind of device."""
+
+    @property
+    def name(self) -> str: ...
+
+    def supports(self, spec: LinearSpec) -> str | None:
+        """None if the kernel can run the site, else the reason it cannot, one clause without a full stop."""
+
+    def note(self, spec: LinearSpec) -> str:
+        """What a user should know about how this kernel runs the site (arithmetic, memory), or ''."""
+
+    def lower(
+        self,
+        spec: LinearSpec,
+        packed: torch.Tensor,
+        scales: torch.Tensor,
+        zeros: torch.Tensor | None,
+        bias: torch.Tensor | None,
+    ) -> Lowered:
+        """Turn the canonical packed weight (`dlqc.formats.packing`, layout "rows") into the kernel's own layout."""
+
+
+class Backend(Protocol):
+    """A device family: kernels in order of preference, and the dtype its unquantized ops run in."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def kernels(self) -> Sequence[Kernel]: ...
+
+    def available(self) -> str | None:
+        """None if the backend can run on this machine, else the reason it cannot."""
+
+
+def choose_kernel(backend: Backend, spec: LinearSpec) -> tuple[Kernel | None, dict[str, str]]:
+    """The first kernel that supports the site, and why each one before it (or every one) does not."""
+    refusals: dict[str, str] = {}
+    for kernel in backend.kernels:
+        reason = kernel.supports(spec)
+        if reason is None:
+            return kernel, refusals
+        refusals[kernel.name] = reason
+    return None, refusals
+
+
+def load_backend(name: str) -> Backend:
+    """Find a backend by name; `auto` is the best one that is present on this machine."""
+    if name == "auto":
+        name = "cpu"
+    if name not in BACKENDS:
+        raise LoweringError(f"unknown backend {name!r}", where="backend", remedy=nearest(name, (*BACKENDS, "auto")))
+    module: Any = importlib.import_module(f"dlqc.backends.{name}")
+    backend: Backend = module.BACKEND
+    reason = backend.available()
+    if reason is not None:
+        raise LoweringError(f"backend {name!r} cannot run here: {reason}", where="backend", remedy="Use backend='auto'")
+    return backend

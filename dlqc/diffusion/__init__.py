@@ -1,0 +1,1 @@
+"""What is particular to diffusion language models: the facts of a model, masks, samplers, likelihood, tasks."""

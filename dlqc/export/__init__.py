@@ -1,0 +1,1 @@
+"""Writers for formats that other engines read."""

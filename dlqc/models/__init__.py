@@ -1,0 +1,1 @@
+"""Native model classes with the checkpoints' own tensor names, and the loader."""

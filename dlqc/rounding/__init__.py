@@ -1,0 +1,1 @@
+"""Rounding methods: weight and statistics in, codes and scales out. Pure functions behind one contract."""

@@ -1,0 +1,42 @@
+"""The contract of a rounding method: weight, number format and statistics in; codes, scales and metrics out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+
+from dlqc.formats.integer import IntFormat, QuantizedWeight
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A rounded weight and what the rounding cost.
+
+    Attributes:
+        weight: codes, scales, zero points.
+        metrics: numbers for the report, by name. Every method that has a Hessian gives `sqnr_db`, the output
+            signal-to-noise ratio 10·log10(tr(W H Wᵀ) / tr(E H Eᵀ)), E = W - dequant(W).
+    """
+
+    weight: QuantizedWeight
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Base of the rounding methods: a frozen dataclass whose fields are the options.
+
+    Class attributes:
+        name: spelling in recipes.
+        statistics: statistics of the layer input that `round` needs (`dlqc.stats` names), for example {"hessian"}.
+    """
+
+    name: ClassVar[str]
+    statistics: ClassVar[frozenset[str]] = frozenset()
+
+    def round(self, weight: torch.Tensor, fmt: IntFormat, stats: Mapping[str, torch.Tensor]) -> Rounded:
+        """Round `weight` [N, K] (float64 or float32) to `fmt`. Pure: no argument is changed, no global is read."""
+        raise TypeError(f"{type(self).__name__} does not define round()")

@@ -1,0 +1,1 @@
+"""CPU kernels: so far what torch itself has for int4 and int8."""

@@ -1,0 +1,1 @@
+"""Room for the cuda kernels; empty until the GPU backend is built."""

@@ -1,0 +1,1 @@
+"""Room for the triton kernels; empty until the GPU backend is built."""
