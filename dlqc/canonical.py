@@ -1,0 +1,325 @@
+"""Canonicalization: other people's spellings become one normal form, so that passes need no names.
+
+    x.float() ** 2 → mean → + eps → rsqrt → * x → * gain        →  aten.rms_norm(x, [d], gain, eps)
+    x * cos + cat(-x₂, x₁) * sin                                 →  dlqc.rope(x, cos, sin)
+    k[:, :, None].expand(…).reshape(…)  into attention           →  sdpa(…, enable_gqa=True) on k
+    casts to the dtype a value has, dropout, clone, asserts, …   →  nothing
+
+Each rule is a function `(graph, weights) -> number of rewrites`; `RULES` is the order. The result computes the same
+function up to floating-point association; `capture.verify` checks it against the eager model.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from dlqc.execute import mask_class
+from dlqc.graph import LINEAR, RMS_NORM, SDPA, arg, aten, call_before, constant_name, is_call, read, replace, sweep
+from dlqc.ops import ROPE
+from dlqc.weights import Constant, Rows, Weights
+
+_NOTHING = (
+    aten.clone.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.detach_.default,
+    aten.lift_fresh_copy.default,
+    aten.contiguous.default,
+    aten.dropout.default,
+    aten.dropout_.default,
+    aten.feature_dropout.default,
+)
+_CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.type_as.default, aten._to_copy.default)
+_ASSERTS = (
+    aten._assert_tensor_metadata.default,
+    aten._assert_scalar.default,
+    aten._assert_async.msg,
+    aten.sym_constrain_range.default,
+    aten.sym_constrain_range_for_size.default,
+)
+
+
+def drop_asserts(graph: fx.Graph, weights: Weights) -> int:
+    """Run-time checks that capture has already made."""
+    found = [node for node in graph.nodes if is_call(node, *_ASSERTS) and not node.users]
+    for node in found:
+        graph.erase_node(node)
+    return len(found)
+
+
+def drop_no_ops(graph: fx.Graph, weights: Weights) -> int:
+    """Calls that return their first argument: dropout in evaluation, clones, casts to the same dtype, x + 0."""
+    count = 0
+    for node in list(graph.nodes):
+        if not node.all_input_nodes or not isinstance(node.args[0] if node.args else None, fx.Node):
+            continue
+        source: fx.Node = node.args[0]
+        same_type = _val(node) is not None and _val(source) is not None and _val(node).dtype is _val(source).dtype
+        keeps = (
+            is_call(node, *_NOTHING)
+            or (is_call(node, *_CASTS) and same_type)
+            or (is_call(node, aten.add.Tensor) and node.args[1] == 0 and not isinstance(node.args[1], fx.Node) and same_type)
+            or (is_call(node, aten.expand.default, aten.view.default, aten.reshape.default) and _same_shape(node, source))
+        )
+        if keeps:
+            replace(node, source)
+            count += 1
+    return count
+
+
+def drop_empty_cats(graph: fx.Graph, weights: Weights) -> int:
+    """`cat([empty, x])`, as a cache that holds nothing yet writes it, is x."""
+    count = 0
+    for node in list(graph.nodes):
+        if not is_call(node, aten.cat.default):
+            continue
+        parts = [p for p in node.args[0] if not (_val(p) is not None and tuple(_val(p).shape) == (0,))]
+        if len(parts) == 1 and len(node.args[0]) > 1:
+            replace(node, parts[0])
+            count += 1
+    return count
+
+
+def raise_rms_norm(graph: fx.Graph, weights: Weights) -> int:
+    """The spelled-out RMS norm, with or without casts and gain, becomes `aten.rms_norm`."""
+    count = 0
+    for node in list(graph.nodes):
+        if not is_call(node, aten.rsqrt.default):
+            continue
+        found = _match_rms(node)
+        if found is None:
+            continue
+        x, eps, scaled = found
+        gain, last = _gain_of(scaled)
+        new = call_before(graph, last, RMS_NORM, (x, [int(_val(x).shape[-1])], gain, eps))
+        if _val(new).dtype is not _val(last).dtype:
+            new = call_before(graph, last, aten.to.dtype, (new, _val(last).dtype))
+        replace(last, new)
+        sweep(graph)
+        count += 1
+    return count
+
+
+def _match_rms(rsqrt: fx.Node) -> tuple[fx.Node, float, fx.Node] | None:
+    add = rsqrt.args[0]
+    if not is_call(add, aten.add.Tensor) or not isinstance(add.args[1], float):
+        return None
+    mean = add.args[0]
+    if not is_call(mean, aten.mean.dim) or list(mean.args[1]) != [-1] or not arg(mean, 2, "keepdim", False):
+        return None
+    square = mean.args[0]
+    if is_call(square, aten.pow.Tensor_Scalar) and square.args[1] == 2:
+        x = square.args[0]
+    elif is_call(square, aten.mul.Tensor) and square.args[0] is square.args[1]:
+        x = square.args[0]
+    else:
+        return None
+    users = [u for u in rsqrt.users if is_call(u, aten.mul.Tensor) and x in u.args]
+    return (x, add.args[1], users[0]) if len(users) == 1 and len(rsqrt.users) == 1 else None
+
+
+def _gain_of(scaled: fx.Node) -> tuple[fx.Node | None, fx.Node]:
+    """Follow casts from the normalized value to a product with a constant vector."""
+    last, node = scaled, scaled
+    while len(node.users) == 1:
+        user = next(iter(node.users))
+        if is_call(user, *_CASTS):
+            node = user
+            continue
+        if is_call(user, aten.mul.Tensor):
+            other = user.args[1] if user.args[0] is node else user.args[0]
+            if constant_name(other) is not None and _val(other).dim() == 1:
+                return other, user
+        break
+    return None, last
+
+
+def raise_rope(graph: fx.Graph, weights: Weights) -> int:
+    """`x·cos + rotate_half(x)·sin` becomes one node."""
+    count = 0
+    for node in list(graph.nodes):
+        found = _match_rope(node) if is_call(node, aten.add.Tensor) and len(node.args) == 2 else None
+        if found is None:
+            continue
+        replace(node, call_before(graph, node, ROPE, found))
+        count += 1
+    sweep(graph)
+    return count
+
+
+def _match_rope(add: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+    for direct, rotated in ((add.args[0], add.args[1]), (add.args[1], add.args[0])):
+        if not is_call(direct, aten.mul.Tensor) or not is_call(rotated, aten.mul.Tensor):
+            continue
+        for cat, sin in ((rotated.args[0], rotated.args[1]), (rotated.args[1], rotated.args[0])):
+            x = _rotated_half(cat)
+            if x is None or x not in direct.args or not isinstance(sin, fx.Node):
+                continue
+            cos = direct.args[1] if direct.args[0] is x else direct.args[0]
+            if isinstance(cos, fx.Node):
+                return x, cos, sin
+    return None
+
+
+def _rotated_half(cat: object) -> fx.Node | None:
+    """The x of `cat([-x[..., d/2:], x[..., :d/2]], -1)`."""
+    if not is_call(cat, aten.cat.default) or len(cat.args[0]) != 2:  # type: ignore[union-attr,arg-type]
+        return None
+    neg, low = cat.args[0]  # type: ignore[union-attr,misc]
+    if not is_call(neg, aten.neg.default) or arg(cat, 1, "dim", 0) not in (-1, _val(cat).dim() - 1):  # type: ignore[arg-type]
+        return None
+    high = neg.args[0]
+    if is_call(low, aten.slice.Tensor) and is_call(high, aten.slice.Tensor):
+        x = low.args[0]
+        half = int(_val(x).shape[-1]) // 2
+        fits = high.args[0] is x and tuple(low.args[2:4]) == (0, half) and high.args[2] == half
+        return x if fits and low.args[1] in (-1, _val(x).dim() - 1) else None
+    if is_call(low, operator.getitem) and is_call(high, operator.getitem) and low.args[0] is high.args[0]:
+        parts = low.args[0]
+        if is_call(parts, aten.chunk.default, aten.split.Tensor) and (low.args[1], high.args[1]) == (0, 1):
+            x = parts.args[0]
+            halves = parts.args[1] == (2 if is_call(parts, aten.chunk.default) else int(_val(x).shape[-1]) // 2)
+            return x if halves and arg(parts, 2, "dim", 0) in (-1, _val(x).dim() - 1) else None
+    return None
+
+
+def raise_gqa(graph: fx.Graph, weights: Weights) -> int:
+    """Keys and values repeated per query group become `enable_gqa=True` on the unrepeated ones."""
+    count = 0
+    for node in list(graph.nodes):
+        if not is_call(node, SDPA):
+            continue
+        k, v = _unrepeated(node.args[1]), _unrepeated(node.args[2])
+        if k is None or v is None:
+            continue
+        kwargs = {**node.kwargs, "enable_gqa": True}
+        replace(node, call_before(graph, node, SDPA, (node.args[0], k, v, *node.args[3:]), kwargs))
+        count += 1
+    sweep(graph)
+    return count
+
+
+def _unrepeated(node: object) -> fx.Node | None:
+    """The x [B, H, L, D] of `x[:, :, None].expand(B, H, n, L, D).reshape(B, H·n, L, D)`."""
+    if not is_call(node, aten.reshape.default, aten.view.default, aten._unsafe_view.default):
+        return None
+    expand = node.args[0]  # type: ignore[union-attr]
+    if not is_call(expand, aten.expand.default):
+        return None
+    unsqueeze = expand.args[0]
+    while is_call(unsqueeze, aten.slice.Tensor):
+        unsqueeze = unsqueeze.args[0]
+    if not is_call(unsqueeze, aten.unsqueeze.default) or unsqueeze.args[1] != 2:
+        return None
+    x = unsqueeze.args[0]
+    while is_call(x, aten.slice.Tensor) and _same_shape(x, x.args[0]):
+        x = x.args[0]
+    return x if _val(x).dim() == 4 else None
+
+
+def drop_open_masks(graph: fx.Graph, weights: Weights) -> int:
+    """An attention mask that lets everything through, at every length, is no mask."""
+    count = 0
+    for node in list(graph.nodes):
+        mask = arg(node, 3, "attn_mask") if is_call(node, SDPA) else None
+        if isinstance(mask, fx.Node) and mask_class(graph, weights, mask) == "full":
+            args = (*node.args[:3], None, *node.args[4:]) if len(node.args) > 3 else node.args
+            kwargs = {k: v for k, v in node.kwargs.items() if k != "attn_mask"}
+            replace(node, call_before(graph, node, SDPA, args, kwargs))
+            count += 1
+    sweep(graph)
+    return count
+
+
+def split_fused(graph: fx.Graph, weights: Weights) -> int:
+    """One linear cut into several along its outputs becomes several linears on row ranges of the weight."""
+    count = 0
+    for node in list(graph.nodes):
+        parts = _parts_of(node)
+        if parts is None:
+            continue
+        pieces, bounds = parts
+        weight, bias = constant_name(node.args[1]), constant_name(arg(node, 2, "bias"))
+        if weight is None or (arg(node, 2, "bias") is not None and bias is None):
+            continue
+        for piece, (start, stop) in zip(pieces, bounds, strict=True):
+            operands: list[Any] = [node.args[0]]
+            for name in (weight, bias):
+                if name is None:
+                    operands.append(None)
+                    continue
+                part = f"{name.rpartition('.')[0]}.rows_{start}_{stop}.{name.rpartition('.')[2]}"
+                old = weights[name]
+                weights.define(part, Constant(old.leaf, (*old.folds, Rows(start, stop))))
+                new = read(graph, weights, part, piece)
+                new.meta["val"] = new.meta["val"].to(_val(node).dtype)
+                operands.append(new)
+            call = call_before(graph, piece, LINEAR, tuple(operands if operands[2] is not None else operands[:2]))
+            call.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
+            replace(piece, call)
+        count += 1
+    sweep(graph, weights)
+    return count
+
+
+def _parts_of(linear: fx.Node) -> tuple[list[fx.Node], list[tuple[int, int]]] | None:
+    """The getitem nodes that cut a linear's output along its last dimension, and their bounds."""
+    if not is_call(linear, LINEAR) or len(linear.users) != 1:
+        return None
+    cut = next(iter(linear.users))
+    dim = arg(cut, 2, "dim", 0)
+    if not is_call(cut, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default):
+        return None
+    if dim not in (-1, _val(linear).dim() - 1):
+        return None
+    n = int(_val(linear).shape[-1])
+    if is_call(cut, aten.split_with_sizes.default):
+        sizes = [int(s) for s in cut.args[1]]
+    else:
+        each = int(cut.args[1]) if is_call(cut, aten.split.Tensor) else -(-n // int(cut.args[1]))
+        sizes = [min(each, n - i) for i in range(0, n, each)]
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    pieces = [u for u in cut.users if is_call(u, operator.getitem)]
+    if len(pieces) != len(cut.users):
+        return None
+    return pieces, [(starts[p.args[1]], starts[p.args[1]] + sizes[p.args[1]]) for p in pieces]
+
+
+def _val(node: fx.Node) -> Any:
+    val = node.meta.get("val")
+    return val if isinstance(val, torch.Tensor) else None
+
+
+def _same_shape(node: fx.Node, source: fx.Node) -> bool:
+    a, b = _val(node), _val(source)
+    if a is None or b is None or a.dim() != b.dim():
+        return False
+    return all(str(i) == str(j) for i, j in zip(a.shape, b.shape, strict=True))
+
+
+Rule = Callable[[fx.Graph, Weights], int]
+RULES: tuple[Rule, ...] = (
+    drop_asserts,
+    drop_no_ops,
+    drop_empty_cats,
+    split_fused,
+    raise_rms_norm,
+    raise_rope,
+    raise_gqa,
+    drop_open_masks,
+    drop_no_ops,
+)
+
+
+def canonicalize(graph: fx.Graph, weights: Weights) -> dict[str, int]:
+    """Bring a freshly captured graph to the normal form; gives the number of rewrites by rule."""
+    counts: dict[str, int] = {}
+    for rule in RULES:
+        counts[rule.__name__] = counts.get(rule.__name__, 0) + rule(graph, weights)
+    sweep(graph, weights)
+    return counts

@@ -1,0 +1,290 @@
+"""The graph law, written once and run after every pass.
+
+A legal dlqc graph is well formed, typed, and tells the truth about itself:
+
+    L1  fx's own lint passes: nodes are defined before use, names are unique
+    L2  there is one placeholder (int64 ids [B, L]) and one output (floating logits [B, L, V])
+    L3  every `get_attr` names a constant, every constant is read, and the shapes agree
+    L4  every call is an aten op, a dlqc op, a kernel's op, or arithmetic on sizes
+    L5  every value has a fake `val`, and propagating shapes again gives the same rank, static sizes and dtype
+    L6  a matrix is read by one call only, unless it is a declared tie
+    L7  each quantized linear has codes, scales and zero points of the right shape and dtype
+    L8  attention masks are of the class that the model declares
+    L9  the facts that passes claim hold
+
+`check` raises a ContractError that names the law's number, the node, and what is wrong.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+from dlqc.diffusion.spec import DiffusionSpec
+from dlqc.errors import ContractError
+from dlqc.execute import mask_class
+from dlqc.formats.packing import packed_shape
+from dlqc.graph import NORMS, SDPA, arg, constant_name, is_call, uses, width
+from dlqc.motion import can_move_down
+from dlqc.ops import LINEAR_PACKED, LINEAR_Q, QUANTIZE_ACT
+from dlqc.weights import Weights
+
+NAMESPACES = ("aten", "dlqc", "dlqc_reference", "dlqc_cpu")
+SIZE_ARITHMETIC = (
+    operator.getitem,
+    operator.add,
+    operator.sub,
+    operator.mul,
+    operator.floordiv,
+    operator.neg,
+    operator.mod,
+)
+
+
+def check(
+    graph: fx.Graph, weights: Weights, spec: DiffusionSpec, facts: set[str], *, after: str, propagate: bool = True
+) -> None:
+    """Raise a ContractError if the graph breaks the law.
+
+    Args:
+        after: who is to blame, for the message ("capture", or a pass name).
+        propagate: whether to run L5, the costly one.
+    """
+    laws: list[Iterator[str]] = [
+        _lint(graph),
+        _interface(graph, spec),
+        _constants(graph, weights),
+        _targets(graph),
+        _propagation(graph, weights) if propagate else iter(()),
+        _owners(graph, weights),
+        _quantized(graph, weights),
+        _masks(graph, weights, spec),
+        _facts(graph, weights, facts),
+    ]
+    for number, law in enumerate(laws, start=1):
+        for violation in law:
+            raise ContractError(
+                f"law L{number} is broken after {after}: {violation}",
+                remedy=f"This is a fault of {after}, not of your model; see dlqc/check.py for the law",
+            )
+
+
+def _lint(graph: fx.Graph) -> Iterator[str]:
+    try:
+        graph.lint()
+    except RuntimeError as error:
+        yield str(error).splitlines()[0]
+
+
+def _interface(graph: fx.Graph, spec: DiffusionSpec) -> Iterator[str]:
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    outputs = [node for node in graph.nodes if node.op == "output"]
+    if len(inputs) != 1 or len(outputs) != 1:
+        yield f"{len(inputs)} placeholders and {len(outputs)} outputs, must be one of each"
+        return
+    ids, logits = inputs[0].meta.get("val"), outputs[0].args[0]
+    if not isinstance(ids, torch.Tensor) or ids.dtype != torch.int64 or ids.dim() != 2:
+        yield f"%{inputs[0].name} is not int64 [batch, length]"
+    value = logits.meta.get("val") if isinstance(logits, fx.Node) else None
+    if not isinstance(value, torch.Tensor) or value.dim() != 3 or not value.is_floating_point():
+        yield "the output is not floating-point logits [batch, length, vocabulary]"
+    elif int(value.shape[-1]) != spec.vocab_size:
+        yield f"the logits have {int(value.shape[-1])} columns, the model declares {spec.vocab_size}"
+
+
+def _constants(graph: fx.Graph, weights: Weights) -> Iterator[str]:
+    seen = set()
+    for node in graph.nodes:
+        if node.op != "get_attr":
+            continue
+        name = str(node.target)
+        seen.add(name)
+        if name not in weights:
+            yield f"%{node.name} reads {name!r}, which is no constant of the model"
+            continue
+        val = node.meta.get("val")
+        if isinstance(val, torch.Tensor) and tuple(val.shape) != tuple(weights[name].shape):
+            yield f"%{node.name} says {list(val.shape)}, constant {name!r} has {list(weights[name].shape)}"
+    for name in weights:
+        if name not in seen:
+            yield f"constant {name!r} is read by nobody"
+
+
+def _targets(graph: fx.Graph) -> Iterator[str]:
+    for node in graph.nodes:
+        if node.op in ("call_method", "call_module"):
+            yield f"%{node.name} is a {node.op}"
+        elif node.op == "call_function" and not allowed(node.target):
+            yield f"%{node.name} calls {node.target}, which is outside the allowed ops"
+
+
+def allowed(target: Any) -> bool:
+    """Whether a call target may stand in a graph, and so in an artifact."""
+    if isinstance(target, torch._ops.OpOverload):
+        return target.namespace in NAMESPACES
+    return target in SIZE_ARITHMETIC or target is torch.sym_max or target is torch.sym_min
+
+
+def _propagation(graph: fx.Graph, weights: Weights) -> Iterator[str]:
+    values: dict[fx.Node, Any] = {}
+    for node in graph.nodes:
+        if node.op == "output":
+            continue
+        said = node.meta.get("val")
+        if said is None:
+            yield f"%{node.name} has no value"
+            return
+        if node.op != "call_function":
+            values[node] = said
+            continue
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])  # type: ignore[misc]
+        mode = getattr(said, "fake_mode", None)
+        try:
+            if mode is None:
+                values[node] = said
+                continue
+            with mode:
+                found = node.target(*args, **kwargs)
+        except (RuntimeError, TypeError, ValueError) as error:
+            yield f"%{node.name} cannot be computed from its arguments: {str(error).splitlines()[0]}"
+            return
+        values[node] = found
+        if isinstance(said, torch.Tensor) and not _agree(said, found):
+            yield (
+                f"%{node.name} says {_type(said)}, propagation gives {_type(found)}"
+                if isinstance(found, torch.Tensor)
+                else f"%{node.name} says {_type(said)}, propagation gives no tensor"
+            )
+            return
+
+
+def _agree(said: torch.Tensor, found: Any) -> bool:
+    if not isinstance(found, torch.Tensor) or said.dtype != found.dtype or said.dim() != found.dim():
+        return False
+    static = [(a, b) for a, b in zip(said.shape, found.shape, strict=True) if isinstance(a, int) and isinstance(b, int)]
+    return all(a == b for a, b in static)
+
+
+def _type(value: torch.Tensor) -> str:
+    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+
+
+def _owners(graph: fx.Graph, weights: Weights) -> Iterator[str]:
+    for name, constant in weights.items():
+        if len(constant.shape) < 2 or constant.aliases:
+            continue
+        readers = uses(graph, name)
+        roots = {_stack(reader) for reader in readers}
+        if len(roots) > 1:
+            names = ", ".join(f"%{reader.name}" for reader in readers[:4])
+            yield f"constant {name!r} is read by {names}, and is not a declared tie"
+
+
+def _stack(node: fx.Node) -> str:
+    """The module that a call was written in: one module called many times owns its weight once."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return str(list(stack.values())[-1][0]) if stack else node.name
+
+
+def _quantized(graph: fx.Graph, weights: Weights) -> Iterator[str]:
+    for node in graph.nodes:
+        if is_call(node, LINEAR_Q, LINEAR_PACKED):
+            yield from _quantized_linear(node, weights)
+        elif is_call(node, QUANTIZE_ACT) and not all(
+            is_call(user, LINEAR_Q, LINEAR_PACKED) for user in node.users
+        ):
+            yield f"%{node.name} quantizes activations that no quantized linear reads"
+
+
+def _quantized_linear(node: fx.Node, weights: Weights) -> Iterator[str]:
+    x, codes, scales, zeros, bias, bits, group = node.args
+    k = width(x)  # type: ignore[arg-type]
+    parts = {"codes": codes, "scales": scales, **({"zeros": zeros} if zeros is not None else {})}
+    names = {role: constant_name(part) for role, part in parts.items()}
+    for role, name in names.items():
+        if name is None or name not in weights:
+            yield f"%{node.name}: {role} is no constant"
+            return
+    n = int(weights[str(names["codes"])].shape[-2])
+    groups = 1 if not group else k // int(group)  # type: ignore[call-overload]
+    if group and k % int(group):  # type: ignore[call-overload]
+        yield f"%{node.name}: {k} input features do not divide by group {group}"
+    packed = is_call(node, LINEAR_PACKED)
+    expected = {
+        "codes": packed_shape(n, k, int(bits)) if packed else (n, k),  # type: ignore[call-overload]
+        "scales": (n, groups),
+        "zeros": packed_shape(n, groups, int(bits)) if packed else (n, groups),  # type: ignore[call-overload]
+    }
+    for role, name in names.items():
+        constant = weights[str(name)]
+        if tuple(constant.shape) != expected[role]:
+            yield f"%{node.name}: {role} {name!r} is {list(constant.shape)}, must be {list(expected[role])}"
+        wanted = (torch.bfloat16, torch.float16, torch.float32) if role == "scales" else (torch.uint8,)
+        if constant.leaf.dtype not in wanted:
+            yield f"%{node.name}: {role} {name!r} is {constant.leaf.dtype}, must be {wanted[0]}"
+    bias_name = constant_name(bias)
+    if bias is not None and (bias_name is None or tuple(weights[bias_name].shape) != (n,)):
+        yield f"%{node.name}: bias is not a constant of shape [{n}]"
+
+
+def _masks(graph: fx.Graph, weights: Weights, spec: DiffusionSpec) -> Iterator[str]:
+    if spec.attention != "full":
+        return
+    seen: dict[fx.Node, str] = {}
+    for node in graph.nodes:
+        if not is_call(node, SDPA):
+            continue
+        mask = arg(node, 3, "attn_mask")
+        if isinstance(mask, fx.Node) and mask not in seen:
+            seen[mask] = mask_class(graph, weights, mask)
+        causal = arg(node, 5, "is_causal", False) or (isinstance(mask, fx.Node) and seen[mask] == "causal")
+        if causal:
+            yield f"%{node.name} is causal, the model declares full attention"
+
+
+def _facts(graph: fx.Graph, weights: Weights, facts: set[str]) -> Iterator[str]:
+    for fact in sorted(facts & FACT_CHECKS.keys()):
+        for violation in FACT_CHECKS[fact](graph, weights):
+            yield f"fact {fact!r} does not hold: {violation}"
+
+
+def _no_call(target: Any) -> Callable[[fx.Graph, Weights], Iterator[str]]:
+    def law(graph: fx.Graph, weights: Weights) -> Iterator[str]:
+        for node in graph.nodes:
+            if is_call(node, target):
+                yield f"%{node.name} is {node.target}"
+
+    return law
+
+
+def _unit_gain(graph: fx.Graph, weights: Weights) -> Iterator[str]:
+    for node in graph.nodes:
+        gain = constant_name(arg(node, 2, "weight")) if is_call(node, *NORMS) else None
+        if gain is None or len(uses(graph, gain)) > 1 or can_move_down(graph, weights, node) is not None:
+            continue
+        if not bool((weights.value(gain, torch.float64) == 1).all()):
+            yield f"the gain {gain!r} of %{node.name} is not one, though linears alone read it"
+
+
+def _no_float_linear_left(graph: fx.Graph, weights: Weights) -> Iterator[str]:
+    if not any(is_call(node, LINEAR_Q, LINEAR_PACKED) or _is_kernel(node) for node in graph.nodes):
+        yield "no linear is quantized"
+
+
+def _is_kernel(node: fx.Node) -> bool:
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and target.namespace not in ("aten", "dlqc")
+
+
+FACT_CHECKS: dict[str, Callable[[fx.Graph, Weights], Iterator[str]]] = {
+    "float-weights": _no_call(LINEAR_Q),
+    "float-activations": _no_call(QUANTIZE_ACT),
+    "unit-gain": _unit_gain,
+    "quantized-weights": _no_float_linear_left,
+    "packed": _no_call(LINEAR_Q),
+    "lowered": _no_call(LINEAR_PACKED),
+}

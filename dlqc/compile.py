@@ -1,0 +1,187 @@
+"""`compile`: model in, optimized module out. The file to read first.
+
+    capture → check against eager → check order and feasibility → passes, the law after each → runnable module
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import fx, nn
+
+from dlqc.backend import Backend, load_backend
+from dlqc.calibration import TokenRows, rows_from
+from dlqc.capture import Captured, CaptureCheck, capture, verify
+from dlqc.check import check
+from dlqc.compiled import Compiled
+from dlqc.contract import FACTS_OF_CAPTURE, Context, Pass, Plan
+from dlqc.diffusion.spec import DiffusionSpec
+from dlqc.graph import copy_graph
+from dlqc.instruments import Timing
+from dlqc.manager import Instrument, PassManager
+from dlqc.manager import Progress as Tick
+from dlqc.models.describe import spec_of
+from dlqc.models.load import check_finite, load_tokenizer
+from dlqc.recipe import Recipe, _line, as_recipe
+from dlqc.report import Report, Step, measure_storage, versions
+from dlqc.weights import Weights
+
+Text = str | Path | Sequence[str] | torch.Tensor
+
+
+def compile(
+    model: nn.Module,
+    passes: str | Path | Recipe | Pass | Sequence[Pass] = "w4a16-gptq",
+    *,
+    calibration: Text | None = None,
+    backend: str = "auto",
+    mask_id: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    instruments: Sequence[Instrument] = (),
+) -> Compiled:
+    """Compile a masked diffusion model.
+
+    Args:
+        model: takes token ids int64 [B, L], gives logits [B, L, V]. It is not changed.
+        passes: a preset name (`dlqc.recipe.PRESETS`), a recipe file, one line of text, or Pass objects.
+        calibration: a text file, texts, or token ids [R, L]; without it the model's own rollouts are used.
+        backend: "auto", "reference" or "cpu".
+        mask_id: token id of [MASK], where the model's configuration does not tell it.
+        seed: of everything random; the same seed gives the same result.
+        progress: show a progress bar on the terminal.
+        instruments: called around every pass, for example `dlqc.instruments.Dump(folder)`.
+
+    Raises:
+        DlqcError: one of its subclasses, naming the place, the reason and the remedy; before any long work where it can.
+    """
+    recipe = as_recipe(passes)
+    target = load_backend(backend)
+    captured, outcome, context = prepare(model, target, calibration=calibration, mask_id=mask_id, seed=seed, recipe=recipe)
+    original, timing, stored = captured.weights.clone(), Timing(), _BeforeLowering()
+    with _bar(progress) as tick:
+        manager = PassManager(recipe.passes, (timing, stored, *instruments), progress=tick)
+        plan = manager.check_feasibility(captured.graph, context)
+        check_finite((name, c.leaf) for name, c in original.items())
+        reports = manager.run(captured.graph, context)
+    graph, weights = stored.kept or (copy_graph(captured.graph), context.weights.clone())
+    steps = [Step.of(p, _line(p), r, record) for (p, r), record in zip(reports, timing.records, strict=True)]
+    report = Report(
+        model=getattr(model, "dlqc_source", type(model).__name__).rstrip("/").split("/")[-1],
+        recipe=f"{recipe.name}: {recipe}",
+        backend=target.name,
+        seed=seed,
+        calibration=context.states.source if context.states else "none",
+        capture=outcome,
+        steps=steps,
+        storage=measure_storage(original, graph, weights, plan.kept),
+        versions=versions(),
+    )
+    return Compiled(
+        graph,
+        weights,
+        (captured.graph, context.weights),
+        spec=context.spec,
+        recipe=recipe,
+        report=report,
+        tokenizer=load_tokenizer(model),
+        config=_config_of(model),
+    )
+
+
+def plan(
+    model: nn.Module,
+    passes: str | Path | Recipe | Pass | Sequence[Pass] = "w4a16-gptq",
+    *,
+    backend: str = "auto",
+    mask_id: int | None = None,
+) -> tuple[Plan, Captured, DiffusionSpec]:
+    """What `compile` would do: sites, formats, kernels, problems. Reads no weight; works on a model without weights."""
+    recipe, target = as_recipe(passes), load_backend(backend)
+    spec = spec_of(model, mask_id=mask_id)
+    captured = capture(model, spec)
+    context = Context(captured.weights, spec, target)
+    manager = PassManager(recipe.passes)
+    manager.check_order()
+    return manager.plan(captured.graph, context), captured, spec
+
+
+def prepare(
+    model: nn.Module,
+    backend: Backend,
+    *,
+    calibration: Text | None,
+    mask_id: int | None,
+    seed: int,
+    recipe: Recipe,
+) -> tuple[Captured, dict[str, Any], Context]:
+    """Capture the model, compare it with the eager one, and gather what the passes will see."""
+    PassManager(recipe.passes).check_order()
+    spec = spec_of(model, mask_id=mask_id)
+    rows = _rows(calibration, model, spec, recipe)
+    started = time.perf_counter()
+    captured = capture(model, spec)
+    seconds = time.perf_counter() - started
+    check(captured.graph, captured.weights, spec, set(FACTS_OF_CAPTURE), after="capture")
+    outcome = _summary(captured, verify(model, captured, spec, seed=seed, ids=rows.ids if rows else None), seconds)
+    context = Context(captured.weights, spec, backend, seed=seed, rows=rows)
+    return captured, outcome, context
+
+
+def _rows(calibration: Text | None, model: nn.Module, spec: DiffusionSpec, recipe: Recipe) -> TokenRows | None:
+    if calibration is None:
+        return None
+    length = next((p.length for p in recipe.passes if hasattr(p, "length")), 128)
+    return rows_from(calibration, tokenizer=load_tokenizer(model), spec=spec, length=length)
+
+
+def _summary(captured: Captured, outcome: CaptureCheck, seconds: float) -> dict[str, Any]:
+    return {
+        "nodes": len(captured.graph.nodes),
+        "seconds": seconds,
+        "rewrites": captured.rewrites,
+        "cases": outcome.cases,
+        "worst": outcome.worst,
+        "tolerance": outcome.tolerance,
+        "dtype": outcome.dtype,
+    }
+
+
+class _BeforeLowering(Instrument):
+    """Keeps the graph as it is before lowering: that is what artifacts and exports hold."""
+
+    def __init__(self) -> None:
+        self.kept: tuple[fx.Graph, Weights] | None = None
+
+    def before(self, p: Pass, graph: fx.Graph, ctx: Context) -> None:
+        if "lowered" in p.gives:
+            self.kept = (copy_graph(graph), ctx.weights.clone())
+
+
+def _config_of(model: nn.Module) -> dict[str, Any]:
+    config = getattr(model, "config", None)
+    return dict(config.to_dict()) if hasattr(config, "to_dict") else {}
+
+
+@contextmanager
+def _bar(show: bool) -> Iterator[Tick | None]:
+    """A progress bar on the error stream, or nothing."""
+    console = Console(stderr=True)
+    if not show or not console.is_terminal:
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("compile", total=None)
+
+        def tick(label: str, done: int, total: int) -> None:
+            bar.update(task, description=label, completed=done, total=total)
+
+        yield tick

@@ -1,0 +1,97 @@
+"""The result of a compilation: a module that runs, and the graph it came from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx, nn
+
+from dlqc.diffusion.spec import DiffusionSpec
+from dlqc.execute import compute_dtype
+from dlqc.graph import copy_graph
+from dlqc.recipe import Recipe
+from dlqc.report import Report
+from dlqc.weights import Weights
+
+if TYPE_CHECKING:
+    from dlqc.artifact import Saved
+
+
+class Compiled(nn.Module):
+    """An optimized model. Call it with token ids int64 [B, L]; it returns logits [B, L, V].
+
+    Attributes:
+        spec: facts of the diffusion model (mask token, shift, …).
+        recipe: the passes that made it.
+        report: what they did; `explain()` prints it.
+        tokenizer: the model's tokenizer, or None.
+        graph, weights: the optimized graph before lowering (what `save` and `export` write) and its constants.
+        lowered: the graph that runs.
+        config: the model's configuration as plain data, for exports.
+    """
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        weights: Weights,
+        lowered: tuple[fx.Graph, Weights],
+        *,
+        spec: DiffusionSpec,
+        recipe: Recipe,
+        report: Report,
+        tokenizer: Any = None,
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.graph = graph
+        self.weights = weights
+        self.spec = spec
+        self.recipe = recipe
+        self.report = report
+        self.tokenizer = tokenizer
+        self.config = config or {}
+        self.lowered = lowered[0]
+        self.module = build_module(*lowered)
+        self.eval()
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Logits [B, L, V] of token ids [B, L]."""
+        with torch.no_grad():
+            logits: torch.Tensor = self.module(input_ids)
+        return logits
+
+    def explain(self) -> str:
+        """What each pass did, what it declined and why, bits, error, time, memory, kernels."""
+        return self.report.render()
+
+    def save(self, folder: str | Path) -> Saved:
+        """Write the artifact: safetensors and JSON, atomically; reloads it in a fresh process and compares logits."""
+        from dlqc.artifact import save
+
+        return save(self, folder)
+
+
+def build_module(graph: fx.Graph, weights: Weights) -> fx.GraphModule:
+    """A runnable module: generated code for the calls, buffers for the constants.
+
+    Constants are stored once, in the dtype they take part in arithmetic with.
+    """
+    graph = copy_graph(graph)
+    root = nn.Module()
+    buffers: dict[tuple[int, torch.dtype], str] = {}
+    for node in graph.nodes:
+        if node.op != "get_attr":
+            continue
+        name = str(node.target)
+        dtype = compute_dtype(node, None)
+        constant = weights[name]
+        key = (id(constant), dtype or constant.leaf.dtype)
+        if key not in buffers:
+            buffers[key] = name.replace(".", "_")
+            value = weights.value(name, dtype)
+            # A checkpoint tensor may be a view of a memory-mapped file that is read-only: own what will run.
+            root.register_buffer(buffers[key], value.clone() if value is constant.leaf else value)
+        node.target = buffers[key]
+    return fx.GraphModule(root, graph, class_name="DlqcModule")

@@ -1,0 +1,184 @@
+"""The contract of a pass: what it is, what it may assume, what it owes, what it reports.
+
+A pass may assume a legal graph (`dlqc.check`) and must leave one; in between it owes nothing. It edits the graph and the
+constants in place, through `dlqc.graph` and `dlqc.weights`, and returns a `PassReport`. The user's model is out of reach.
+
+Facts are names of things that hold for the graph. A pass `needs` some, `gives` some and `invalidates` some; the manager
+checks the whole order before any work and never sorts it.
+
+    normal-form            canonical spelling (holds after capture)
+    float-weights          no linear is quantized yet (holds after capture)
+    float-activations      no activation is quantized yet (holds after capture)
+    states                 denoising states for calibration exist
+    unit-gain              every norm that feeds only linears has gain one
+    quantized-weights      the linears that were asked for are linear_q
+    quantized-activations  their inputs are quantized
+    packed                 no linear_q is left: codes are stored as bit streams
+    lowered                every quantized linear is a kernel of the backend
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import fx
+
+from dlqc.diffusion.spec import DiffusionSpec
+from dlqc.weights import Weights
+
+if TYPE_CHECKING:
+    from dlqc.backend import Backend, LinearSpec
+    from dlqc.blocks import Block
+    from dlqc.calibration import States, TokenRows
+
+FACTS_OF_CAPTURE = frozenset({"normal-form", "float-weights", "float-activations"})
+
+
+@dataclass(frozen=True)
+class Declined:
+    """A site that looked right and was left alone."""
+
+    site: str
+    reason: str
+
+
+@dataclass
+class PassReport:
+    """What a pass did.
+
+    Attributes:
+        sites: number of sites rewritten.
+        declined: sites that looked right and were left alone, with reasons.
+        metrics: numbers of the pass as a whole.
+        details: numbers per site, by site name.
+        choices: what was chosen per site, in words (the kernel, for lowering).
+        certificate: for passes that preserve the function, the worst relative deviation seen in float64.
+        notes: sentences for the reader.
+    """
+
+    sites: int = 0
+    declined: list[Declined] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+    details: dict[str, dict[str, float]] = field(default_factory=dict)
+    choices: dict[str, str] = field(default_factory=dict)
+    certificate: float | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def merge(self, other: PassReport) -> None:
+        """Add the report of another block of the same pass."""
+        self.sites += other.sites
+        self.declined += other.declined
+        self.details |= other.details
+        self.choices |= other.choices
+        if other.certificate is not None:
+            self.certificate = max(self.certificate or 0.0, other.certificate)
+        self.notes += [note for note in other.notes if note not in self.notes]
+        for key, value in other.metrics.items():
+            self.metrics[key] = self.metrics.get(key, 0.0) + value
+
+
+@dataclass
+class Plan:
+    """What the pipeline will make of each linear, found without touching a weight.
+
+    `sites` maps the module name to its planned spec; passes fill it in order. `problems` lists everything that would
+    fail, so that all offenders are named at once.
+    """
+
+    sites: dict[str, LinearSpec] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    kept: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Context:
+    """What a pass can see besides the graph.
+
+    Attributes:
+        weights: the constants of the graph.
+        spec: facts of the diffusion model.
+        seed: seed of everything random in the compilation.
+        backend: where the module will run.
+        rows: token rows to calibrate on, or None (the `calibrate` pass then draws the model's own rollouts).
+        states: denoising states, once `calibrate` has made them.
+        block: the block at hand while a block-scoped pass runs, else None.
+        stats: statistics of the inputs of the block's linears: weight name → statistic → tensor.
+        facts: what holds now.
+        notes: sentences for the report.
+    """
+
+    weights: Weights
+    spec: DiffusionSpec
+    backend: Backend
+    seed: int = 0
+    rows: TokenRows | None = None
+    states: States | None = None
+    block: Block | None = None
+    stats: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
+    facts: set[str] = field(default_factory=lambda: set(FACTS_OF_CAPTURE))
+    blocks: Sequence[Block] = ()
+
+    def nodes(self, graph: fx.Graph) -> list[fx.Node]:
+        """The nodes a pass may rewrite: the block's in block scope, else all."""
+        return list(graph.nodes) if self.block is None else self.block.nodes(graph)
+
+
+Preserves = Literal["exact", "no"]
+Scope = Literal["graph", "block"]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Base of all passes: a frozen dataclass whose fields are the options.
+
+    Class attributes:
+        name: the spelling in recipes; equal to the file name for passes of dlqc.
+        needs, gives, invalidates: facts, see the module docstring.
+        scope: "graph" runs once on the whole graph, "block" once per block with the block's statistics.
+        preserves: "exact" if the function of the graph stays the same in exact arithmetic (then a certificate is made).
+
+    Options:
+        required: a pass that finds nothing to rewrite is an error; set False where that is expected.
+    """
+
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[str]] = frozenset()
+    gives: ClassVar[frozenset[str]] = frozenset()
+    invalidates: ClassVar[frozenset[str]] = frozenset()
+    scope: ClassVar[Scope] = "graph"
+    preserves: ClassVar[Preserves] = "no"
+
+    required: bool = field(default=True, kw_only=True)
+
+    def needed_facts(self) -> frozenset[str]:
+        """Facts needed with these options; the class's `needs` unless options add to it."""
+        return self.needs
+
+    def statistics(self) -> frozenset[str]:
+        """Statistics of linear inputs that `apply` reads from `ctx.stats` (names of `dlqc.stats`)."""
+        return frozenset()
+
+    def plan(self, graph: fx.Graph, ctx: Context, plan: Plan) -> None:
+        """Say what `apply` will do and what would fail, reading no weight."""
+
+    def apply(self, graph: fx.Graph, ctx: Context) -> PassReport:
+        """Rewrite the graph in place."""
+        raise TypeError(f"{type(self).__name__} does not define apply()")
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a module name fits one of the glob patterns.
+
+    >>> matches("model.blocks.3.q_proj", ["*.q_proj"])
+    True
+    """
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def plain_options(options: Any) -> dict[str, Any]:
+    """The options of a frozen dataclass by name."""
+    return {name: getattr(options, name) for name in options.__dataclass_fields__}

@@ -1,0 +1,166 @@
+"""Dream's sampler: one canvas, a linear time grid, four rules for what to reveal.
+
+    t = linspace(1, eps, steps + 1)
+    x = prompt + [MASK] * G
+    for each step i:
+        p = softmax(filter(model(x) / temperature))           top_p, then top_k
+        token ~ p                                             argmax at temperature 0
+        origin: reveal each masked position with probability 1 - t[i+1] / t[i]
+        else:   reveal the floor(masks * (1 - t[i+1] / t[i])) masked positions of the highest certainty
+        the last step reveals all that is left
+
+| alg | certainty |
+|---|---|
+| `maskgit_plus` | p[token] |
+| `topk_margin` | the largest p less the second largest |
+| `entropy` | sum p log p |
+
+With alg_temp > 0 positions are drawn without replacement from softmax(certainty / alg_temp) instead.
+
+Dream 7B, arXiv 2508.15487, and the `diffusion_generate` of its authors. The grid and the count are computed in float32,
+as published: floor() of a product near an integer depends on it. Ties and the mask token: as in `sampler_llada`. A step
+that reveals nothing runs no forward; with steps equal to the generated length the first step is one of them.
+
+Shapes: B batch, P prompt, G generated positions, L = P + G, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dlqc.diffusion.masking import LogitsFn, check_finite, generator, logits_of
+from dlqc.diffusion.sampler_llada import (
+    OnStep,
+    Step,
+    Trajectory,
+    check_known,
+    check_not_negative,
+    check_positive,
+    draw,
+    gumbel,
+    most_certain,
+    open_canvas,
+    trajectory,
+)
+from dlqc.diffusion.spec import DiffusionSpec
+from dlqc.errors import FeasibilityError
+
+ALGORITHMS = ("origin", "maskgit_plus", "topk_margin", "entropy")
+
+
+@dataclass(frozen=True)
+class DreamSampler:
+    """Options of Dream's sampler.
+
+    Attributes:
+        steps: steps of the time grid; None: one per generated token.
+        gen_length: tokens to generate.
+        alg: "origin", "maskgit_plus", "topk_margin" or "entropy".
+        alg_temp: randomness of the choice of positions; 0 takes the most certain.
+        temperature: of the token distribution; 0 takes the argmax.
+        top_p: keep the smallest set of tokens whose probability reaches top_p; None or 1: all.
+        top_k: keep the k most probable tokens (and those equal to the k-th); None: all.
+        eps: end of the time grid.
+    """
+
+    steps: int | None = None
+    gen_length: int = 128
+    alg: str = "entropy"
+    alg_temp: float = 0.0
+    temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+    eps: float = 1e-3
+
+    def __post_init__(self) -> None:
+        check_positive(self, "gen_length", "steps", "top_k")
+        check_not_negative(self, "temperature", "alg_temp")
+        check_known("alg", self.alg, ALGORITHMS)
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise FeasibilityError(f"{self.top_p:g} is no probability", where="top_p", remedy="Use 0 < top_p <= 1")
+        if not 0 < self.eps < 1:
+            raise FeasibilityError(f"{self.eps:g} ends no time grid", where="eps", remedy="Use 0 < eps < 1, say 1e-3")
+
+    @torch.no_grad()
+    def run(
+        self, model: LogitsFn, prompt_ids: Tensor, spec: DiffusionSpec, *, seed: int, on_step: OnStep | None = None
+    ) -> Trajectory:
+        """Continue each prompt by `gen_length` tokens.
+
+        Args:
+            model: ids [B, L] -> logits [B, L, V]; `spec.shift` says whether its rows are shifted, as Dream's are.
+            prompt_ids: int64 [B, P] on the model's device, all of one length; P may be 0.
+            spec: the model's facts.
+            seed: of tokens and positions; noise is drawn on the device of the logits.
+            on_step: called after every forward.
+        """
+        canvas = open_canvas(prompt_ids, self.gen_length, spec)
+        rng = generator(seed, "dream", device=canvas.device)
+        prompt, steps = prompt_ids.shape[1], self.steps or self.gen_length
+        grid = torch.linspace(1, self.eps, steps + 1)
+        committed_at, nfe = torch.full_like(canvas, -1), 0
+        for step in range(steps):
+            masked = canvas == spec.mask_id
+            share = torch.ones(()) if step == steps - 1 else 1 - grid[step + 1] / grid[step]
+            # All rows hold equally many masks, except under "origin", where each position has its own coin.
+            count = int(masked[0].sum().cpu() * share)
+            coin = torch.rand(canvas.shape, generator=rng, dtype=torch.float64, device=canvas.device)
+            chosen = masked & (coin < float(share))
+            if not (bool(chosen.any()) if self.alg == "origin" else count):
+                continue
+            logits = logits_of(model, canvas, spec)[:, prompt:]
+            check_finite(logits, step)
+            proposal, certainty = self._propose(logits.double(), spec, rng)
+            ranking = torch.full(canvas.shape, -torch.inf, dtype=torch.float64, device=canvas.device)
+            ranking[:, prompt:] = certainty.masked_fill(~masked[:, prompt:], -torch.inf)
+            if self.alg != "origin":
+                noise = self.alg_temp * gumbel(ranking, rng) if self.alg_temp else 0.0
+                chosen = most_certain(ranking + noise, torch.full_like(canvas[:, 0], count)) & masked
+            seen, canvas = canvas, canvas.clone()
+            canvas[:, prompt:] = torch.where(chosen[:, prompt:], proposal, canvas[:, prompt:])
+            committed_at[chosen] = step
+            nfe += 1
+            if on_step is not None:
+                on_step(Step(step, steps, 0, prompt, seen, masked, ranking, chosen))
+        return trajectory(canvas, prompt, nfe, committed_at)
+
+    def _propose(self, logits: Tensor, spec: DiffusionSpec, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Token and certainty of each position: logits float64 [B, G, V] -> ids [B, G], float64 [B, G]."""
+        scaled = logits / self.temperature if self.temperature else logits
+        kept = keep_top_k(keep_top_p(scaled, self.top_p), self.top_k)
+        words = kept.index_fill(-1, torch.tensor(spec.mask_id, device=kept.device), -torch.inf)
+        proposal = draw(words, float(self.temperature > 0), spec.mask_id, rng)
+        # Where the filters left the mask token alone, the most probable other token stands in.
+        proposal = torch.where(words.isneginf().all(-1), draw(scaled, 0.0, spec.mask_id, rng), proposal)
+        p = kept.softmax(-1)
+        if self.alg == "topk_margin":
+            first, second = p.topk(2, dim=-1).values.unbind(-1)
+            return proposal, first - second
+        if self.alg == "entropy":
+            return proposal, (p * (p + 1e-10).log()).sum(-1)
+        return proposal, p.gather(-1, proposal[..., None])[..., 0]
+
+
+def keep_top_p(logits: Tensor, top_p: float | None) -> Tensor:
+    """Logits [..., V] with -inf outside the smallest set of most probable tokens whose probability exceeds top_p.
+
+    >>> keep_top_p(torch.tensor([0.5, 0.3, 0.2]).log(), 0.7).exp().round(decimals=1).tolist()
+    [0.5, 0.30000001192092896, 0.0]
+    """
+    if top_p is None or top_p >= 1:
+        return logits
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    p = ordered.softmax(-1)
+    surplus = torch.zeros_like(p, dtype=torch.bool)
+    surplus[..., 1:] = p.cumsum(-1)[..., :-1] > top_p
+    return logits.masked_fill(torch.zeros_like(surplus).scatter(-1, order, surplus), -torch.inf)
+
+
+def keep_top_k(logits: Tensor, top_k: int | None) -> Tensor:
+    """Logits [..., V] with -inf below the k-th largest."""
+    if top_k is None or top_k >= logits.shape[-1]:
+        return logits
+    return logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[..., -1:], -torch.inf)

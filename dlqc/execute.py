@@ -1,0 +1,161 @@
+"""Running a graph, or a part of it, node by node.
+
+Only what the wanted nodes need is computed, each value is freed after its last use, and a weight is evaluated when it is
+first read: the whole of a model runs in the memory of its largest layer. Everything that looks at numbers inside the
+compiler (capture check, certificates, calibration, block propagation) runs through here; speed at run time is the
+lowered module's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from dlqc.weights import Weights
+
+Tap = Callable[[fx.Node, torch.Tensor], None]
+
+
+class Executor:
+    """Computes `outputs` from values given for `inputs`.
+
+    Args:
+        graph: the graph that holds all the nodes.
+        weights: its constants.
+        inputs: nodes whose values are given at each call; nothing above them is computed.
+        outputs: nodes whose values are returned.
+        dtype: None computes as captured; another floating dtype replaces the captured float32 everywhere.
+        keep_weights: keep evaluated weights between calls (a block that sees many batches), or free each after its last
+            use (a whole model that sees few).
+    """
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        weights: Weights,
+        inputs: Sequence[fx.Node],
+        outputs: Sequence[fx.Node],
+        *,
+        dtype: torch.dtype | None = None,
+        keep_weights: bool = False,
+    ) -> None:
+        self._weights = weights
+        self._inputs = tuple(inputs)
+        self._outputs = tuple(outputs)
+        self._dtype = dtype
+        self._keep = keep_weights
+        self._cache: dict[str, torch.Tensor] = {}
+        self.nodes = needed(graph, inputs, outputs)
+        self._dies = _last_uses(self.nodes, keep=set(outputs))
+
+    def __call__(self, *values: torch.Tensor, taps: Mapping[fx.Node, Tap] | None = None) -> list[torch.Tensor]:
+        """Run once. `taps` are called with the value of a node as soon as it is known."""
+        env: dict[fx.Node, Any] = dict(zip(self._inputs, values, strict=True))
+        taps = taps or {}
+        with torch.no_grad():
+            for node in self._inputs:
+                if node in taps:
+                    taps[node](node, env[node])
+            for node in self.nodes:
+                env[node] = self._value(node, env)
+                if node in taps:
+                    taps[node](node, env[node])
+                for dead in self._dies.get(node, ()):
+                    env.pop(dead, None)
+        return [env[node] for node in self._outputs]
+
+    def _value(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+        if node.op == "get_attr":
+            return self._constant(node)
+        if node.op != "call_function":
+            raise RuntimeError(f"{node.name}: {node.op} node was given no value")
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n])  # type: ignore[misc]
+        if self._dtype is not None:
+            args, kwargs = self._retype(args), self._retype(kwargs)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def _constant(self, node: fx.Node) -> torch.Tensor:
+        name = str(node.target)
+        if name not in self._cache:
+            value = self._weights.value(name, compute_dtype(node, self._dtype))
+            if not self._keep:
+                return value
+            self._cache[name] = value
+        return self._cache[name]
+
+    def _retype(self, tree: Any) -> Any:
+        return torch.utils._pytree.tree_map(lambda leaf: self._dtype if leaf is torch.float32 else leaf, tree)
+
+
+def compute_dtype(node: fx.Node, dtype: torch.dtype | None) -> torch.dtype | None:
+    """The dtype in which a constant enters arithmetic: as captured, or `dtype` where the capture says float32."""
+    val = node.meta.get("val")
+    captured = val.dtype if isinstance(val, torch.Tensor) else None
+    if captured is None or not captured.is_floating_point:
+        return None
+    return dtype if dtype is not None and captured is torch.float32 else captured
+
+
+def needed(graph: fx.Graph, inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> list[fx.Node]:
+    """The nodes, in graph order, that must be computed to get from `inputs` to `outputs`."""
+    given, wanted = set(inputs), set()
+    stack = [node for node in outputs if node not in given]
+    while stack:
+        node = stack.pop()
+        if node in wanted:
+            continue
+        wanted.add(node)
+        stack.extend(a for a in node.all_input_nodes if a not in given and a not in wanted)
+    return [node for node in graph.nodes if node in wanted]
+
+
+def _last_uses(nodes: Sequence[fx.Node], keep: set[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    last: dict[fx.Node, fx.Node] = {}
+    for node in nodes:
+        for used in node.all_input_nodes:
+            last[used] = node
+    dies: dict[fx.Node, list[fx.Node]] = {}
+    for used, node in last.items():
+        if used not in keep:
+            dies.setdefault(node, []).append(used)
+    return dies
+
+
+def placeholder(graph: fx.Graph) -> fx.Node:
+    """The token ids."""
+    return next(node for node in graph.nodes if node.op == "placeholder")
+
+
+def logits_node(graph: fx.Graph) -> fx.Node:
+    """The node whose value the graph returns."""
+    output = next(node for node in graph.nodes if node.op == "output")
+    result = output.args[0]
+    assert isinstance(result, fx.Node)
+    return result
+
+
+def forward(graph: fx.Graph, weights: Weights, ids: torch.Tensor, *, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Logits [B, L, V] of token ids [B, L], streaming the weights."""
+    return Executor(graph, weights, [placeholder(graph)], [logits_node(graph)], dtype=dtype)(ids)[0]
+
+
+def mask_class(graph: fx.Graph, weights: Weights, mask: fx.Node) -> str:
+    """What an attention mask lets through, found by computing it at two lengths: "full", "causal", or "other".
+
+    A boolean mask lets through where it is true, an additive one where it is zero.
+    """
+    run = Executor(graph, weights, [placeholder(graph)], [mask])
+    kinds = set()
+    for length in (5, 12):
+        value = run(torch.zeros(1, length, dtype=torch.int64))[0]
+        through = value if value.dtype is torch.bool else value == 0
+        if bool(through.all()):
+            kinds.add("full")
+        elif through.shape[-2:] == (length, length) and bool((through == through.new_ones(length, length).tril()).all()):
+            kinds.add("causal")
+        else:
+            kinds.add("other")
+    return kinds.pop() if len(kinds) == 1 else "other"

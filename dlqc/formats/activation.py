@@ -1,0 +1,101 @@
+"""Integer activations, quantized on the fly: x ≈ (code - zero) · scale, one scale per token or per group of features.
+
+With b bits and the absolute maximum or the range taken over the token (last dimension) or its group:
+
+Symmetric:   scale = max|x| / (2^(b-1) - 1), code = round(x / scale) in ±(2^(b-1) - 1), no zero point
+Asymmetric:  lo = min(0, min x), hi = max(0, max x), scale = (hi - lo) / (2^b - 1),
+             zero = round(-2^(b-1) - lo / scale), code = clamp(round(x / scale) + zero, -2^(b-1), 2^(b-1) - 1)
+
+Both obey |x - x̂| ≤ scale/2, up to float32 rounding: no symmetric value is clamped, and in the asymmetric case the
+rounding of the zero point moves either end of the range by at most half a step. Zeros stay exactly zero, and a row of
+zeros has scale 1. Scales are float32 and never zero.
+
+Nothing is checked on this path, because a check would wait for the device: a token with an infinity or a NaN has
+undefined codes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dlqc.errors import FeasibilityError, RecipeError
+
+
+@dataclass(frozen=True)
+class ActFormat:
+    """How the input of a quantized linear is quantized.
+
+    Attributes:
+        bits: width of a code, 2 to 8.
+        group_size: features that share a scale; None means one scale per token.
+        symmetric: whether codes are centred on zero.
+    """
+
+    bits: int = 8
+    group_size: int | None = None
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            what = f"{self.bits!r} is not a width of an integer activation"
+            raise RecipeError(what, where="bits", remedy="Use 2 to 8, or leave activations unquantized")
+        if self.group_size is not None and self.group_size < 1:
+            what = f"a group of {self.group_size} features is impossible"
+            raise RecipeError(what, where="group_size", remedy="Use 32, 64 or 128, or None for one scale per token")
+
+    @property
+    def label(self) -> str:
+        """A short name for reports.
+
+        >>> ActFormat().label, ActFormat(4, group_size=64, symmetric=False).label
+        ('int8 token', 'int4 g64 asymmetric')
+        """
+        group = "token" if self.group_size is None else f"g{self.group_size}"
+        return f"int{self.bits} {group}" + ("" if self.symmetric else " asymmetric")
+
+    def check(self, in_features: int) -> str | None:
+        """None if inputs with `in_features` features can be quantized, else the reason they cannot, one clause."""
+        if self.group_size is None or (in_features > 0 and in_features % self.group_size == 0):
+            return None
+        return f"{in_features} input features do not divide by group {self.group_size}"
+
+    def quantize_dynamic(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Quantize `x` [..., K] of any floating dtype.
+
+        Returns:
+            codes int8 [..., K]; scale float32 [..., G]; zero int8 [..., G], or None if symmetric. G = 1 per token.
+        """
+        codes, scale, zero = self._quantize(x)
+        stored = None if zero is None else zero.squeeze(-1).to(torch.int8)
+        return codes.flatten(-2).to(torch.int8), scale.squeeze(-1), stored
+
+    def fake_quantize(self, x: torch.Tensor) -> torch.Tensor:
+        """The values that `quantize_dynamic(x)` stands for, computed in float32 and rounded to the dtype of `x`."""
+        codes, scale, zero = self._quantize(x)
+        centred = codes if zero is None else codes - zero
+        return (centred * scale).flatten(-2).to(x.dtype)
+
+    def _quantize(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Codes [..., G, g], scale and zero [..., G, 1], all float32."""
+        width = x.shape[-1]
+        reason = self.check(width)
+        if reason is not None:
+            raise FeasibilityError(reason, where="group_size", remedy="Use a divisor, or None for one scale per token")
+        grouped = x.float().reshape(*x.shape[:-1], -1 if width else 1, self.group_size or width)
+        half = 1 << (self.bits - 1)
+        if self.symmetric:
+            scale = _positive(torch.linalg.vector_norm(grouped, torch.inf, dim=-1, keepdim=True) / (half - 1))
+            return (grouped / scale).round().clamp(1 - half, half - 1), scale, None
+        low = grouped.amin(dim=-1, keepdim=True).clamp(max=0)
+        high = grouped.amax(dim=-1, keepdim=True).clamp(min=0)
+        # Divided before subtracting: the range of finite float32 values may itself be infinite.
+        scale = _positive(high / (2 * half - 1) - low / (2 * half - 1))
+        zero = (-half - low / scale).round().clamp(-half, half - 1)
+        return ((grouped / scale).round() + zero).clamp(-half, half - 1), scale, zero
+
+
+def _positive(scale: torch.Tensor) -> torch.Tensor:
+    """1 in place of 0, and no scale below float32's smallest normal, so that x / scale stays finite."""
+    return torch.where(scale == 0, 1.0, scale.clamp(min=2.0**-126))

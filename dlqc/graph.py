@@ -1,0 +1,205 @@
+"""Reading and editing the graph: the only code that knows how nodes look, and the only code that edits them.
+
+A dlqc graph is a `torch.fx.Graph` with one placeholder, the token ids [B, L]; `get_attr` nodes whose target is a name in
+`Weights`; `call_function` nodes on aten ops and on the logical ops of `dlqc.ops`; and one output, the logits [B, L, V].
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from dlqc.ops import LINEAR_PACKED, LINEAR_Q, QUANTIZE_ACT
+from dlqc.weights import Weights
+
+aten = torch.ops.aten
+
+LINEAR = aten.linear.default
+RMS_NORM = aten.rms_norm.default
+LAYER_NORM = aten.layer_norm.default
+SDPA = aten.scaled_dot_product_attention.default
+EMBEDDING = aten.embedding.default
+NORMS = (RMS_NORM, LAYER_NORM)
+QUANTIZED_LINEARS = (LINEAR_Q, LINEAR_PACKED)
+
+
+def is_call(node: object, *targets: object) -> bool:
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
+
+
+def arg(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
+    """An argument of a call by position or keyword, as aten schemas allow both."""
+    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
+
+
+def constant_name(node: object) -> str | None:
+    """The name in `Weights` that a node reads, or None if it is no constant."""
+    return str(node.target) if isinstance(node, fx.Node) and node.op == "get_attr" else None
+
+
+def width(node: fx.Node) -> int:
+    """Size of the last dimension, which every dlqc graph knows."""
+    return int(node.meta["val"].shape[-1])
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear on a constant weight: node = x · Wᵀ + b."""
+
+    node: fx.Node
+    x: fx.Node
+    weight: str
+    bias: str | None
+    in_features: int
+    out_features: int
+
+    @property
+    def name(self) -> str:
+        """Checkpoint name of the module, as the user knows it."""
+        return module_name(self.weight)
+
+
+def module_name(weight: str) -> str:
+    return weight.removesuffix(".weight").removesuffix(".codes").removesuffix(".packed")
+
+
+def as_linear(node: fx.Node, weights: Weights) -> Linear | None:
+    """The node read as a linear on a constant weight, or None."""
+    if not is_call(node, LINEAR):
+        return None
+    weight, bias = constant_name(node.args[1]), constant_name(arg(node, 2, "bias"))
+    x = node.args[0]
+    if weight is None or not isinstance(x, fx.Node) or (arg(node, 2, "bias") is not None and bias is None):
+        return None
+    n, k = weights[weight].shape
+    return Linear(node, x, weight, bias, int(k), int(n))
+
+
+def linears(nodes: Iterable[fx.Node], weights: Weights) -> Iterator[Linear]:
+    for node in nodes:
+        site = as_linear(node, weights)
+        if site is not None:
+            yield site
+
+
+def uses(graph: fx.Graph, name: str) -> list[fx.Node]:
+    """All calls that read the constant `name`."""
+    return [
+        user
+        for node in graph.nodes
+        if node.op == "get_attr" and node.target == name
+        for user in node.users
+        if user.op != "get_attr"
+    ]
+
+
+def read(graph: fx.Graph, weights: Weights, name: str, before: fx.Node) -> fx.Node:
+    """Insert a `get_attr` of the constant `name` before a node, with its shape and dtype."""
+    with graph.inserting_before(before):
+        node = graph.create_node("get_attr", name, name=name.replace(".", "_"))
+    constant = weights[name]
+    mode = fake_mode(graph)
+    if mode is not None:
+        with mode:
+            node.meta["val"] = torch.empty(tuple(constant.shape), dtype=constant.leaf.dtype)
+    return node
+
+
+def fake_mode(graph: fx.Graph) -> Any:
+    """The fake tensor mode in which the graph's shapes live."""
+    for node in graph.nodes:
+        mode = getattr(node.meta.get("val"), "fake_mode", None)
+        if mode is not None:
+            return mode
+    return None
+
+
+def call_before(
+    graph: fx.Graph, before: fx.Node, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+) -> fx.Node:
+    """Insert a call before a node and give it its fake value."""
+    with graph.inserting_before(before):
+        node = graph.call_function(target, args, kwargs or {})
+    infer(node)
+    return node
+
+
+def infer(node: fx.Node) -> None:
+    """Compute the node's fake value from its arguments' fake values."""
+    values: tuple[Any, ...]
+    keywords: dict[str, Any]
+    values, keywords = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])  # type: ignore[assignment]
+    mode = next((v.fake_mode for v in _flat((values, keywords)) if hasattr(v, "fake_mode")), None)
+    if mode is None:
+        node.meta["val"] = node.target(*values, **keywords)  # type: ignore[operator]
+        return
+    with mode:
+        node.meta["val"] = node.target(*values, **keywords)  # type: ignore[operator]
+
+
+def _flat(tree: Any) -> Iterator[Any]:
+    leaves, _ = torch.utils._pytree.tree_flatten(tree)
+    yield from leaves
+
+
+def replace(old: fx.Node, new: fx.Node) -> None:
+    """Let every user of `old` read `new`, and erase `old`."""
+    for key in ("nn_module_stack", "block_boundary"):
+        if key in old.meta:
+            new.meta.setdefault(key, old.meta[key])
+    old.replace_all_uses_with(new)
+    old.graph.erase_node(old)
+
+
+def sweep(graph: fx.Graph, weights: Weights | None = None) -> None:
+    """Erase what nobody reads: dead calls, and (given `weights`) constants without a reader."""
+    for node in reversed(list(graph.nodes)):
+        if not node.users and node.op not in ("placeholder", "output"):
+            graph.erase_node(node)
+    if weights is None:
+        return
+    read_names = {node.target for node in graph.nodes if node.op == "get_attr"}
+    for name in [n for n in weights if n not in read_names]:
+        weights.drop(name)
+
+
+def structure(graph: fx.Graph) -> str:
+    """The graph as text, one node a line, with shapes: for dumps, diffs and hashes."""
+    return "\n".join(_line(node) for node in graph.nodes)
+
+
+def _line(node: fx.Node) -> str:
+    val = node.meta.get("val")
+    shape = f"{str(val.dtype).removeprefix('torch.')}{list(val.shape)}" if isinstance(val, torch.Tensor) else ""
+    target = node.target if isinstance(node.target, str) else _target_name(node.target)
+    args = ", ".join([*(repr(a) for a in node.args), *(f"{k}={v!r}" for k, v in node.kwargs.items())])
+    return f"%{node.name} = {node.op} {target}({args}) : {shape}".rstrip(" :")
+
+
+def _target_name(target: Any) -> str:
+    return str(target) if isinstance(target, torch._ops.OpOverload) else f"{target.__module__}.{target.__name__}"
+
+
+def fingerprint(graph: fx.Graph, weights: Weights) -> str:
+    """Structural hash of graph and constants: equal before and after a pass that claims to have changed nothing."""
+    return hashlib.sha256((structure(graph) + weights.fingerprint()).encode()).hexdigest()
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """A copy whose nodes keep their names and metadata."""
+    new = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        env[node] = new.node_copy(node, lambda n: env[n])
+    return new
+
+
+def activation_quantizer(node: fx.Node) -> fx.Node | None:
+    """The quantize_act node that feeds a quantized linear, if any."""
+    x = node.args[0]
+    return x if is_call(x, QUANTIZE_ACT) else None  # type: ignore[return-value]

@@ -1,0 +1,231 @@
+"""The pass manager: checks the order, checks feasibility, runs the passes, checks the law after each.
+
+Graph-scoped passes run once. Consecutive block-scoped passes run as a nested pipeline over the blocks of the model:
+
+    for each block:  for each pass:  collect the statistics it asks for, apply it
+                     check the law, run the states through the rewritten block, free its weights
+
+so that each block is calibrated on what the quantized blocks before it really produce, and memory holds one block and
+the states. Instruments see every step: `before`, `after`, `on_error`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from dlqc.blocks import Block, find_blocks
+from dlqc.certificate import certified
+from dlqc.check import check
+from dlqc.contract import FACTS_OF_CAPTURE, Context, Pass, PassReport, Plan
+from dlqc.errors import ContractError, FeasibilityError
+from dlqc.execute import Executor, placeholder
+from dlqc.graph import linears
+from dlqc.stats import Collector
+
+Progress = Callable[[str, int, int], None]
+
+
+class Instrument:
+    """Watches passes. Subclass what you need; see `dlqc.instruments`."""
+
+    def before(self, p: Pass, graph: fx.Graph, ctx: Context) -> None: ...
+
+    def after(self, p: Pass, graph: fx.Graph, ctx: Context, report: PassReport) -> None: ...
+
+    def on_error(self, p: Pass, graph: fx.Graph, ctx: Context, error: Exception) -> None: ...
+
+
+@dataclass
+class PassManager:
+    """Runs a tuple of passes on a captured graph.
+
+    Attributes:
+        passes: in order; never sorted.
+        instruments: called around every pass (for block-scoped passes, around the nested pipeline's share of the pass).
+        batch: states that run through a block at a time.
+        progress: called with (label, done, total) during long work.
+    """
+
+    passes: Sequence[Pass]
+    instruments: Sequence[Instrument] = ()
+    batch: int = 8
+    progress: Progress | None = None
+    reports: list[tuple[Pass, PassReport]] = field(default_factory=list)
+
+    def check_order(self) -> None:
+        """Refuse a pipeline in which a pass needs a fact that does not hold, and say what to do."""
+        facts: set[str] = set(FACTS_OF_CAPTURE)
+        broken_by: dict[str, str] = {}
+        for p in self.passes:
+            for fact in sorted(p.needed_facts() - facts):
+                raise ContractError(
+                    f"pass {p.name!r} needs {fact!r}, which does not hold here",
+                    where="passes",
+                    remedy=self._remedy(p, fact, broken_by),
+                )
+            facts = (facts - p.invalidates) | p.gives
+            broken_by |= dict.fromkeys(p.invalidates - p.gives, p.name)
+
+    def _remedy(self, p: Pass, fact: str, broken_by: dict[str, str]) -> str:
+        if fact in broken_by:
+            return f"Move {p.name!r} before {broken_by[fact]!r}, which ends it"
+        later = [q.name for q in self.passes if fact in q.gives]
+        if later:
+            return f"Move {later[0]!r}, which gives it, before {p.name!r}"
+        return f"No pass in this pipeline gives {fact!r}"
+
+    def plan(self, graph: fx.Graph, ctx: Context) -> Plan:
+        """What the passes will do, without touching a weight."""
+        ctx.blocks = ctx.blocks or find_blocks(graph)
+        plan = Plan()
+        for p in self.passes:
+            p.plan(graph, ctx, plan)
+        return plan
+
+    def check_feasibility(self, graph: fx.Graph, ctx: Context) -> Plan:
+        """Refuse before any work, naming every offender at once."""
+        plan = self.plan(graph, ctx)
+        if plan.problems:
+            shown = plan.problems[:8]
+            more = f" (and {len(plan.problems) - 8} more)" if len(plan.problems) > 8 else ""
+            raise FeasibilityError("; ".join(shown) + more, remedy="Nothing was changed or written")
+        return plan
+
+    def run(self, graph: fx.Graph, ctx: Context) -> list[tuple[Pass, PassReport]]:
+        """Run all passes; gives their reports in order."""
+        self.check_order()
+        self.check_feasibility(graph, ctx)
+        for scope, group in itertools.groupby(self.passes, key=lambda p: p.scope):
+            members = list(group)
+            if scope == "block":
+                self._run_blocks(members, graph, ctx)
+            else:
+                for p in members:
+                    self._run_one(p, graph, ctx)
+        return self.reports
+
+    def _run_one(self, p: Pass, graph: fx.Graph, ctx: Context) -> None:
+        for instrument in self.instruments:
+            instrument.before(p, graph, ctx)
+        try:
+            report = certified(p, graph, ctx)
+            ctx.facts = (ctx.facts - p.invalidates) | p.gives
+            self._settle(p, graph, ctx, report)
+        except Exception as error:
+            self._note(p, error)
+            for instrument in self.instruments:
+                instrument.on_error(p, graph, ctx, error)
+            raise
+        for instrument in self.instruments:
+            instrument.after(p, graph, ctx, report)
+        self.reports.append((p, report))
+
+    def _settle(self, p: Pass, graph: fx.Graph, ctx: Context, report: PassReport) -> None:
+        """The law, and the rule that a pass which was asked to rewrite something did."""
+        check(graph, ctx.weights, ctx.spec, ctx.facts, after=f"pass {p.name!r}")
+        if report.sites == 0 and p.required:
+            reasons = "; ".join(f"{d.site}: {d.reason}" for d in report.declined[:4]) or "no site looks like it"
+            raise ContractError(
+                f"pass {p.name!r} found nothing to rewrite ({reasons})",
+                where="passes",
+                remedy="Remove it from the recipe, or set required=False",
+            )
+
+    def _note(self, p: Pass, error: Exception) -> None:
+        done = [q.name for q, _ in self.reports]
+        error.add_note(f"in pass {p.name!r}, after {done}")
+
+    def _run_blocks(self, passes: Sequence[Pass], graph: fx.Graph, ctx: Context) -> None:
+        if not ctx.blocks:
+            raise FeasibilityError(
+                "no embedding leads to the logits through one chain of values, so there are no blocks",
+                where="blocks",
+                remedy="Use graph-scoped passes only",
+            )
+        totals = [PassReport() for _ in passes]
+        for p in passes:
+            for instrument in self.instruments:
+                instrument.before(p, graph, ctx)
+        # Between blocks some blocks are rewritten and some are not: only facts that no member ends hold throughout.
+        lasting = ctx.facts - frozenset().union(*(p.invalidates for p in passes))
+        uses_states = any(p.statistics() for p in passes)
+        flow = _StateFlow(graph, ctx, self.batch) if uses_states else None
+        try:
+            for block in ctx.blocks:
+                ctx.block = block
+                for p, total in zip(passes, totals, strict=True):
+                    self._tick(f"{p.name} block {block.index + 1}", block.index, len(ctx.blocks))
+                    started = time.perf_counter()
+                    ctx.stats = flow.collect(block, p.statistics()) if flow and p.statistics() else {}
+                    try:
+                        total.merge(certified(p, graph, ctx))
+                        check(graph, ctx.weights, ctx.spec, lasting, after=f"pass {p.name!r}", propagate=False)
+                    except Exception as error:
+                        error.add_note(f"in block {block.index} of {len(ctx.blocks)}")
+                        self._note(p, error)
+                        for instrument in self.instruments:
+                            instrument.on_error(p, graph, ctx, error)
+                        raise
+                    ctx.stats = {}
+                    # The share of the pass in the nested pipeline, its statistics included.
+                    total.metrics["seconds"] = total.metrics.get("seconds", 0.0) + time.perf_counter() - started
+                if flow and block is not ctx.blocks[-1]:
+                    flow.advance(block)
+            self._tick("blocks", len(ctx.blocks), len(ctx.blocks))
+        finally:
+            ctx.block = None
+        for p in passes:
+            ctx.facts = (ctx.facts - p.invalidates) | p.gives
+        for p, total in zip(passes, totals, strict=True):
+            try:
+                self._settle(p, graph, ctx, total)
+            except Exception as error:
+                self._note(p, error)
+                raise
+            for instrument in self.instruments:
+                instrument.after(p, graph, ctx, total)
+            self.reports.append((p, total))
+
+    def _tick(self, label: str, done: int, total: int) -> None:
+        if self.progress is not None:
+            self.progress(label, done, total)
+
+
+class _StateFlow:
+    """The calibration states on their way through the blocks: hidden values at the input of the current block."""
+
+    def __init__(self, graph: fx.Graph, ctx: Context, batch: int) -> None:
+        if ctx.states is None:
+            raise ContractError("block passes ask for statistics, but there are no states", remedy="Add 'calibrate'")
+        self._graph, self._ctx, self._states = graph, ctx, ctx.states
+        self._slices = list(ctx.states.batches(batch))
+        first = ctx.blocks[0].input(graph)
+        start = Executor(graph, ctx.weights, [placeholder(graph)], [first], keep_weights=True)
+        self._hidden = [start(self._states.ids[s])[0] for s in self._slices]
+
+    def _runs(self, block: Block) -> Iterable[tuple[int, slice, Any]]:
+        source, target = block.input(self._graph), block.output(self._graph)
+        inputs = [placeholder(self._graph), source]
+        run = Executor(self._graph, self._ctx.weights, inputs, [target], keep_weights=True)
+        for i, s in enumerate(self._slices):
+            yield i, s, run
+
+    def collect(self, block: Block, wanted: frozenset[str]) -> dict[str, dict[str, torch.Tensor]]:
+        """Run the block as it is now and gather statistics at its linears."""
+        collector = Collector(wanted, list(linears(block.nodes(self._graph), self._ctx.weights)))
+        for i, s, run in self._runs(block):
+            taps: Any = collector.taps(self._states.weights[s])
+            run(self._states.ids[s], self._hidden[i], taps=taps)
+        return collector.result()
+
+    def advance(self, block: Block) -> None:
+        """Move the states through the rewritten block."""
+        for i, s, run in self._runs(block):
+            self._hidden[i] = run(self._states.ids[s], self._hidden[i])[0]

@@ -1,0 +1,277 @@
+"""Recipes: a named tuple of passes, in Python, as YAML, and as one line of text.
+
+    python   (Calibrate(sequences=64), QuantizeWeights(bits=4), Pack(), Lower())
+    yaml     passes: [{calibrate: {sequences: 64}}, {quantize_weights: {bits: 4}}, pack, lower]
+    line     calibrate(sequences=64), quantize_weights(bits=4), pack, lower
+
+The three round-trip exactly. A pass is named by its file name under `passes/`, a pass of the user's own by its dotted import
+path. TOML files of the same shape are read too. Preset names say what they make: `w4a16-gptq` is 4-bit weights in groups of
+128 with zero points, 16-bit activations, GPTQ on masked states; `-g64` and `-channel` change the groups.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import re
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import yaml
+
+from dlqc.contract import Pass
+from dlqc.errors import RecipeError, nearest
+
+PASSES = {
+    "fold_norm_scale": "FoldNormScale",
+    "smooth": "Smooth",
+    "calibrate": "Calibrate",
+    "quantize_weights": "QuantizeWeights",
+    "quantize_activations": "QuantizeActivations",
+    "pack": "Pack",
+    "lower": "Lower",
+}
+
+PRESETS = {
+    "w8a16-rtn": "8-bit weights per channel, nearest rounding, no calibration",
+    "w4a16-rtn": "4-bit weights g128, nearest rounding, no calibration",
+    "w8a8-rtn": "8-bit weights per channel, 8-bit activations per token, nearest rounding",
+    "w8a8-smoothquant": "as w8a8-rtn after SmoothQuant on masked states",
+    "w8a8-gptq": "8-bit weights per channel by GPTQ, 8-bit activations per token",
+    "w4a8-gptq": "4-bit weights g128 by GPTQ, 8-bit activations per token",
+    "w4a16-gptq": "4-bit weights g128 by GPTQ on masked states",
+    "w4a16-gptq-clean": "as w4a16-gptq on clean text, as tools for autoregressive models calibrate",
+    "w4a16-gptq-cgq": "as w4a16-gptq with certainty-weighted statistics",
+    "w4a16-smooth": "4-bit weights g128 after smoothing on masked states, nearest rounding",
+    "w3a16-gptq": "3-bit weights g128 by GPTQ on masked states",
+    "w2a16-gptq": "2-bit weights g128 by GPTQ on masked states",
+}
+
+_PRESET = re.compile(
+    r"w(?P<w>[2348])a(?P<a>8|16)(?:-(?:g(?P<g>\d+)|(?P<channel>channel)))?"
+    r"-(?P<method>rtn|gptq|smoothquant|smooth)(?:-(?P<variant>clean|cgq))?"
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named pipeline."""
+
+    name: str
+    passes: tuple[Pass, ...]
+
+    def to_plain(self) -> dict[str, Any]:
+        """Plain data with every option spelled out."""
+        return {"name": self.name, "passes": [_encode(p) for p in self.passes]}
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_plain(), sort_keys=False)
+
+    def __str__(self) -> str:
+        return ", ".join(_line(p) for p in self.passes)
+
+
+def as_recipe(source: str | Path | Recipe | Pass | Sequence[Pass]) -> Recipe:
+    """Read a recipe from a preset name, a file, a line of text, or Python objects."""
+    if isinstance(source, Recipe):
+        return source
+    if isinstance(source, Pass):
+        return Recipe(source.name, (source,))
+    if isinstance(source, str | Path):
+        return _from_text(source)
+    for item in source:
+        if not isinstance(item, Pass):
+            raise RecipeError(
+                f"{item!r} is no pass", where="passes", remedy="Give Pass objects, a preset name, a file, or one line of text"
+            )
+    return Recipe("custom", tuple(source))
+
+
+def _from_text(source: str | Path) -> Recipe:
+    text = str(source)
+    if text.endswith((".yaml", ".yml", ".toml")):
+        return _from_file(Path(text))
+    preset = _PRESET.fullmatch(text)
+    if preset is not None:
+        return _preset(text, preset)
+    if "(" in text or "," in text or text in PASSES or "." in text:
+        return Recipe("custom", parse_line(text))
+    raise RecipeError(f"unknown recipe {text!r}", where="passes", remedy=nearest(text, [*PRESETS, *PASSES]))
+
+
+def _from_file(path: Path) -> Recipe:
+    try:
+        text = path.read_text(encoding="utf-8")
+        data = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
+    except OSError as error:
+        raise RecipeError("the recipe cannot be read", where=str(path), remedy="Check the path") from error
+    except (yaml.YAMLError, tomllib.TOMLDecodeError) as error:
+        raise RecipeError(f"not valid: {error}", where=str(path), remedy="See docs/recipes.md for the shape") from error
+    return from_plain(data, where=str(path))
+
+
+def from_plain(data: Any, *, where: str = "recipe") -> Recipe:
+    """A recipe from plain data: `{name: …, passes: [pack, {calibrate: {sequences: 64}}, …]}`."""
+    if not isinstance(data, Mapping) or not isinstance(data.get("passes"), list):
+        raise RecipeError("a recipe is a mapping with a list 'passes'", where=where, remedy="See docs/recipes.md for the shape")
+    for key in data.keys() - {"name", "passes"}:
+        raise RecipeError(f"unknown key {key!r}", where=where, remedy=nearest(str(key), ["name", "passes"]))
+    return Recipe(str(data.get("name", "custom")), tuple(_decode_pass(item, where) for item in data["passes"]))
+
+
+def parse_line(text: str) -> tuple[Pass, ...]:
+    """Passes from one line: calls with keyword options, separated by commas. Nothing is executed.
+
+    >>> [p.name for p in parse_line("quantize_weights(bits=3), pack")]
+    ['quantize_weights', 'pack']
+    """
+    try:
+        tree = ast.parse(f"({text},)", mode="eval").body
+    except SyntaxError as error:
+        raise RecipeError(
+            f"cannot read {text!r}", where="passes", remedy="Write it like: calibrate(sequences=64), pack, lower"
+        ) from error
+    assert isinstance(tree, ast.Tuple)
+    return tuple(_decode_pass(_from_ast(node, text), "passes") for node in tree.elts)
+
+
+def _from_ast(node: ast.expr, text: str) -> Any:
+    """A call becomes {name: {options}}, a bare name its string, anything else a literal."""
+    if isinstance(node, ast.Call):
+        if node.args or any(k.arg is None for k in node.keywords):
+            raise RecipeError(f"options need names in {text!r}", where="passes", remedy="Write option=value")
+        return {_from_ast(node.func, text): {str(k.arg): _from_ast(k.value, text) for k in node.keywords}}
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute):
+        return f"{_from_ast(node.value, text)}.{node.attr}"
+    try:
+        return ast.literal_eval(node)
+    except ValueError as error:
+        raise RecipeError(f"{ast.unparse(node)!r} is no plain value", where="passes", remedy="Use numbers and names") from error
+
+
+def _decode_pass(item: Any, where: str) -> Pass:
+    name, options = _name_and_options(item, where)
+    cls = pass_class(name)
+    made = _build(cls, options, name)
+    assert isinstance(made, Pass)
+    return made
+
+
+def _name_and_options(item: Any, where: str) -> tuple[str, dict[str, Any]]:
+    if isinstance(item, str):
+        return item, {}
+    if isinstance(item, Mapping) and len(item) == 1:
+        ((name, options),) = item.items()
+        if options is None or isinstance(options, Mapping):
+            return str(name), dict(options or {})
+    raise RecipeError(f"{item!r} is neither a name nor {{name: options}}", where=where, remedy="See docs/recipes.md")
+
+
+def pass_class(name: str) -> type[Pass]:
+    """The class of a pass by file name, or by dotted import path for a user's own."""
+    if name in PASSES:
+        found: type[Pass] = getattr(importlib.import_module(f"dlqc.passes.{name}"), PASSES[name])
+        return found
+    module, _, attribute = name.rpartition(".")
+    if not module:
+        raise RecipeError(f"unknown pass {name!r}", where="passes", remedy=nearest(name, PASSES))
+    try:
+        cls = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise RecipeError(f"cannot import the pass ({error})", where=name, remedy="Check the import path") from error
+    if not (isinstance(cls, type) and issubclass(cls, Pass)):
+        raise RecipeError("not a subclass of dlqc.Pass", where=name, remedy="Derive it from dlqc.Pass")
+    return cls
+
+
+def _build(cls: type[Any], options: Mapping[str, Any], where: str) -> Any:
+    """Make a frozen dataclass from plain options, checking names and types."""
+    hints = typing.get_type_hints(cls)
+    fields = {f.name for f in dataclasses.fields(cls)}
+    values = {}
+    for key, value in options.items():
+        if key not in fields:
+            raise RecipeError(f"unknown option {key!r}", where=where, remedy=nearest(key, fields))
+        values[key] = _option(hints[key], value, f"{where}.{key}")
+    return cls(**values)
+
+
+def _option(hint: Any, value: Any, where: str) -> Any:
+    members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    choices = {m.name: m for m in members if dataclasses.is_dataclass(m) and hasattr(m, "name")}
+    if choices:
+        if any(isinstance(value, m) for m in members if isinstance(m, type)):
+            return value
+        name, options = _name_and_options(value, where)
+        if name not in choices:
+            raise RecipeError(f"unknown choice {name!r}", where=where, remedy=nearest(name, choices))
+        return _build(typing.cast(Any, choices[name]), options, where)
+    try:
+        return pydantic.TypeAdapter(hint).validate_python(value)
+    except pydantic.ValidationError as error:
+        raise RecipeError(f"{value!r} does not fit ({error.errors()[0]['msg']})", where=where, remedy=f"Expected {hint}") from error
+
+
+def _encode(options: Any) -> Any:
+    """A frozen dataclass as `{name: {option: value}}` (its import path where it is not ours)."""
+    fields = {f.name: _plain(getattr(options, f.name)) for f in dataclasses.fields(options)}
+    return {_spelling(options): fields}
+
+
+def _spelling(options: Any) -> str:
+    ours = not isinstance(options, Pass) or PASSES.get(options.name) == type(options).__name__
+    return str(options.name) if ours else f"{type(options).__module__}.{type(options).__qualname__}"
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return _encode(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _line(options: Any) -> str:
+    """The one-line spelling, options at their defaults left out."""
+    parts = []
+    for f in dataclasses.fields(options):
+        value = getattr(options, f.name)
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        if value != default:
+            parts.append(f"{f.name}={_line(value) if dataclasses.is_dataclass(value) else repr(value)}")
+    name = _spelling(options)
+    return f"{name}({', '.join(parts)})" if parts else name
+
+
+def _preset(name: str, found: re.Match[str]) -> Recipe:
+    from dlqc.calibration import Certainty, Clean, MaskedSimulation, Uniform
+    from dlqc.rounding.gptq import Gptq
+    from dlqc.rounding.rtn import Rtn
+
+    bits, method, variant = int(found["w"]), found["method"], found["variant"]
+    group = None if found["channel"] or (bits == 8 and not found["g"]) else int(found["g"] or 128)
+    smoothing = method in ("smoothquant", "smooth")
+    calibrated = smoothing or method == "gptq"
+    if variant and method != "gptq":
+        raise RecipeError(f"-{variant} goes with gptq only", where=name, remedy=f"Use {name.removesuffix('-' + variant)!r}")
+    steps: list[Pass] = []
+    if calibrated:
+        sampler = Clean() if variant == "clean" else MaskedSimulation()
+        weight = Certainty() if variant == "cgq" else Uniform()
+        steps.append(pass_class("calibrate")(sampler=sampler, weight=weight))  # type: ignore[call-arg]
+    if smoothing:
+        steps.append(pass_class("smooth")())
+    rounding = Gptq() if method == "gptq" else Rtn()
+    steps.append(
+        pass_class("quantize_weights")(bits=bits, group_size=group, symmetric=bits == 8, method=rounding)  # type: ignore[call-arg]
+    )
+    if found["a"] == "8":
+        steps.append(pass_class("quantize_activations")())
+    return Recipe(name, (*steps, pass_class("pack")(), pass_class("lower")()))

@@ -1,0 +1,230 @@
+"""What the compilation did, as data and as text.
+
+A `Report` is plain data: it goes into the artifact and out of `--json` as it is. `render` draws it as tables.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import platform
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import fx
+
+from dlqc.contract import Pass, PassReport
+from dlqc.graph import constant_name, is_call, uses
+from dlqc.instruments import Record
+from dlqc.ops import LINEAR_PACKED, LINEAR_Q
+from dlqc.weights import Weights
+
+
+@dataclass(frozen=True)
+class Step:
+    """One pass in the report."""
+
+    name: str
+    options: str
+    sites: int
+    declined: list[tuple[str, str]]
+    seconds: float
+    peak_mb: float
+    certificate: float | None
+    metrics: dict[str, float]
+    details: dict[str, dict[str, float]]
+    choices: dict[str, str]
+    notes: list[str]
+
+    @classmethod
+    def of(cls, p: Pass, options: str, report: PassReport, record: Record) -> Step:
+        declined = [(d.site, d.reason) for d in report.declined]
+        measured = (record.seconds, record.peak_mb, report.certificate)
+        return cls(
+            p.name, options, report.sites, declined, *measured, report.metrics, report.details, report.choices, report.notes
+        )
+
+
+@dataclass(frozen=True)
+class Storage:
+    """What is stored, counted whole: codes, scales, zero points, embeddings, head, norms.
+
+    Attributes:
+        parameters: parameters of the original model, ties counted once.
+        quantized: how many of them are stored as codes.
+        bits: stored bits in all.
+        bits_quantized: stored bits of the quantized ones, scales and zero points included.
+        original_bits: bits of the checkpoint.
+        kept: matrices that stay as they are → (parameters, reason).
+    """
+
+    parameters: int
+    quantized: int
+    bits: int
+    bits_quantized: int
+    original_bits: int
+    kept: dict[str, tuple[int, str]]
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits over original parameters, everything included."""
+        return self.bits / max(self.parameters, 1)
+
+    @property
+    def bits_per_quantized_weight(self) -> float:
+        return self.bits_quantized / self.quantized if self.quantized else 0.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """The whole story of one compilation."""
+
+    model: str
+    recipe: str
+    backend: str
+    seed: int
+    calibration: str
+    capture: dict[str, Any]
+    steps: list[Step]
+    storage: Storage
+    notes: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def to_plain(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {
+            "bits_per_weight": self.storage.bits_per_weight,
+            "bits_per_quantized_weight": self.storage.bits_per_quantized_weight,
+        }
+
+    @classmethod
+    def from_plain(cls, data: dict[str, Any]) -> Report:
+        data = {k: v for k, v in data.items() if k in {f.name for f in dataclasses.fields(cls)}}
+        data["steps"] = [Step(**{**s, "declined": [tuple(d) for d in s["declined"]]}) for s in data["steps"]]
+        kept = {k: (v[0], v[1]) for k, v in data["storage"]["kept"].items()}
+        data["storage"] = Storage(**{**data["storage"], "kept": kept})
+        return cls(**data)
+
+    def render(self, width: int | None = None) -> str:
+        """Tables and sentences, as `explain()` prints them."""
+        console = Console(file=io.StringIO(), width=width or 118, force_terminal=False)
+        console.print(f"[bold]{self.model}[/bold] → {self.recipe}, backend {self.backend}")
+        check = self.capture
+        console.print(
+            f"captured {check['nodes']} nodes in {check['seconds']:.1f} s; differs from the eager model by "
+            f"{check['worst']:.1e} (bound {check['tolerance']:.0e}, {check['cases']} cases, {check['dtype']})"
+        )
+        console.print(self._pass_table())
+        for step in self.steps:
+            for site, reason in step.declined:
+                console.print(f"  {step.name} declined {site}: {reason}", highlight=False)
+        console.print(self._storage_lines(), highlight=False)
+        for kernel, names in self._kernels().items():
+            console.print(f"kernel {kernel}: {len(names)} sites ({names[0]}, …)", highlight=False)
+        for note in [n for s in self.steps for n in s.notes] + self.notes:
+            console.print(f"note: {note}", highlight=False)
+        output = console.file
+        assert isinstance(output, io.StringIO)
+        return output.getvalue().rstrip()
+
+    def _pass_table(self) -> Table:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for name in ("pass", "sites", "declined", "seconds", "peak MB", "certificate", "output SQNR dB (min / median)"):
+            table.add_column(name, justify="left" if name == "pass" else "right")
+        for s in self.steps:
+            ratios = sorted(d["sqnr_db"] for d in s.details.values() if "sqnr_db" in d)
+            quality = f"{ratios[0]:.1f} / {ratios[len(ratios) // 2]:.1f}" if ratios else ""
+            certificate = "" if s.certificate is None else f"{s.certificate:.1e}"
+            row = (s.name, str(s.sites), str(len(s.declined)), f"{s.seconds:.2f}", f"{s.peak_mb:.0f}", certificate, quality)
+            table.add_row(*row)
+        return table
+
+    def _storage_lines(self) -> str:
+        s = self.storage
+        lines = [
+            f"{s.quantized:,} of {s.parameters:,} parameters quantized ({s.quantized / max(s.parameters, 1):.1%}) at "
+            f"{s.bits_per_quantized_weight:.3f} bits each, scales and zero points included",
+            f"whole model: {s.bits / 8e6:.2f} MB, {s.bits_per_weight:.3f} bits per weight "
+            f"(checkpoint {s.original_bits / 8e6:.2f} MB)",
+        ]
+        reasons: dict[str, list[str]] = {}
+        for name, (_, reason) in s.kept.items():
+            reasons.setdefault(reason, []).append(name)
+        for reason, names in reasons.items():
+            count = sum(s.kept[n][0] for n in names)
+            shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+            lines.append(f"not quantized, {reason}: {shown} ({count:,} parameters)")
+        return "\n".join(lines)
+
+    def _kernels(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for step in self.steps:
+            for site, choice in step.choices.items():
+                found.setdefault(choice, []).append(site)
+        return found
+
+
+def measure_storage(original: Weights, graph: fx.Graph, weights: Weights, kept: dict[str, str]) -> Storage:
+    """Count what the graph stores against what the checkpoint stored."""
+    quantized = bits_quantized = 0
+    seen: set[str] = set()
+    for node in graph.nodes:
+        if not is_call(node, LINEAR_Q, LINEAR_PACKED):
+            continue
+        for part in node.args[1:4]:
+            name = constant_name(part)
+            if name is None or name in seen:
+                continue
+            seen.add(name)
+            leaf = weights[name].leaf
+            bits_quantized += leaf.numel() * leaf.element_size() * 8
+            if part is node.args[1]:
+                quantized += int(leaf.shape[0]) * int(node.args[0].meta["val"].shape[-1])
+    total = sum(_bits(c.leaf) for c in _distinct(weights))
+    matrices = {
+        name: (constant.leaf.numel(), _reason(graph, name, kept))
+        for name, constant in weights.items()
+        if name not in seen and len(constant.shape) > 1 and constant.leaf.is_floating_point()
+    }
+    leaves = _distinct(original)
+    return Storage(
+        parameters=sum(c.leaf.numel() for c in leaves),
+        quantized=quantized,
+        bits=total,
+        bits_quantized=bits_quantized,
+        original_bits=sum(_bits(c.leaf) for c in leaves),
+        kept=matrices,
+    )
+
+
+def _distinct(weights: Weights) -> list[Any]:
+    return list({id(c.leaf): c for c in weights.values()}.values())
+
+
+def _bits(leaf: torch.Tensor) -> int:
+    return leaf.numel() * leaf.element_size() * 8
+
+
+def _reason(graph: fx.Graph, name: str, kept: dict[str, str]) -> str:
+    module = name.removesuffix(".weight")
+    if module in kept:
+        return kept[module]
+    if any("embedding" in str(user.target) for user in uses(graph, name)):
+        return "an embedding"
+    return "no pass quantizes it"
+
+
+def versions() -> dict[str, str]:
+    """What was used, for the report and the artifact."""
+    import transformers
+
+    from dlqc import __version__
+
+    return {
+        "dlqc": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }

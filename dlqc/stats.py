@@ -1,0 +1,85 @@
+"""Statistics of linear inputs, collected in one run of a block.
+
+    hessian   Σ c·xᵀx              [K, K]   float64 sum of float32 products
+    absmax    max |x| over rows with c > 0   [K]
+    meanabs   Σ c·|x| / Σ c        [K]
+    count     Σ over rows of 1     []
+
+x are the rows that a linear reads, c the token weights of the calibration states. A weight that several linears share
+gets the sum (or maximum) over all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import fx
+
+from dlqc.errors import CalibrationError, ContractError, nearest
+from dlqc.graph import Linear
+
+STATISTICS = ("absmax", "count", "hessian", "meanabs")
+
+
+class Collector:
+    """Accumulates the wanted statistics at the inputs of linears."""
+
+    def __init__(self, wanted: Iterable[str], sites: Sequence[Linear]) -> None:
+        self.wanted = frozenset(wanted)
+        for name in self.wanted - set(STATISTICS):
+            raise ContractError(f"no statistic is called {name!r}", where="statistics", remedy=nearest(name, STATISTICS))
+        self._sites = sites
+        self._sums: dict[fx.Node, dict[str, torch.Tensor]] = {}
+        self._weight_sum: dict[fx.Node, float] = {}
+        self._row_weights = torch.empty(0)
+
+    def taps(self, row_weights: torch.Tensor) -> Mapping[fx.Node, object]:
+        """Callbacks for one batch; `row_weights` c is [B, L], one weight a row of x."""
+        self._row_weights = row_weights.reshape(-1)
+        return {site.x: self._add for site in self._sites}
+
+    def _add(self, node: fx.Node, value: torch.Tensor) -> None:
+        x = value.detach().reshape(-1, value.shape[-1]).float()
+        if not bool(torch.isfinite(x).all()):
+            site = next(s for s in self._sites if s.x is node)
+            bad = int((~torch.isfinite(x)).any(dim=0).sum())
+            raise CalibrationError(
+                f"NaN or Inf in the input activations ({bad} of {x.shape[1]} channels)",
+                where=site.name,
+                remedy="Check the weights before this layer and the calibration text",
+            )
+        c = self._row_weights if self._row_weights.numel() == x.shape[0] else torch.ones(x.shape[0])
+        k = x.shape[1]
+        sums = self._sums.setdefault(node, {})
+        if "count" in self.wanted:
+            sums["count"] = sums.get("count", torch.zeros((), dtype=torch.float64)) + x.shape[0]
+        if "absmax" in self.wanted:
+            peak = x[c > 0].abs().amax(dim=0) if bool((c > 0).any()) else torch.zeros(k)
+            sums["absmax"] = torch.maximum(sums.get("absmax", torch.zeros(k)), peak)
+        if "meanabs" in self.wanted:
+            sums["meanabs"] = sums.get("meanabs", torch.zeros(k, dtype=torch.float64)) + (c[:, None] * x.abs()).sum(0).double()
+            self._weight_sum[node] = self._weight_sum.get(node, 0.0) + float(c.sum())
+        if "hessian" in self.wanted:
+            scaled = x * c.sqrt()[:, None]
+            product = scaled.T @ scaled
+            if "hessian" in sums:
+                sums["hessian"] += product
+            else:
+                sums["hessian"] = product.double()
+
+    def result(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Statistics by weight name. Linears that read the same value share the tensors."""
+        found: dict[str, dict[str, torch.Tensor]] = {}
+        for node, sums in self._sums.items():
+            if "meanabs" in sums:
+                sums["meanabs"] = sums["meanabs"] / max(self._weight_sum[node], 1e-30)
+        for site in self._sites:
+            sums = self._sums[site.x]
+            if site.weight not in found:
+                found[site.weight] = dict(sums)
+                continue
+            merged = found[site.weight]
+            for name, value in sums.items():
+                merged[name] = torch.maximum(merged[name], value) if name == "absmax" else merged[name] + value
+        return found

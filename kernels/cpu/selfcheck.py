@@ -1,0 +1,104 @@
+"""Does the torch of this machine compute what the kernels assume? Each op is asked once, on small known numbers.
+
+The ops behind `int8_mm`, `int8pack` and `int4pack` are private to torch and choose their code by the instruction set.
+What is checked is what has been seen to go wrong without an error, or what the kernels take on trust:
+
+    _int_mm                      without VNNI instructions, pairs of products 255·w are added in 16 bits and saturate
+                                 once |w| > 64: random data mostly pass, large equal values do not
+    _weight_int8pack_mm          in bfloat16 it reads past the end of rows when K does not divide by 16: wrong results
+                                 or a crash. Refused by `Int8Pack.supports`; the check stays on safe shapes
+    _weight_int4pack_mm_for_cpu  the meaning of its arguments: (code - 8)·scale + offset, offsets after scales; and the
+                                 order of its bytes, which differs between instruction sets
+
+An answer is kept for the life of the process. It is None, or the reason why the op cannot be used, one clause.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+TOKENS = (1, 5, 64)
+
+
+@cache
+def int_mm(reach: int) -> str | None:
+    """`torch._int_mm` on int8 [M, K] by [K, N] must be exact for |x| ≤ 127 and |w| ≤ reach (128 stands for -128)."""
+
+    def exact() -> bool:
+        k, n = 68, 20
+        low, high = -reach, min(reach, 127)
+        ends = torch.tensor([low, high], dtype=torch.int8)
+        # Rows of W: all low, all high, alternating, and a ramp, in turn.
+        w = torch.stack([ends[:1].expand(k), ends[1:].expand(k), ends.repeat(k // 2), _ramp(k, high)]).repeat(n // 4, 1)
+        for tokens in TOKENS:
+            x = torch.full((tokens, k), 127, dtype=torch.int8)
+            x[1::3] = -127
+            x[2::3] = _ramp(k, 127)
+            if not torch.equal(torch._int_mm(x, w.T).double(), x.double() @ w.double().T):
+                return False
+        return True
+
+    return _ask(exact, "torch._int_mm is not exact on this CPU (8-bit products saturate without VNNI instructions)")
+
+
+@cache
+def int8pack() -> str | None:
+    """`_weight_int8pack_mm`: y = x · (w · scale)ᵀ for x bfloat16 [M, K], w int8 [N, K], scale bfloat16 [N]."""
+
+    def right() -> bool:
+        w = torch.arange(-128, 128, dtype=torch.int16).to(torch.int8).repeat(5).reshape(20, 64)
+        scale = torch.tensor([0.5, 2.0], dtype=torch.bfloat16).repeat(10)
+        return all(
+            _near(torch.ops.aten._weight_int8pack_mm(x, w, scale), x, w.double() * scale.double().unsqueeze(1))
+            for x in map(_tokens, TOKENS)
+        )
+
+    return _ask(right, "torch's _weight_int8pack_mm is wrong on this CPU")
+
+
+@cache
+def int4pack() -> str | None:
+    """`_weight_int4pack_mm_for_cpu`: y = x · ((code - 8) · scale + offset)ᵀ, scale and offset bfloat16 [K/g, N, 2]."""
+
+    def right() -> bool:
+        n, k, group = 80, 64, 32
+        codes = (torch.arange(n * k, dtype=torch.int32) * 7 % 16).reshape(n, k)
+        scale = (1 + torch.arange(2 * n).reshape(2, n) % 3).to(torch.bfloat16)
+        offset = (torch.arange(2 * n).reshape(2, n) % 5 - 2).to(torch.bfloat16)
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 2)
+        wide = [part.double().T.repeat_interleave(group, 1) for part in (scale, offset)]
+        weight, both = (codes.double() - 8) * wide[0] + wide[1], torch.stack((scale, offset), -1)
+        return all(
+            _near(torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group, both), x, weight)
+            for x in map(_tokens, TOKENS)
+        )
+
+    return _ask(right, "torch's _weight_int4pack_mm_for_cpu is wrong on this CPU")
+
+
+def _ask(question: Callable[[], bool], reason: str) -> str | None:
+    try:
+        # Sites may be asked about while a graph is traced with fake or meta tensors; this needs real ones.
+        with _disable_current_modes(), torch.device("cpu"), torch.no_grad():
+            return None if question() else reason
+    except (RuntimeError, AttributeError) as error:
+        return f"this build of torch cannot run it ({str(error).splitlines()[0]})"
+
+
+def _ramp(length: int, top: int) -> torch.Tensor:
+    return (torch.arange(length) * 37 % (2 * top + 1) - top).to(torch.int8)
+
+
+def _tokens(count: int) -> torch.Tensor:
+    """Small whole numbers, bfloat16 [count, 64]: their products with the weights above are exact in float32."""
+    return (torch.arange(count * 64).reshape(count, 64) * 5 % 9 - 4).to(torch.bfloat16)
+
+
+def _near(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether y is x · Wᵀ up to the one rounding to bfloat16, or one more of the same size."""
+    expected = x.double() @ weight.T
+    return bool(((y.double() - expected).abs() <= expected.abs() * 2.0**-7).all())

@@ -1,0 +1,110 @@
+"""Hand every quantized linear to a kernel of the backend.
+
+Before:  linear_packed(quantize_act(x), packed, scales, zeros, b)
+After:   <kernel>(x, the kernel's own layout of the weight, …)
+
+Each kernel of the backend says whether it supports the site; the first that does gets it, and the report says which kernel
+each site got and why the ones before it did not. A kernel takes the activation quantizer with it. Nothing falls back in
+silence: if no kernel supports a site, all such sites are listed and nothing is lowered.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from dlqc.backend import Kernel, LinearSpec, choose_kernel
+from dlqc.contract import Context, Pass, PassReport, Plan
+from dlqc.errors import LoweringError
+from dlqc.formats.activation import ActFormat
+from dlqc.formats.integer import IntFormat
+from dlqc.graph import activation_quantizer, call_before, constant_name, is_call, module_name, read, replace, sweep, width
+from dlqc.ops import LINEAR_PACKED
+
+
+@dataclass(frozen=True)
+class Lower(Pass):
+    """Replace logical quantized linears by the backend's kernels."""
+
+    name: ClassVar[str] = "lower"
+    needs: ClassVar[frozenset[str]] = frozenset({"packed"})
+    gives: ClassVar[frozenset[str]] = frozenset({"lowered"})
+
+    def plan(self, graph: fx.Graph, ctx: Context, plan: Plan) -> None:
+        for name, spec in plan.sites.items():
+            kernel, refusals = choose_kernel(ctx.backend, spec)
+            if kernel is None:
+                reasons = "; ".join(f"{k}: {why}" for k, why in refusals.items())
+                plan.problems.append(f"{name}: no kernel of backend {ctx.backend.name!r} supports it ({reasons})")
+
+    def apply(self, graph: fx.Graph, ctx: Context) -> PassReport:
+        report = PassReport()
+        sites = [node for node in graph.nodes if is_call(node, LINEAR_PACKED)]
+        chosen = [self._choose(node, ctx) for node in sites]
+        failed = [f"{name}: {'; '.join(f'{k}: {v}' for k, v in why.items())}" for name, kernel, _, why in chosen if kernel is None]
+        if failed:
+            raise LoweringError(
+                f"no kernel of backend {ctx.backend.name!r} supports {'; '.join(failed)}",
+                remedy="Use backend='auto' or another scheme",
+            )
+        made: dict[str, tuple[object, list[str | None], tuple[object, ...]]] = {}
+        for node, (name, kernel, spec, refusals) in zip(sites, chosen, strict=True):
+            assert kernel is not None
+            if name not in made:
+                made[name] = self._lower(node, name, kernel, spec, ctx)
+                passed = "".join(f"; not {k}: {why}" for k, why in refusals.items())
+                note = kernel.note(spec)
+                report.choices[name] = f"{kernel.name}{f' ({note})' if note else ''}{passed}"
+            self._rewrite(node, made[name], graph, ctx)
+            report.sites += 1
+        sweep(graph, ctx.weights)
+        return report
+
+    def _choose(self, node: fx.Node, ctx: Context) -> tuple[str, Kernel | None, LinearSpec, dict[str, str]]:
+        spec = spec_of_node(node, ctx)
+        kernel, refusals = choose_kernel(ctx.backend, spec)
+        return site_name(node), kernel, spec, refusals
+
+    def _lower(
+        self, node: fx.Node, name: str, kernel: Kernel, spec: LinearSpec, ctx: Context
+    ) -> tuple[object, list[str | None], tuple[object, ...]]:
+        tensors = [None if part is None else ctx.weights.value(str(constant_name(part))) for part in node.args[1:5]]
+        assert tensors[0] is not None and tensors[1] is not None
+        lowered = kernel.lower(spec, tensors[0], tensors[1], tensors[2], tensors[3])
+        names: list[str | None] = []
+        for role, tensor in lowered.tensors.items():
+            key = None if tensor is None else f"{name}.{kernel.name}.{role}"
+            if key is not None and tensor is not None:
+                ctx.weights.put(key, tensor)
+            names.append(key)
+        return lowered.op, names, lowered.scalars
+
+    def _rewrite(
+        self, node: fx.Node, made: tuple[object, list[str | None], tuple[object, ...]], graph: fx.Graph, ctx: Context
+    ) -> None:
+        op, names, scalars = made
+        quantizer = activation_quantizer(node)
+        x = node.args[0] if quantizer is None else quantizer.args[0]
+        tensors = [None if name is None else read(graph, ctx.weights, name, node) for name in names]
+        replace(node, call_before(graph, node, op, (x, *tensors, *scalars)))  # type: ignore[arg-type]
+
+
+def site_name(node: fx.Node) -> str:
+    """The module name of a packed linear."""
+    return module_name(str(constant_name(node.args[1])).removesuffix("_packed"))
+
+
+def spec_of_node(node: fx.Node, ctx: Context) -> LinearSpec:
+    """What a packed linear computes."""
+    x, packed, scales, zeros, bias, bits, group = node.args
+    quantizer = activation_quantizer(node)
+    act = None
+    if quantizer is not None:
+        _, act_bits, act_group, symmetric = quantizer.args
+        act = ActFormat(act_bits, act_group or None, bool(symmetric))  # type: ignore[arg-type]
+    dtype = str(ctx.weights[str(constant_name(scales))].leaf.dtype).removeprefix("torch.")
+    fmt = IntFormat(bits, group or None, zeros is None, dtype)  # type: ignore[arg-type]
+    out_features = int(ctx.weights[str(constant_name(packed))].shape[0])
+    return LinearSpec(width(x), out_features, fmt, act, bias is not None)  # type: ignore[arg-type]

@@ -1,0 +1,125 @@
+"""Round the weights of the blocks' linears to integers.
+
+Before:  y = linear(x, W, b)
+After:   y = linear_q(x, codes, scales, zeros, b),   W ≈ (codes - zeros)·scales
+
+How codes are chosen is the `method`'s business (`dlqc.rounding`): round-to-nearest, GPTQ, … It gets the weight with all
+folds evaluated in float64 and the statistics of the layer's inputs on the denoising states, as they arrive through the
+blocks that are quantized already. Lossy; the report gives each site's output signal-to-noise ratio.
+
+Declines:
+    - a linear that `skip` names
+    - (outside the repeated blocks nothing is a site: embeddings and head stay as they are, and the report says so)
+
+A weight that several calls share is rounded once, on the sum of their statistics, and all calls are rewritten.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from dlqc.backend import LinearSpec
+from dlqc.contract import Context, Declined, Pass, PassReport, Plan, matches
+from dlqc.formats.integer import IntFormat
+from dlqc.graph import Linear, call_before, linears, read, replace, sweep
+from dlqc.ops import LINEAR_Q
+from dlqc.rounding.gptq import Gptq
+from dlqc.rounding.rtn import Rtn
+
+Method = Rtn | Gptq
+
+
+@dataclass(frozen=True)
+class QuantizeWeights(Pass):
+    """Quantize every linear of every block.
+
+    Options:
+        bits: width of the codes. group_size: input features per scale, None for one scale per output channel.
+        symmetric: fixed zero point in the middle, or one zero point per group.
+        method: the rounding method.
+        skip: glob patterns of module names to leave alone.
+    """
+
+    name: ClassVar[str] = "quantize_weights"
+    needs: ClassVar[frozenset[str]] = frozenset({"normal-form", "float-weights"})
+    gives: ClassVar[frozenset[str]] = frozenset({"quantized-weights"})
+    invalidates: ClassVar[frozenset[str]] = frozenset({"float-weights"})
+    scope: ClassVar = "block"
+
+    bits: int = 4
+    group_size: int | None = 128
+    symmetric: bool = False
+    method: Method = field(default_factory=Gptq)
+    skip: tuple[str, ...] = ()
+
+    @property
+    def format(self) -> IntFormat:
+        return IntFormat(self.bits, self.group_size, self.symmetric)
+
+    def __post_init__(self) -> None:
+        self.format  # noqa: B018  a wrong width or group is refused here, with the option's name
+
+    def needed_facts(self) -> frozenset[str]:
+        return self.needs | ({"states"} if self.method.statistics else set())
+
+    def statistics(self) -> frozenset[str]:
+        return self.method.statistics
+
+    def plan(self, graph: fx.Graph, ctx: Context, plan: Plan) -> None:
+        inside = {node for block in ctx.blocks for node in block.nodes(graph)}
+        for site in linears(graph.nodes, ctx.weights):
+            if site.node not in inside:
+                plan.kept[site.name] = "outside the repeated blocks"
+            elif matches(site.name, self.skip):
+                plan.kept[site.name] = "named by skip="
+            else:
+                self._plan_site(site, plan)
+
+    def _plan_site(self, site: Linear, plan: Plan) -> None:
+        reason = self.format.check(site.in_features)
+        if reason is not None:
+            groups = ", ".join(map(str, self.format.suggest_groups(site.in_features)))
+            remedy = f"use {groups}, or exclude it with skip=" if groups else "use group_size=None, or skip="
+            plan.problems.append(f"{site.name}: {reason} ({remedy})")
+            return
+        has_bias = site.bias is not None
+        plan.sites[site.name] = LinearSpec(site.in_features, site.out_features, self.format, None, has_bias)
+
+    def apply(self, graph: fx.Graph, ctx: Context) -> PassReport:
+        report = PassReport()
+        by_weight: dict[str, list[Linear]] = {}
+        for site in linears(ctx.nodes(graph), ctx.weights):
+            by_weight.setdefault(site.weight, []).append(site)
+        for weight, sites in by_weight.items():
+            if matches(sites[0].name, self.skip):
+                report.declined.append(Declined(sites[0].name, "named by skip="))
+                continue
+            report.details[sites[0].name] = self._quantize(graph, ctx, weight, sites)
+            report.sites += 1
+        sweep(graph, ctx.weights)
+        return report
+
+    def _quantize(self, graph: fx.Graph, ctx: Context, weight: str, sites: list[Linear]) -> dict[str, float]:
+        value = ctx.weights.value(weight, torch.float64)
+        try:
+            rounded = self.method.round(value, self.format, ctx.stats.get(weight, {}))
+        except Exception as error:
+            error.add_note(f"while rounding {sites[0].name}")
+            raise
+        names = {role: f"{sites[0].name}.{role}" for role in ("codes", "scales", "zeros")}
+        ctx.weights.put(names["codes"], rounded.weight.codes)
+        ctx.weights.put(names["scales"], rounded.weight.scales)
+        if rounded.weight.zeros is not None:
+            ctx.weights.put(names["zeros"], rounded.weight.zeros)
+        for site in sites:
+            codes, scales = (read(graph, ctx.weights, names[role], site.node) for role in ("codes", "scales"))
+            zeros = None if rounded.weight.zeros is None else read(graph, ctx.weights, names["zeros"], site.node)
+            bias = None if site.bias is None else site.node.args[2] if len(site.node.args) > 2 else site.node.kwargs["bias"]
+            args = (site.x, codes, scales, zeros, bias, self.bits, self.group_size or 0)
+            replace(site.node, call_before(graph, site.node, LINEAR_Q, args))
+        bits = self.format.bits_per_weight(sites[0].out_features, sites[0].in_features)
+        return {"bits_per_weight": bits, **rounded.metrics}
