@@ -100,7 +100,9 @@ def _refuse_foreign(target: Path) -> None:
         raise ArtifactError("is a file, not a folder", where=str(target), remedy="Choose another name")
     if target.is_dir() and any(target.iterdir()) and not (target / "manifest.json").is_file():
         raise ArtifactError(
-            "the folder holds something that is no dlqc artifact", where=str(target), remedy="Choose an empty or new folder"
+            "the folder holds something that is no dlqc artifact",
+            where=str(target),
+            remedy="Choose an empty or new folder",
         )
 
 
@@ -157,7 +159,9 @@ def _reload(model: Compiled, folder: Path) -> float:
     deviation = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
     if not deviation <= 1e-5:
         raise ArtifactError(
-            f"the saved copy computes something else ({deviation:.3g} relative)", where=str(folder), remedy="Report this"
+            f"the saved copy computes something else ({deviation:.3g} relative)",
+            where=str(folder),
+            remedy="Report this",
         )
     return deviation
 
@@ -200,8 +204,12 @@ def load(folder: str | Path, *, backend: str = "auto", check_hashes: bool = True
         report = Report.from_plain(_read_json(path / "report.json"))
         graph = decode_graph(_read_json(path / "graph.json"), spec)
     except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(f"a JSON file is not of the expected shape ({error})", where=str(path), remedy=_TAMPERED) from error
-    recipe = from_plain(yaml.safe_load((path / "recipe.yaml").read_text(encoding="utf-8")), where=str(path / "recipe.yaml"))
+        raise ArtifactError(
+            f"a JSON file is not of the expected shape ({error})", where=str(path), remedy=_TAMPERED
+        ) from error
+    recipe = from_plain(
+        yaml.safe_load((path / "recipe.yaml").read_text(encoding="utf-8")), where=str(path / "recipe.yaml")
+    )
     weights = _read_weights(path, manifest, graph)
     try:
         check(graph, weights, spec, set(), after="loading")
@@ -232,7 +240,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise ArtifactError("there is no such folder", where=str(path), remedy="Check the path")
     if not (path / "manifest.json").is_file():
-        raise ArtifactError("no manifest.json in it: this is no dlqc artifact", where=str(path), remedy="Check the path")
+        raise ArtifactError(
+            "no manifest.json in it: this is no dlqc artifact", where=str(path), remedy="Check the path"
+        )
     manifest = _read_json(path / "manifest.json")
     version = manifest.get("format")
     if not isinstance(version, int) or not isinstance(manifest.get("files"), dict):
@@ -246,7 +256,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
         )
     missing = [name for name in _FILES if name not in manifest["files"]]
     if missing:
-        raise ArtifactError(f"the manifest does not list {missing[0]}", where=str(path / "manifest.json"), remedy=_TAMPERED)
+        raise ArtifactError(
+            f"the manifest does not list {missing[0]}", where=str(path / "manifest.json"), remedy=_TAMPERED
+        )
     return manifest
 
 
@@ -285,7 +297,9 @@ def _read_weights(path: Path, manifest: Mapping[str, Any], graph: Any) -> Weight
         shape = tuple(node.meta["val"].shape)
         if tuple(weights[key].shape) != shape:
             raise ArtifactError(
-                f"tensor {key!r} is {list(weights[key].shape)}, the graph says {list(shape)}", where=str(path), remedy=_TAMPERED
+                f"tensor {key!r} is {list(weights[key].shape)}, the graph says {list(shape)}",
+                where=str(path),
+                remedy=_TAMPERED,
             )
     for key in weights:
         if key not in wanted:

@@ -58,7 +58,9 @@ def find_blocks(graph: fx.Graph) -> list[Block]:
     separators = _separators(graph)
     if len(separators) < 2:
         return []
-    first, period, repeats = _longest_repeat([_signature(graph, a, b) for a, b in zip(separators, separators[1:], strict=False)])
+    first, period, repeats = _longest_repeat(
+        [_signature(graph, a, b) for a, b in zip(separators, separators[1:], strict=False)]
+    )
     if repeats < 2:
         cuts = _single(separators)
     else:
@@ -133,7 +135,9 @@ def _merge_shared(graph: fx.Graph, cuts: list[fx.Node]) -> list[fx.Node]:
     """Drop the boundaries between blocks that read a weight matrix in common."""
     owners: list[set[str]] = []
     for a, b in zip(cuts, cuts[1:], strict=False):
-        owners.append({str(n.target) for n in needed(graph, [a], [b]) if n.op == "get_attr" and n.meta["val"].dim() > 1})
+        owners.append(
+            {str(n.target) for n in needed(graph, [a], [b]) if n.op == "get_attr" and n.meta["val"].dim() > 1}
+        )
     counts = Counter(name for names in owners for name in names)
     shared = {name for name, count in counts.items() if count > 1}
     keep = [cuts[0]]

@@ -241,7 +241,12 @@ def rows_from(
             remedy="Give token ids [rows, length], or load the model from a folder that holds its tokenizer",
         )
     end = [spec.eos_id] if spec.eos_id is not None else []
-    ids = [i for d in documents if d.strip() for i in [*tokenizer(d, add_special_tokens=False)["input_ids"], *end]]
+    ids = [
+        i
+        for d in documents
+        if d.strip()
+        for i in [*tokenizer(d, add_special_tokens=False, verbose=False)["input_ids"], *end]
+    ]
     rows = len(ids) // length
     if rows == 0:
         raise CalibrationError(
@@ -289,7 +294,13 @@ def _from_ids(ids: torch.Tensor, spec: DiffusionSpec) -> TokenRows:
 
 
 def rollout_rows(
-    logits: Callable[[torch.Tensor], torch.Tensor], spec: DiffusionSpec, *, rows: int, length: int, seed: int, steps: int = 16
+    logits: Callable[[torch.Tensor], torch.Tensor],
+    spec: DiffusionSpec,
+    *,
+    rows: int,
+    length: int,
+    seed: int,
+    steps: int = 16,
 ) -> TokenRows:
     """Data-free rows: the model denoises empty canvases by ancestral sampling at temperature 1.
 

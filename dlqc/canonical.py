@@ -63,8 +63,16 @@ def drop_no_ops(graph: fx.Graph, weights: Weights) -> int:
         keeps = (
             is_call(node, *_NOTHING)
             or (is_call(node, *_CASTS) and same_type)
-            or (is_call(node, aten.add.Tensor) and node.args[1] == 0 and not isinstance(node.args[1], fx.Node) and same_type)
-            or (is_call(node, aten.expand.default, aten.view.default, aten.reshape.default) and _same_shape(node, source))
+            or (
+                is_call(node, aten.add.Tensor)
+                and node.args[1] == 0
+                and not isinstance(node.args[1], fx.Node)
+                and same_type
+            )
+            or (
+                is_call(node, aten.expand.default, aten.view.default, aten.reshape.default)
+                and _same_shape(node, source)
+            )
         )
         if keeps:
             replace(node, source)

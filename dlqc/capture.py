@@ -263,7 +263,9 @@ def verify(
     eager = _eager(model, dtype)
     for batch in cases:
         expected = eager(batch).float()
-        found = forward(captured.graph, captured.weights, batch, dtype=None if dtype is torch.float32 else dtype).float()
+        found = forward(
+            captured.graph, captured.weights, batch, dtype=None if dtype is torch.float32 else dtype
+        ).float()
         if expected.shape != found.shape:
             raise CaptureError(
                 f"the graph returns {list(found.shape)} where the model returns {list(expected.shape)}",

@@ -1,6 +1,6 @@
 """`compile`: model in, optimized module out. The file to read first.
 
-    capture → check against eager → check order and feasibility → passes, the law after each → runnable module
+capture → check against eager → check order and feasibility → passes, the law after each → runnable module
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ def compile(
     """
     recipe = as_recipe(passes)
     target = load_backend(backend)
-    captured, outcome, context = prepare(model, target, calibration=calibration, mask_id=mask_id, seed=seed, recipe=recipe)
+    captured, outcome, context = prepare(
+        model, target, calibration=calibration, mask_id=mask_id, seed=seed, recipe=recipe
+    )
     original, timing, stored = captured.weights.clone(), Timing(), _BeforeLowering()
     with _bar(progress) as tick:
         manager = PassManager(recipe.passes, (timing, stored, *instruments), progress=tick)

@@ -154,7 +154,9 @@ def mask_class(graph: fx.Graph, weights: Weights, mask: fx.Node) -> str:
         through = value if value.dtype is torch.bool else value == 0
         if bool(through.all()):
             kinds.add("full")
-        elif through.shape[-2:] == (length, length) and bool((through == through.new_ones(length, length).tril()).all()):
+        elif through.shape[-2:] == (length, length) and bool(
+            (through == through.new_ones(length, length).tril()).all()
+        ):
             kinds.add("causal")
         else:
             kinds.add("other")

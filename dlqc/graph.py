@@ -120,7 +120,11 @@ def fake_mode(graph: fx.Graph) -> Any:
 
 
 def call_before(
-    graph: fx.Graph, before: fx.Node, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    graph: fx.Graph,
+    before: fx.Node,
+    target: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
 ) -> fx.Node:
     """Insert a call before a node and give it its fake value."""
     with graph.inserting_before(before):

@@ -1,7 +1,7 @@
 """Instruments: what watches passes from outside.
 
-    Timing    seconds and peak memory of every pass, into `records`
-    Dump      the graph as text after every pass, and the difference to the one before, into a folder
+Timing    seconds and peak memory of every pass, into `records`
+Dump      the graph as text after every pass, and the difference to the one before, into a folder
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ class Timing(Instrument):
         self._start[id(p)] = time.perf_counter()
 
     def after(self, p: Pass, graph: fx.Graph, ctx: Context, report: PassReport) -> None:
-        self.records.append(Record(report.metrics.pop("seconds", time.perf_counter() - self._start[id(p)]), peak_memory()))
+        self.records.append(
+            Record(report.metrics.pop("seconds", time.perf_counter() - self._start[id(p)]), peak_memory())
+        )
 
 
 class Dump(Instrument):

@@ -20,7 +20,20 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from dlqc.graph import LAYER_NORM, LINEAR, NORMS, Linear, arg, as_linear, aten, call_before, constant_name, is_call, read, uses
+from dlqc.graph import (
+    LAYER_NORM,
+    LINEAR,
+    NORMS,
+    Linear,
+    arg,
+    as_linear,
+    aten,
+    call_before,
+    constant_name,
+    is_call,
+    read,
+    uses,
+)
 from dlqc.weights import ScaleColumns, ScaleRows, Weights
 
 _MUL = aten.mul.Tensor

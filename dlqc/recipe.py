@@ -89,7 +89,9 @@ def as_recipe(source: str | Path | Recipe | Pass | Sequence[Pass]) -> Recipe:
     for item in source:
         if not isinstance(item, Pass):
             raise RecipeError(
-                f"{item!r} is no pass", where="passes", remedy="Give Pass objects, a preset name, a file, or one line of text"
+                f"{item!r} is no pass",
+                where="passes",
+                remedy="Give Pass objects, a preset name, a file, or one line of text",
             )
     return Recipe("custom", tuple(source))
 
@@ -120,7 +122,9 @@ def _from_file(path: Path) -> Recipe:
 def from_plain(data: Any, *, where: str = "recipe") -> Recipe:
     """A recipe from plain data: `{name: …, passes: [pack, {calibrate: {sequences: 64}}, …]}`."""
     if not isinstance(data, Mapping) or not isinstance(data.get("passes"), list):
-        raise RecipeError("a recipe is a mapping with a list 'passes'", where=where, remedy="See docs/recipes.md for the shape")
+        raise RecipeError(
+            "a recipe is a mapping with a list 'passes'", where=where, remedy="See docs/recipes.md for the shape"
+        )
     for key in data.keys() - {"name", "passes"}:
         raise RecipeError(f"unknown key {key!r}", where=where, remedy=nearest(str(key), ["name", "passes"]))
     return Recipe(str(data.get("name", "custom")), tuple(_decode_pass(item, where) for item in data["passes"]))
@@ -155,7 +159,9 @@ def _from_ast(node: ast.expr, text: str) -> Any:
     try:
         return ast.literal_eval(node)
     except ValueError as error:
-        raise RecipeError(f"{ast.unparse(node)!r} is no plain value", where="passes", remedy="Use numbers and names") from error
+        raise RecipeError(
+            f"{ast.unparse(node)!r} is no plain value", where="passes", remedy="Use numbers and names"
+        ) from error
 
 
 def _decode_pass(item: Any, where: str) -> Pass:
@@ -218,7 +224,9 @@ def _option(hint: Any, value: Any, where: str) -> Any:
     try:
         return pydantic.TypeAdapter(hint).validate_python(value)
     except pydantic.ValidationError as error:
-        raise RecipeError(f"{value!r} does not fit ({error.errors()[0]['msg']})", where=where, remedy=f"Expected {hint}") from error
+        raise RecipeError(
+            f"{value!r} does not fit ({error.errors()[0]['msg']})", where=where, remedy=f"Expected {hint}"
+        ) from error
 
 
 def _encode(options: Any) -> Any:
@@ -260,7 +268,9 @@ def _preset(name: str, found: re.Match[str]) -> Recipe:
     smoothing = method in ("smoothquant", "smooth")
     calibrated = smoothing or method == "gptq"
     if variant and method != "gptq":
-        raise RecipeError(f"-{variant} goes with gptq only", where=name, remedy=f"Use {name.removesuffix('-' + variant)!r}")
+        raise RecipeError(
+            f"-{variant} goes with gptq only", where=name, remedy=f"Use {name.removesuffix('-' + variant)!r}"
+        )
     steps: list[Pass] = []
     if calibrated:
         sampler = Clean() if variant == "clean" else MaskedSimulation()

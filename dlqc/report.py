@@ -44,7 +44,15 @@ class Step:
         declined = [(d.site, d.reason) for d in report.declined]
         measured = (record.seconds, record.peak_mb, report.certificate)
         return cls(
-            p.name, options, report.sites, declined, *measured, report.metrics, report.details, report.choices, report.notes
+            p.name,
+            options,
+            report.sites,
+            declined,
+            *measured,
+            report.metrics,
+            report.details,
+            report.choices,
+            report.notes,
         )
 
 
@@ -137,7 +145,15 @@ class Report:
             ratios = sorted(d["sqnr_db"] for d in s.details.values() if "sqnr_db" in d)
             quality = f"{ratios[0]:.1f} / {ratios[len(ratios) // 2]:.1f}" if ratios else ""
             certificate = "" if s.certificate is None else f"{s.certificate:.1e}"
-            row = (s.name, str(s.sites), str(len(s.declined)), f"{s.seconds:.2f}", f"{s.peak_mb:.0f}", certificate, quality)
+            row = (
+                s.name,
+                str(s.sites),
+                str(len(s.declined)),
+                f"{s.seconds:.2f}",
+                f"{s.peak_mb:.0f}",
+                certificate,
+                quality,
+            )
             table.add_row(*row)
         return table
 

@@ -39,7 +39,11 @@ def _encode_node(node: fx.Node) -> dict[str, Any]:
     item: dict[str, Any] = {"name": node.name, "op": node.op}
     if node.op == "get_attr":
         val = node.meta["val"]
-        return item | {"target": str(node.target), "shape": [int(s) for s in val.shape], "dtype": _dtype_name(val.dtype)}
+        return item | {
+            "target": str(node.target),
+            "shape": [int(s) for s in val.shape],
+            "dtype": _dtype_name(val.dtype),
+        }
     if node.op == "placeholder":
         return item
     if node.op == "call_function":
@@ -80,7 +84,9 @@ def _encode(value: Any) -> Any:
         return {"float": repr(value)}
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise ArtifactError(f"an argument of type {type(value).__name__} cannot be stored", where="graph", remedy="Report this")
+    raise ArtifactError(
+        f"an argument of type {type(value).__name__} cannot be stored", where="graph", remedy="Report this"
+    )
 
 
 def decode_graph(data: Any, spec: DiffusionSpec) -> fx.Graph:
@@ -167,6 +173,3 @@ def _decode(value: Any, env: dict[str, fx.Node]) -> Any:
         if tag == "float":
             return {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}[content]
     return {k: _decode(v, env) for k, v in value.items()}
-
-
-

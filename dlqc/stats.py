@@ -28,7 +28,9 @@ class Collector:
     def __init__(self, wanted: Iterable[str], sites: Sequence[Linear]) -> None:
         self.wanted = frozenset(wanted)
         for name in self.wanted - set(STATISTICS):
-            raise ContractError(f"no statistic is called {name!r}", where="statistics", remedy=nearest(name, STATISTICS))
+            raise ContractError(
+                f"no statistic is called {name!r}", where="statistics", remedy=nearest(name, STATISTICS)
+            )
         self._sites = sites
         self._sums: dict[fx.Node, dict[str, torch.Tensor]] = {}
         self._weight_sum: dict[fx.Node, float] = {}
@@ -58,7 +60,9 @@ class Collector:
             peak = x[c > 0].abs().amax(dim=0) if bool((c > 0).any()) else torch.zeros(k)
             sums["absmax"] = torch.maximum(sums.get("absmax", torch.zeros(k)), peak)
         if "meanabs" in self.wanted:
-            sums["meanabs"] = sums.get("meanabs", torch.zeros(k, dtype=torch.float64)) + (c[:, None] * x.abs()).sum(0).double()
+            sums["meanabs"] = (
+                sums.get("meanabs", torch.zeros(k, dtype=torch.float64)) + (c[:, None] * x.abs()).sum(0).double()
+            )
             self._weight_sum[node] = self._weight_sum.get(node, 0.0) + float(c.sum())
         if "hessian" in self.wanted:
             scaled = x * c.sqrt()[:, None]

@@ -15,7 +15,16 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from dlqc.calibration import Certainty, Clean, ForwardProcess, MaskedSimulation, TokenRows, Uniform, draw_states, rollout_rows
+from dlqc.calibration import (
+    Certainty,
+    Clean,
+    ForwardProcess,
+    MaskedSimulation,
+    TokenRows,
+    Uniform,
+    draw_states,
+    rollout_rows,
+)
 from dlqc.contract import Context, Pass, PassReport, Plan
 from dlqc.errors import CalibrationError
 from dlqc.execute import forward

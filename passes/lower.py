@@ -20,7 +20,17 @@ from dlqc.contract import Context, Pass, PassReport, Plan
 from dlqc.errors import LoweringError
 from dlqc.formats.activation import ActFormat
 from dlqc.formats.integer import IntFormat
-from dlqc.graph import activation_quantizer, call_before, constant_name, is_call, module_name, read, replace, sweep, width
+from dlqc.graph import (
+    activation_quantizer,
+    call_before,
+    constant_name,
+    is_call,
+    module_name,
+    read,
+    replace,
+    sweep,
+    width,
+)
 from dlqc.ops import LINEAR_PACKED
 
 
@@ -43,7 +53,11 @@ class Lower(Pass):
         report = PassReport()
         sites = [node for node in graph.nodes if is_call(node, LINEAR_PACKED)]
         chosen = [self._choose(node, ctx) for node in sites]
-        failed = [f"{name}: {'; '.join(f'{k}: {v}' for k, v in why.items())}" for name, kernel, _, why in chosen if kernel is None]
+        failed = [
+            f"{name}: {'; '.join(f'{k}: {v}' for k, v in why.items())}"
+            for name, kernel, _, why in chosen
+            if kernel is None
+        ]
         if failed:
             raise LoweringError(
                 f"no kernel of backend {ctx.backend.name!r} supports {'; '.join(failed)}",

@@ -62,7 +62,9 @@ class QuantizeActivations(Pass):
                 continue
             x = node.args[0]
             if x not in quantizers:
-                quantizers[x] = call_before(graph, node, QUANTIZE_ACT, (x, self.bits, self.group_size or 0, self.symmetric))
+                quantizers[x] = call_before(
+                    graph, node, QUANTIZE_ACT, (x, self.bits, self.group_size or 0, self.symmetric)
+                )
             node.replace_input_with(x, quantizers[x])
             report.sites += 1
         report.metrics["quantizers"] = len(quantizers)

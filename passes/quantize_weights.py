@@ -118,7 +118,13 @@ class QuantizeWeights(Pass):
         for site in sites:
             codes, scales = (read(graph, ctx.weights, names[role], site.node) for role in ("codes", "scales"))
             zeros = None if rounded.weight.zeros is None else read(graph, ctx.weights, names["zeros"], site.node)
-            bias = None if site.bias is None else site.node.args[2] if len(site.node.args) > 2 else site.node.kwargs["bias"]
+            bias = (
+                None
+                if site.bias is None
+                else site.node.args[2]
+                if len(site.node.args) > 2
+                else site.node.kwargs["bias"]
+            )
             args = (site.x, codes, scales, zeros, bias, self.bits, self.group_size or 0)
             replace(site.node, call_before(graph, site.node, LINEAR_Q, args))
         bits = self.format.bits_per_weight(sites[0].out_features, sites[0].in_features)

@@ -78,7 +78,7 @@ def wilson(right: int, total: int) -> Interval:
     share, spread = right / total, z * z / total
     centre = (share + spread / 2) / (1 + spread)
     half = z / (1 + spread) * math.sqrt(share * (1 - share) / total + spread / (4 * total))
-    return Interval(share, centre - half, centre + half, total)
+    return Interval(share, max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half)), total)
 
 
 def _central_mass(t: float, freedom: int) -> float:

@@ -176,10 +176,12 @@ def check_ids(ids: Tensor, spec: DiffusionSpec, *, where: str, more: int = 0) ->
     length, room = ids.shape[1] + more, spec.max_length - ids.shape[1]
     if length > spec.max_length:
         raise FeasibilityError(
-            f"{ids.shape[1]} tokens" + (f" and {more} to generate" if more else "") + f" make {length}, "
-            f"the model was made for {spec.max_length}",
+            (f"{ids.shape[1]} with {more} to generate are {length} tokens" if more else f"rows of {length} tokens")
+            + f", the model was made for {spec.max_length}",
             where=where,
-            remedy=f"Use gen_length={room} or less" if more and room > 0 else f"Cut it below {spec.max_length} tokens",
+            remedy=f"Use gen_length={room} or less"
+            if more and room > 0
+            else f"Cut the {'prompt below' if more else 'rows to'} {spec.max_length} tokens",
         )
     if ids.numel() and bool(((ids < 0) | (ids >= spec.vocab_size)).any()):
         raise FeasibilityError(

@@ -280,7 +280,7 @@ def check_not_negative(options: object, *names: str) -> None:
     """Refuse options below 0."""
     for name in names:
         if not getattr(options, name) >= 0:
-            raise FeasibilityError(f"{getattr(options, name)} is negative", where=name, remedy="Use 0 or more")
+            raise FeasibilityError(f"{getattr(options, name)} is not at least 0", where=name, remedy="Use 0 or more")
 
 
 def check_known(name: str, value: str, known: tuple[str, ...]) -> None:

@@ -135,17 +135,25 @@ class IntFormat:
         return total / (out_features * in_features)
 
     def parameters(
-        self, weight: torch.Tensor, *, clip: Clip = "minmax", importance: torch.Tensor | None = None
+        self,
+        weight: torch.Tensor,
+        *,
+        clip: Clip = "minmax",
+        shrink: float = 1.0,
+        importance: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Choose scales [N, G] in `scale_dtype` and zero points uint8 [N, G] (None if symmetric) for `weight` [N, K].
 
         Args:
             weight: finite values of any floating dtype.
             clip: "minmax" covers the whole range; "mse" searches a smaller one (see the module docstring).
+            shrink: part of the range that is covered, or the largest one that is searched; within 0 and 1.
             importance: [K], positive weights of the squared errors in the "mse" search; None weighs all alike.
         """
         if clip not in ("minmax", "mse"):
             raise RecipeError(f"unknown clip {clip!r}", where="clip", remedy="Use 'minmax' or 'mse'")
+        if not 0 < shrink <= 1:
+            raise RecipeError(f"a range cannot shrink to {shrink} of itself", where="shrink", remedy="Use 0.8 to 1")
         count, width = weight.shape
         groups = self.groups(width)
         root = None if importance is None else _root(importance, groups, width)
@@ -156,11 +164,11 @@ class IntFormat:
             least, most = torch.aminmax(part, dim=-1)
             if not bool(torch.isfinite(least + most).all()):
                 raise _not_finite(weight)
-            scale, zero = self._grid(least, most)
+            scale, zero = self._grid(least * shrink, most * shrink)
             if not bool(torch.isfinite(scale).all()):
                 raise self._overflow(weight)
             if clip == "mse":
-                scale, zero = self._search(part, least, most, root)
+                scale, zero = self._search(part, least * shrink, most * shrink, root)
             level = least.abs().to(scales.dtype).float()
             constant = (least == most) & (level >= self._floor) & torch.isfinite(level)
             scale = torch.where(constant, level, scale)

@@ -17,6 +17,11 @@ R is the Cholesky factor of H with rows and columns reversed. The code keeps the
 that is rounded *last*, `upper` [K, K] has upperᵀ·upper = reversed H, and columns are rounded from the bottom up.
 Weights are kept transposed, so that a column is contiguous.
 
+Groups' scales. What is rounded is t, not w. Where inputs are strongly correlated and bits are few, t spreads much wider
+than w: scales with the least error on w then clamp t, and the clamped errors feed on each other (at 2 bits this can
+cost more than it saves by far, at 4 bits hardly). So clip="trial" rounds up to 256 evenly spaced rows with each choice
+in TRIALS and keeps the one with the least loss; rows are independent, which makes the sample a fair one.
+
 Factorization in float64; the feedback in float32 (`dtype`). Peak memory: H, one float64 copy of it, two float32 copies
 and one uint8 copy of the weight.
 """
@@ -25,47 +30,57 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
-from dlqc.errors import CalibrationError, FeasibilityError, RecipeError
-from dlqc.formats.integer import SCALE_DTYPES, Clip, IntFormat, QuantizedWeight
+from dlqc.errors import CalibrationError, ContractError, FeasibilityError, RecipeError
+from dlqc.formats.integer import Clip, IntFormat, QuantizedWeight
 from dlqc.rounding.contract import Rounded, Rounding
-from dlqc.rounding.rtn import output_energy, sqnr_db
+from dlqc.rounding.hessian import MAX_DAMP, Factor, factorize, output_energy, sqnr_db
+
+Parameters = tuple[torch.Tensor, torch.Tensor | None]
+
+# Ways to choose a group's scale that clip="trial" compares: IntFormat.parameters' clip and shrink.
+TRIALS: tuple[tuple[Clip, float], ...] = (("mse", 1.0), ("minmax", 1.0), ("minmax", 0.9), ("minmax", 0.8))
+
+# Rows, evenly spaced, on which the trials are made and rounding to nearest is measured.
+SAMPLE = 256
 
 # Rows of a block that are rounded before their errors reach the others by a product of matrices: the rows that one
 # step reads (16 · N float32) stay in the second-level cache.
 INNER = 16
 
-# Rows, evenly spaced, on which round-to-nearest is measured for comparison.
-COMPARED = 256
-
-# Rows of the Hessian copied at a time.
-COPIED = 512
-
 # Below this share of the damped loss, the undamped one is not taken as a difference but computed.
 CANCELLED = 1e-3
-
-MAX_DAMP = 10.0
 
 
 @dataclass(frozen=True)
 class Gptq(Rounding):
-    """GPTQ; the options are those of `gptq`."""
+    """GPTQ.
+
+    Attributes:
+        act_order: round columns by falling diagonal of H. Codes and groups stay in place: no g_idx.
+        static_groups: fix the groups' scales from the original weight. Otherwise they are chosen on entering a group,
+            from the weight as corrected so far.
+        clip: how scales are chosen: "minmax" and "mse" as in `IntFormat.parameters`, where "mse" weighs column k by
+            R_kk², its share of the loss; "trial" takes the best of TRIALS for the layer.
+        damp: the first λ tried, as a fraction of the mean diagonal.
+        block: columns between two products with all earlier errors. It changes the time, not the definition.
+    """
 
     name: ClassVar[str] = "gptq"
     statistics: ClassVar[frozenset[str]] = frozenset({"hessian"})
 
     act_order: bool = True
     static_groups: bool = True
-    clip: Clip = "mse"
+    clip: Literal["minmax", "mse", "trial"] = "trial"
     damp: float = 0.01
     block: int = 128
 
     def __post_init__(self) -> None:
-        if self.clip not in ("minmax", "mse"):
-            raise RecipeError(f"unknown clip {self.clip!r}", where="clip", remedy="Use 'minmax' or 'mse'")
+        if self.clip not in ("minmax", "mse", "trial"):
+            raise RecipeError(f"unknown clip {self.clip!r}", where="clip", remedy="Use 'minmax', 'mse' or 'trial'")
         if not 0 <= self.damp <= MAX_DAMP:
             what = f"damping of {self.damp} times the mean diagonal is not within 0 and {MAX_DAMP:g}"
             raise RecipeError(what, where="damp", remedy="Use 0.01")
@@ -85,56 +100,6 @@ class Gptq(Rounding):
 DEFAULTS = Gptq()
 
 
-@dataclass(frozen=True, eq=False)
-class Factor:
-    """A damped Hessian, ordered and factorized. Linears that read the same input (q, k, v; gate, up) can share it.
-
-    Attributes:
-        hessian: the undamped H [K, K] it was made from (not a copy).
-        order: [K], the columns of W in reversed order of rounding.
-        upper: float64 [K, K], upper triangular, upperᵀ·upper = H[order][:, order] + λI.
-        ridge: λ.
-        damp: λ over the mean of H's positive diagonal elements.
-        tries: factorizations it took to find a damping that works.
-    """
-
-    hessian: torch.Tensor
-    order: torch.Tensor
-    upper: torch.Tensor
-    ridge: float
-    damp: float
-    tries: int
-
-
-def factorize(hessian: torch.Tensor, options: Gptq = DEFAULTS) -> Factor:
-    """Order, damp and factorize H [K, K], of which only one triangle is read.
-
-    Starts at λ = damp · mean(positive diagonal) and multiplies it by 10 until the factorization succeeds and its
-    smallest squared pivot is above K·2⁻⁵²·max(diagonal). A column whose input was always zero is left with λ alone,
-    which makes it independent of the others: it is rounded to nearest.
-    """
-    diagonal = hessian.diagonal().double()
-    if not bool(torch.isfinite(hessian.sum(dtype=torch.float64))):
-        remedy = "The layer's input overflowed: calibrate in bfloat16 or float32"
-        raise CalibrationError("the Hessian is not finite", where="hessian", remedy=remedy)
-    live = diagonal[diagonal != 0]
-    if live.numel() == 0:
-        remedy = "Check that calibration reaches this layer and that its token weights are not all zero"
-        raise CalibrationError("the Hessian is zero", where="hessian", remedy=remedy)
-    mean, largest = live.mean().item(), live.max().item()
-    forward = torch.argsort(diagonal, descending=True, stable=True) if options.act_order else None
-    order = torch.arange(len(diagonal), device=diagonal.device).flip(0) if forward is None else forward.flip(0)
-    damp, tries = options.damp, 0
-    while bool(live.min() > 0) and damp <= MAX_DAMP:
-        tries += 1
-        upper = _cholesky(hessian, order, damp * mean)
-        if upper is not None and bool(upper.diagonal().square().min() > len(diagonal) * 2.0**-52 * largest):
-            return Factor(hessian, order, upper, damp * mean, damp, tries)
-        damp = max(10 * damp, 1e-6)
-    what = f"the Hessian is not positive, even damped by {MAX_DAMP:g} times its mean diagonal"
-    raise CalibrationError(what, where="hessian", remedy="It must be Σ c·x·xᵀ with c ≥ 0: check the token weights")
-
-
 def gptq(
     weight: torch.Tensor,
     hessian: torch.Tensor | Factor,
@@ -146,116 +111,121 @@ def gptq(
     """Round `weight` [N, K] to `fmt` against the output error on inputs with second moment `hessian` [K, K].
 
     Args:
-        hessian: H, or its `Factor` (then `act_order` and `damp` are those it was made with).
+        hessian: H, or its `Factor` (then `damp` is what it was made with). Linears that read the
+            same input can share a factor, or be stacked along N: rows do not depend on each other.
         dtype: arithmetic of the feedback, float32 or float64.
 
     Metrics: `sqnr_db`; `loss`, tr(E H Eᵀ) without λ; `loss_rtn`, the same for rounding to nearest with scales chosen
-    as here from the original weight (from up to 256 evenly spaced rows, as the ratio to this method's loss on them);
-    `damp` and `damp_tries`.
+    in the same way (from up to 256 evenly spaced rows, as the ratio to this method's loss on them); `damp` and
+    `damp_tries`; `shrink`, the part of the weights' range that the scales cover, 0 if that was searched by group.
     """
-    factor = hessian if isinstance(hessian, Factor) else factorize(hessian, options)
+    factor = hessian
+    if not isinstance(factor, Factor):
+        factor = factorize(factor, act_order=options.act_order, damp=options.damp)
     count, width = weight.shape
     if factor.order.shape[0] != width:
         what = f"the Hessian is of {factor.order.shape[0]} input features, the weight of {width}"
         raise CalibrationError(what, where="hessian", remedy="Use the statistics of this layer")
-    forward = torch.argsort(factor.order)
-    importance = factor.upper.diagonal().square()[forward]
+    if factor.act_order != options.act_order:
+        what = f"the factor was made with act_order={factor.act_order}, the options say {options.act_order}"
+        raise ContractError(what, where="act_order", remedy="Pass the same options to factorize() and gptq()")
     exact = weight.to(dtype)
-    work = exact.T.index_select(0, factor.order)
-    if options.static_groups or fmt.group_size is None:
-        scales, zeros = fmt.parameters(weight, clip=options.clip, importance=importance)
-        codes, loss = _solve(work, factor, fmt, _Static(fmt, scales, zeros, factor.order), options.block)
-    else:
-        entering = _Entering(fmt, options.clip, importance, count)
-        codes, loss = _solve(work, factor, fmt, entering, fmt.group_size)
-        scales, zeros = entering.scales, entering.zeros
-    rounded = QuantizedWeight(codes.index_select(0, forward).T.contiguous(), scales, zeros, fmt)
+    rows = torch.linspace(0, count - 1, min(count, SAMPLE), device=weight.device).round().long()
+    sample = exact[rows]
+    trials: tuple[tuple[Clip, float], ...] = TRIALS if options.clip == "trial" else ((options.clip, 1.0),)
+    grids = [_Grid(fmt, clip, shrink, factor) for clip, shrink in trials]
+    grid = min(grids, key=lambda tried: _round(sample, tried, options)[2]) if len(grids) > 1 else grids[0]
+    rounded, work, loss = _round(exact, grid, options)
 
-    sample = torch.linspace(0, count - 1, min(count, COMPARED), device=weight.device).long()
-    own = output_energy(work[:, sample].index_select(0, forward).T, factor.hessian).sum().item()
-    nearest = _nearest(exact[sample], fmt, options.clip, importance)
-    other = output_energy(exact[sample] - nearest, factor.hessian).sum().item()
+    back = torch.argsort(factor.order)
+    own = output_energy(work[:, rows][back].T, factor.hessian).sum().item()
+    other = output_energy(sample - grid.nearest(sample), factor.hessian).sum().item()
     noise = loss - factor.ridge * torch.linalg.vector_norm(work, dtype=torch.float64).item() ** 2
-    if count <= COMPARED:
+    if count <= SAMPLE:
         noise = own
     elif noise < CANCELLED * loss:
-        noise = output_energy(work.index_select(0, forward).T, factor.hessian).sum().item()
+        noise = output_energy(work[back].T, factor.hessian).sum().item()
     signal = output_energy(exact, factor.hessian).sum().item()
     metrics = {
         "sqnr_db": sqnr_db(signal, noise),
         "loss": noise,
-        "loss_rtn": other * (noise / own if own > 0 else count / len(sample)),
+        "loss_rtn": other * (noise / own if own > 0 else count / len(rows)),
         "damp": factor.damp,
         "damp_tries": float(factor.tries),
+        "shrink": 0.0 if grid.clip == "mse" else grid.shrink,
     }
     return Rounded(rounded, metrics)
 
 
-class _Static:
-    """Scales and zero points [block, N] of the columns of a block, fixed beforehand for all groups."""
+@dataclass(frozen=True, eq=False)
+class _Grid:
+    """How the scales and zero points of one layer are chosen."""
 
-    def __init__(self, fmt: IntFormat, scales: torch.Tensor, zeros: torch.Tensor | None, order: torch.Tensor) -> None:
-        self.group = order // (fmt.group_size or len(order))
-        self.scales = scales.T.contiguous()
-        self.zeros = None if zeros is None else zeros.T.contiguous()
+    fmt: IntFormat
+    clip: Clip
+    shrink: float
+    factor: Factor
 
-    def __call__(
-        self, block: slice, target: torch.Tensor, original: torch.Tensor, near: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        group = self.group[block]
-        return self.scales[group].to(target.dtype), None if self.zeros is None else self.zeros[group].to(target.dtype)
+    def parameters(self, weight: torch.Tensor, columns: slice = slice(None)) -> Parameters:
+        """Scales [N, G] and zero points for `columns` of W."""
+        if self.clip == "minmax":
+            return self.fmt.parameters(weight, shrink=self.shrink)
+        importance = torch.empty_like(self.factor.upper.diagonal())
+        importance[self.factor.order] = self.factor.upper.diagonal().square()
+        return self.fmt.parameters(weight, clip=self.clip, importance=importance[columns])
 
-
-class _Entering:
-    """The same for the block that is one whole group, chosen from the weight as corrected for all earlier errors.
-
-    The correction X [g, N] of the group's columns must cancel the errors' contribution to (W-Ŵ)R there: near·X = t - w.
-    """
-
-    def __init__(self, fmt: IntFormat, clip: Clip, importance: torch.Tensor, count: int) -> None:
-        groups = fmt.groups(len(importance))
-        self.fmt, self.clip, self.importance = fmt, clip, importance
-        self.scales = torch.empty(count, groups, dtype=SCALE_DTYPES[fmt.scale_dtype], device=importance.device)
-        self.zeros = None if fmt.symmetric else torch.empty_like(self.scales, dtype=torch.uint8)
-
-    def __call__(
-        self, block: slice, target: torch.Tensor, original: torch.Tensor, near: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        correction = torch.linalg.solve_triangular(near, target - original, upper=True, unitriangular=True)
-        group = (len(self.importance) - block.stop) // len(target)
-        importance = self.importance[group * len(target) : (group + 1) * len(target)]
-        corrected = (original + correction).flip(0).T
-        scales, zeros = self.fmt.parameters(corrected, clip=self.clip, importance=importance)
-        self.scales[:, group : group + 1] = scales
-        if self.zeros is None or zeros is None:
-            return scales.T.to(target.dtype).expand_as(target), None
-        self.zeros[:, group : group + 1] = zeros
-        return scales.T.to(target.dtype).expand_as(target), zeros.T.to(target.dtype).expand_as(target)
+    def nearest(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight rounded to nearest on this grid, float32."""
+        scales, zeros = self.parameters(weight)
+        return QuantizedWeight(self.fmt.encode(weight, scales, zeros), scales, zeros, self.fmt).dequantize()
 
 
-def _solve(
-    work: torch.Tensor, factor: Factor, fmt: IntFormat, grid: _Static | _Entering, block: int
-) -> tuple[torch.Tensor, float]:
-    """Round all columns of `work` [K, N], which holds Wᵀ in reversed order and is turned into the errors W - Ŵ.
-
-    Returns codes uint8 [K, N] and Σ_k R_kk²·‖t_k - ŵ_k‖².
-    """
-    width = work.shape[0]
+def _round(exact: torch.Tensor, grid: _Grid, options: Gptq) -> tuple[QuantizedWeight, torch.Tensor, float]:
+    """Round `exact` [N, K]: the result; the errors W - Ŵ [K, N], transposed and reversed; Σ_k R_kk²·‖t_k - ŵ_k‖²."""
+    fmt, order, upper = grid.fmt, grid.factor.order, grid.factor.upper
+    width = len(order)
+    group = fmt.group_size or width
+    static = options.static_groups or group == width
+    block = options.block if static else group
+    work = exact.T.index_select(0, order)
     codes = torch.empty_like(work, dtype=torch.uint8)
     loss = torch.zeros((), dtype=torch.float64, device=work.device)
+    chosen = [grid.parameters(exact)] if static else []
+    table = _transposed(chosen[0]) if static else None
     for stop in range(width, 0, -block):
         rows = slice(max(0, stop - block), stop)
         size = stop - rows.start
-        pivots = factor.upper.diagonal()[rows]
-        feedback = (factor.upper[rows, rows.start :] / pivots.unsqueeze(1)).to(work.dtype)
+        pivots = upper.diagonal()[rows]
+        feedback = (upper[rows, rows.start :] / pivots.unsqueeze(1)).to(work.dtype)
         near = feedback[:, :size]
         target = torch.addmm(work[rows], feedback[:, size:], work[stop:])
-        scale, zero = grid(rows, target, work[rows], near)
+        if table is None:
+            # The correction X of the whole group cancels what the errors so far add to (W-Ŵ)R there: near·X = t - w.
+            correction = torch.linalg.solve_triangular(near, target - work[rows], upper=True, unitriangular=True)
+            corrected = (work[rows] + correction).flip(0).T
+            chosen.append(grid.parameters(corrected, slice(width - stop, width - rows.start)))
+            scale, zero = _columns(_transposed(chosen[-1]), torch.zeros_like(order[rows]), work.dtype)
+        else:
+            scale, zero = _columns(table, order[rows] // group, work.dtype)
         levels = _round_block(target, work[rows], near, scale, zero, fmt)
         codes[rows] = (levels + (fmt.midpoint if zero is None else zero)).to(torch.uint8)
         residual = target.addcmul_(levels, scale, value=-1).square_().sum(dim=1, dtype=torch.float64)
         loss += pivots.square() @ residual
-    return codes, loss.item()
+    codes = codes[torch.argsort(order)].T.contiguous()
+    scales = torch.cat([part[0] for part in chosen], dim=1)
+    zeros = None if fmt.symmetric else torch.cat([part[1] for part in chosen if part[1] is not None], dim=1)
+    return QuantizedWeight(codes, scales, zeros, fmt), work, loss.item()
+
+
+def _transposed(parameters: Parameters) -> Parameters:
+    scales, zeros = parameters
+    return scales.T.contiguous(), None if zeros is None else zeros.T.contiguous()
+
+
+def _columns(table: Parameters, group: torch.Tensor, dtype: torch.dtype) -> Parameters:
+    """Scales and zero points [block, N] of the columns that belong to the groups `group` [block]."""
+    scales, zeros = table
+    return scales[group].to(dtype), None if zeros is None else zeros[group].to(dtype)
 
 
 def _round_block(
@@ -271,32 +241,16 @@ def _round_block(
     On entry `target` lacks the feedback of errors inside the block; on return it is t. `work` turns from w to w - ŵ.
     """
     levels = torch.empty_like(target)
-    low = [-fmt.midpoint] * len(target) if zero is None else list((-zero).unbind(0))
-    high = [fmt.top - fmt.midpoint] * len(target) if zero is None else list((fmt.top - zero).unbind(0))
+    low, high = (None, None) if zero is None else (-zero, fmt.top - zero)
     for stop in range(len(target), 0, -INNER):
         start = max(0, stop - INNER)
         target[start:stop].addmm_(near[start:stop, stop:], work[stop:])
         for row in range(stop - 1, start - 1, -1):
             aim = target[row].addmv_(work[row + 1 : stop].T, near[row, row + 1 : stop])
-            level = torch.div(aim, scale[row], out=levels[row]).round_().clamp_(low[row], high[row])
+            level = torch.div(aim, scale[row], out=levels[row]).round_()
+            if low is None or high is None:
+                level.clamp_(-fmt.midpoint, fmt.top - fmt.midpoint)
+            else:
+                level.clamp_(low[row], high[row])
             work[row].addcmul_(level, scale[row], value=-1)
     return levels
-
-
-def _nearest(weight: torch.Tensor, fmt: IntFormat, clip: Clip, importance: torch.Tensor) -> torch.Tensor:
-    scales, zeros = fmt.parameters(weight, clip=clip, importance=importance)
-    return QuantizedWeight(fmt.encode(weight, scales, zeros), scales, zeros, fmt).dequantize()
-
-
-def _cholesky(hessian: torch.Tensor, order: torch.Tensor, ridge: float) -> torch.Tensor | None:
-    """Upper triangular float64 U with UᵀU = H[order][:, order] + ridge·I, or None; one copy of H, factorized in place."""
-    upper = torch.empty_like(hessian, dtype=torch.float64, memory_format=torch.contiguous_format)
-    for start in range(0, len(order), COPIED):
-        rows = slice(start, start + COPIED)
-        upper[rows] = hessian[order[rows]][:, order]
-    upper.diagonal().add_(ridge)
-    # The lower factor of the transposed view is the upper one of the matrix; LAPACK wants that column-major view.
-    lower = upper.mT
-    info = torch.empty((), dtype=torch.int32, device=upper.device)
-    torch.linalg.cholesky_ex(lower, out=(lower, info))
-    return upper if int(info) == 0 and bool(torch.isfinite(upper.diagonal()).all()) else None

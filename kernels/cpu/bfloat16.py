@@ -2,8 +2,8 @@
 
     x  →  x̂ (if the site quantizes activations: float32 values that their codes stand for)  →  bfloat16 [M, K]
 
-torch's weight-only ops also take float16 and float32, but are not vectorized for them. Rounding x (or x̂) to bfloat16
-changes an element by at most 2^-8 of itself.
+torch's weight-only ops also take float16 and float32, on a far slower path. Rounding x (or x̂) to bfloat16 changes an
+element by at most 2^-8 of itself.
 """
 
 from __future__ import annotations

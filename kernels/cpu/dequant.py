@@ -38,6 +38,8 @@ def dequant(
     act_symmetric: bool,
 ) -> Tensor:
     """See the module docstring. `bits` also gives the zero point 2^(bits-1) where `zeros` is None."""
+    if not x.numel():
+        return blank(x, in_features, packed.shape[0])
     dtype = x.dtype if x.dtype in (torch.bfloat16, torch.float64) else torch.float32
     flat = rows(x, in_features)
     act = act_format(act_bits, act_group, act_symmetric)

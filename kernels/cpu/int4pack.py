@@ -42,6 +42,8 @@ def int4pack(
     act_symmetric: bool,
 ) -> Tensor:
     """See the module docstring."""
+    if not x.numel():
+        return blank(x, 2 * weight.shape[1], weight.shape[0])
     flat = narrow(x, 2 * weight.shape[1], act_bits, act_group, act_symmetric)
     return outcome(torch.ops.aten._weight_int4pack_mm_for_cpu(flat, weight, group, affine), bias, x)
 

@@ -7,7 +7,8 @@ Shapes:  x [..., K], weight int8 [N, K], scale float32 [N], bias [N] or None →
 Dtypes:  the sum over K is int32 and exact; scales and bias are applied in float32; the result has the dtype of x.
 Layout:  row-major int8, multiplied as its transpose. Codes below 8 bits take a whole byte.
 Requires: one weight scale per output channel; one symmetric activation scale per token; code - zero in [-128, 127];
-          K small enough for int32; a CPU whose int8 products do not saturate (`selfcheck.int_mm`).
+          K small enough for int32, and not 1 (torch then returns memory that it never wrote); a CPU whose int8
+          products do not saturate (`selfcheck.int_mm`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from dlqc.kernels.reference.layout import blank, canonical, misfit, outcome, row
 @torch.library.custom_op("dlqc_cpu::int8_mm", mutates_args=())
 def int8_mm(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, act_bits: int) -> Tensor:
     """See the module docstring."""
+    if not x.numel():
+        return blank(x, weight.shape[1], weight.shape[0])
     codes, token_scale, _ = ActFormat(act_bits).quantize_dynamic(rows(x, weight.shape[1]))
     y = torch._int_mm(codes, weight.T).to(torch.float32)
     return outcome(y.mul_(token_scale).mul_(scale), bias, x)
@@ -56,6 +59,8 @@ class Int8MM:
             return f"weights have a scale per group of {weight.group_size}, it needs one per output channel"
         if weight.bits == 8 and not weight.symmetric:
             return "8-bit codes minus their zero point do not fit in int8, it needs symmetric 8-bit weights"
+        if k == 1:
+            return "torch._int_mm does not compute products over 1 input feature"
         reach = weight.midpoint if weight.symmetric else weight.top
         if k * reach * ((1 << (act.bits - 1)) - 1) >= 1 << 31:
             return f"sums over {k} input features can overflow int32"

@@ -30,6 +30,8 @@ def int8pack(
     x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, act_bits: int, act_group: int, act_symmetric: bool
 ) -> Tensor:
     """See the module docstring."""
+    if not x.numel():
+        return blank(x, weight.shape[1], weight.shape[0])
     flat = narrow(x, weight.shape[1], act_bits, act_group, act_symmetric)
     return outcome(torch.ops.aten._weight_int8pack_mm(flat, weight, scale), bias, x)
 

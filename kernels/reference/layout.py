@@ -76,6 +76,6 @@ def outcome(y: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor) -> torc
 
 
 def blank(x: torch.Tensor, in_features: int, out_features: int) -> torch.Tensor:
-    """What `outcome` returns, without values: the fake implementation of every kernel."""
+    """What `outcome` returns, without values: the fake implementation of every kernel, and the result for no tokens."""
     rows(x, in_features)
     return x.new_empty((*x.shape[:-1], out_features))

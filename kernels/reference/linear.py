@@ -34,6 +34,8 @@ def linear(
     act_symmetric: bool,
 ) -> Tensor:
     """The definition; see the module docstring. `bits` gives the zero point 2^(bits-1) where `zeros` is None."""
+    if not x.numel():
+        return blank(x, codes.shape[1], codes.shape[0])
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     flat = rows(x, codes.shape[1]).to(wide)
     act = act_format(act_bits, act_group, act_symmetric)

@@ -205,9 +205,9 @@ def test_ties_go_to_the_lowest_position() -> None:
         ({"gen_length": 0}, "gen_length: 0 is less than 1. Use 1 or more"),
         ({"steps": 0}, "steps: 0 is less than 1"),
         ({"block_length": -1}, "block_length: -1 is less than 1"),
-        ({"temperature": -0.5}, "temperature: -0.5 is negative. Use 0 or more"),
-        ({"temperature": float("nan")}, "temperature: nan is negative"),
-        ({"cfg_scale": -1.0}, "cfg_scale: -1.0 is negative"),
+        ({"temperature": -0.5}, "temperature: -0.5 is not at least 0. Use 0 or more"),
+        ({"temperature": float("nan")}, "temperature: nan is not at least 0"),
+        ({"cfg_scale": -1.0}, "cfg_scale: -1.0 is not at least 0"),
         ({"remasking": "low-confidence"}, "remasking: 'low-confidence' is unknown. Did you mean 'low_confidence'?"),
         ({"remasking": "x"}, "remasking: 'x' is unknown. Known: low_confidence, random"),
     ],
@@ -223,18 +223,19 @@ def test_options_that_cannot_be(options: dict[str, object], message: str) -> Non
     [
         (
             torch.ones(1, 60, dtype=torch.long),
-            "prompt_ids: 60 tokens and 8 to generate make 68, the model was made for 64. Use gen_length=4 or less",
+            "prompt_ids: 60 with 8 to generate are 68 tokens, the model was made for 64. Use gen_length=4 or less",
         ),
-        (torch.ones(1, 64, dtype=torch.long), "make 72, the model was made for 64. Cut it below 64 tokens"),
+        (
+            torch.ones(1, 64, dtype=torch.long),
+            "are 72 tokens, the model was made for 64. Cut the prompt below 64 tokens",
+        ),
         (torch.tensor([[1, 10]]), "prompt_ids: row 0 has the mask token 10 at position 1. Give text without masks"),
         (torch.zeros(0, 3, dtype=torch.long), "prompt_ids: the batch is empty. Give at least one row"),
         (torch.tensor([1, 2]), "prompt_ids: a torch.int64 tensor of shape [2]"),
         (torch.tensor([[99]]), "ids from 99 to 99, the vocabulary has 11"),
     ],
 )
-def test_prompts_that_cannot_be(
-    toy: Callable[..., Model], spec: DiffusionSpec, prompt: Tensor, message: str
-) -> None:
+def test_prompts_that_cannot_be(toy: Callable[..., Model], spec: DiffusionSpec, prompt: Tensor, message: str) -> None:
     with pytest.raises(FeasibilityError) as caught:
         LLaDASampler(gen_length=8).run(toy(0), prompt, spec, seed=0)
     assert message in str(caught.value)
@@ -254,12 +255,14 @@ def test_logits_that_are_not_finite_name_the_step(
         calls += 1
         return logits
 
-    with pytest.raises(ModelError, match="step 2: the logits of 1 of 8 positions are not finite, first in row 1 at pos"):
+    with pytest.raises(
+        ModelError, match=r"step 2: the logits of 1 of 8 positions are not finite, first in row 1 at pos"
+    ):
         LLaDASampler(gen_length=4).run(breaks, torch.ones(2, 2, dtype=torch.long), spec, seed=0)
 
 
 def test_fill_needs_steps_and_ids(toy: Callable[..., Model], spec: DiffusionSpec) -> None:
-    with pytest.raises(FeasibilityError, match="steps: filling needs a number of steps. Give steps=, say 4"):
+    with pytest.raises(FeasibilityError, match=r"steps: filling needs a number of steps. Give steps=, say 4"):
         LLaDASampler().fill(toy(0), torch.tensor([[10]]), spec, seed=0)
-    with pytest.raises(FeasibilityError, match="canvas: the batch is empty"):
+    with pytest.raises(FeasibilityError, match=r"canvas: the batch is empty"):
         LLaDASampler(steps=1).fill(toy(0), torch.zeros(0, 2, dtype=torch.long), spec, seed=0)

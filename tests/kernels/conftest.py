@@ -6,8 +6,8 @@ Nothing of a kernel is used here. A kernel is described by what it is allowed to
             + (K + 8)·u·(|x̂|·|W|ᵀ + |b|)         the sum in float32 (u = 2^-24) or float64 (2^-53)
             + u_sum·|x̂·Wᵀ| + u_out·|y|           the result, rounded to the dtype of the sum and to that of x
 
-One per cent covers the products of these errors. A code of x that lies within 1e-4 of a tie may fall to either side: such
-an element counts as one step of δx.
+One per cent covers the products of these errors. A code of x that lies within 1e-4 of a tie may fall to either side:
+such an element counts as one step of δx.
 """
 
 from __future__ import annotations

@@ -1,0 +1,166 @@
+"""Dream: a Qwen2.5 made bidirectional (Ye et al. 2025, arXiv 2508.15487), with Dream-Coder and DiffuCoder.
+
+Native class with the checkpoint's names and keys: `model.embed_tokens`, `model.layers.{i}.self_attn.{q,k,v,o}_proj` (q, k, v
+with bias, grouped keys), `mlp.{gate,up,down}_proj`, `input_layernorm`, `post_attention_layernorm`, `model.norm`, `lm_head`.
+
+The logits are raw: row i predicts token i + 1, as in the autoregressive model it came from. Samplers and calibration
+shift (`DiffusionSpec.shift`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import MaskedLMOutput
+
+from dlqc.errors import ModelError
+from dlqc.models.llada import apply_rotary, rotary_tables
+
+
+class DreamConfig(PretrainedConfig):  # type: ignore[misc]
+    """Qwen2's configuration keys, and the mask token."""
+
+    model_type = "Dream"
+
+    def __init__(
+        self,
+        vocab_size: int = 152064,
+        hidden_size: int = 3584,
+        intermediate_size: int = 18944,
+        num_hidden_layers: int = 28,
+        num_attention_heads: int = 28,
+        num_key_value_heads: int = 4,
+        max_position_embeddings: int = 131072,
+        rms_norm_eps: float = 1e-6,
+        rope_theta: float = 1e6,
+        mask_token_id: int = 151666,
+        pad_token_id: int = 151643,
+        tie_word_embeddings: bool = False,
+        hidden_act: str = "silu",
+        **kwargs: Any,
+    ) -> None:
+        self.vocab_size, self.hidden_size, self.intermediate_size = vocab_size, hidden_size, intermediate_size
+        self.num_hidden_layers, self.num_attention_heads = num_hidden_layers, num_attention_heads
+        self.num_key_value_heads = num_key_value_heads
+        self.max_position_embeddings, self.rms_norm_eps = max_position_embeddings, rms_norm_eps
+        self.rope_theta, self.mask_token_id, self.hidden_act = rope_theta, mask_token_id, hidden_act
+        scaling = kwargs.get("rope_scaling")
+        refused = {
+            "hidden_act": hidden_act != "silu",
+            "rope_scaling": bool(scaling) and scaling.get("rope_type") != "default",
+        }
+        refused["use_sliding_window"] = bool(kwargs.get("use_sliding_window", False))
+        for key in (k for k, bad in refused.items() if bad):
+            raise ModelError(
+                f"{key}={kwargs.get(key, hidden_act)!r} is not implemented here",
+                where="config.json",
+                remedy="Load the checkpoint's own code with trust_remote_code=True",
+            )
+        kwargs.setdefault("use_cache", False)
+        super().__init__(pad_token_id=pad_token_id, tie_word_embeddings=tie_word_embeddings, **kwargs)
+
+
+class _Attention(nn.Module):
+    def __init__(self, config: DreamConfig) -> None:
+        super().__init__()
+        d = config.hidden_size
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = d // self.heads
+        self.q_proj = nn.Linear(d, d)
+        self.k_proj = nn.Linear(d, self.kv_heads * self.head_dim)
+        self.v_proj = nn.Linear(d, self.kv_heads * self.head_dim)
+        self.o_proj = nn.Linear(d, d, bias=False)
+
+    def forward(
+        self, y_BLD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        batch, length, d = y_BLD.shape
+        q = self.q_proj(y_BLD).view(batch, length, self.heads, self.head_dim).transpose(1, 2)
+        k = self.k_proj(y_BLD).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
+        v = self.v_proj(y_BLD).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
+        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        grouped = self.kv_heads != self.heads
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+        mixed: torch.Tensor = self.o_proj(out.transpose(1, 2).reshape(batch, length, d))
+        return mixed
+
+
+class _Mlp(nn.Module):
+    def __init__(self, config: DreamConfig) -> None:
+        super().__init__()
+        d, f = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(d, f, bias=False)
+        self.up_proj = nn.Linear(d, f, bias=False)
+        self.down_proj = nn.Linear(f, d, bias=False)
+
+    def forward(self, y_BLD: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.down_proj(F.silu(self.gate_proj(y_BLD)) * self.up_proj(y_BLD))
+        return out
+
+
+class _Layer(nn.Module):
+    def __init__(self, config: DreamConfig) -> None:
+        super().__init__()
+        self.self_attn = _Attention(config)
+        self.mlp = _Mlp(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self, x_BLD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        x_BLD = x_BLD + self.self_attn(self.input_layernorm(x_BLD), cos, sin, mask)
+        out: torch.Tensor = x_BLD + self.mlp(self.post_attention_layernorm(x_BLD))
+        return out
+
+
+class _Model(nn.Module):
+    """The checkpoint's `model.` level."""
+
+    def __init__(self, config: DreamConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([_Layer(config) for _ in range(config.num_hidden_layers)])
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class DreamModel(PreTrainedModel):  # type: ignore[misc]
+    """Dream with its head. `forward(input_ids [B, L])` gives raw logits [B, L, V]: row i predicts token i + 1."""
+
+    config_class = DreamConfig
+    base_model_prefix = "model"
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012  the form transformers wants
+
+    def __init__(self, config: DreamConfig) -> None:
+        super().__init__(config)
+        self.model = _Model(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **_: Any) -> MaskedLMOutput:
+        """Args: input_ids int64 [B, L]; attention_mask [B, L], nonzero where a key may be seen."""
+        x_BLD = self.model.embed_tokens(input_ids)
+        head_dim = self.config.hidden_size // self.config.num_attention_heads
+        cos, sin = rotary_tables(input_ids.shape[1], head_dim, self.config.rope_theta, input_ids.device)
+        mask = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
+        for layer in self.model.layers:
+            x_BLD = layer(x_BLD, cos, sin, mask)
+        return MaskedLMOutput(logits=self.lm_head(self.model.norm(x_BLD)))
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed_tokens
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=getattr(self.config, "initializer_range", 0.02))
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.RMSNorm):
+            nn.init.ones_(module.weight)

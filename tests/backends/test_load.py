@@ -1,0 +1,46 @@
+"""Finding a backend by name."""
+
+from __future__ import annotations
+
+import pytest
+
+from dlqc.backend import BACKENDS, load_backend
+from dlqc.backends import cpu
+from dlqc.errors import LoweringError
+
+
+def test_every_name_loads() -> None:
+    for name in BACKENDS:
+        assert load_backend(name).name == name
+    assert load_backend("auto").name == "cpu"
+
+
+def test_names_of_kernels_are_unique() -> None:
+    names = [kernel.name for backend in map(load_backend, BACKENDS) for kernel in backend.kernels]
+    assert len(set(names)) == len(names)
+
+
+def test_a_misspelt_name_finds_its_neighbour() -> None:
+    with pytest.raises(LoweringError) as caught:
+        load_backend("refrence")
+    assert str(caught.value) == "backend: unknown backend 'refrence'. Did you mean 'reference'?"
+
+
+def test_a_foreign_name_lists_what_there_is() -> None:
+    with pytest.raises(LoweringError) as caught:
+        load_backend("zzz")
+    assert str(caught.value) == f"backend: unknown backend 'zzz'. Known: {', '.join(sorted((*BACKENDS, 'auto')))}"
+
+
+def test_an_absent_backend_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Absent:
+        name = "cpu"
+        kernels = ()
+
+        def available(self) -> str | None:
+            return "no such device"
+
+    monkeypatch.setattr(cpu, "BACKEND", Absent())
+    with pytest.raises(LoweringError) as caught:
+        load_backend("cpu")
+    assert str(caught.value) == "backend: backend 'cpu' cannot run here: no such device. Use backend='auto'"
