@@ -1,11 +1,11 @@
 """dlqc: a compiler that makes diffusion language models small and fast.
 
-    model = dlqc.load_model("tiny-llada")
-    q = dlqc.compile(model, passes="w4a16-gptq", calibration="texts.txt")
-    print(q.explain())
-    print(dlqc.generate(q, "Once upon a time"))
-    q.save("out/"); q = dlqc.load("out/")
-    dlqc.export(q, "served/", format="compressed-tensors")
+model = dlqc.load_model("tiny-llada")
+q = dlqc.compile(model, passes="w4a16-gptq", calibration="texts.txt")
+print(q.explain())
+print(dlqc.generate(q, "Once upon a time"))
+q.save("out/"); q = dlqc.load("out/")
+dlqc.export(q, "served/", format="compressed-tensors")
 """
 
 __version__ = "0.1.0"

@@ -73,7 +73,7 @@ class Saved:
 def save(model: Compiled, folder: str | Path, *, verify_reload: bool = True) -> Saved:
     """Write an artifact. An artifact that is there already is replaced; a folder that holds something else is refused."""
     target = Path(folder)
-    _refuse_foreign(target)
+    refuse_foreign(target)
     parent = target.absolute().parent
     staging: Path | None = None
     try:
@@ -95,7 +95,8 @@ def save(model: Compiled, folder: str | Path, *, verify_reload: bool = True) -> 
     return Saved(target, files, deviation)
 
 
-def _refuse_foreign(target: Path) -> None:
+def refuse_foreign(target: Path) -> None:
+    """Refuse a target that holds something else than an artifact, before any work."""
     if target.is_file():
         raise ArtifactError("is a file, not a folder", where=str(target), remedy="Choose another name")
     if target.is_dir() and any(target.iterdir()) and not (target / "manifest.json").is_file():
@@ -233,6 +234,48 @@ def load(folder: str | Path, *, backend: str = "auto", check_hashes: bool = True
 
 
 _TAMPERED = "The files were changed after they were written; save the model again"
+
+
+def read_report(folder: str | Path) -> Report:
+    """The report of an artifact, without loading its weights."""
+    path = Path(folder)
+    read_manifest(path)
+    try:
+        return Report.from_plain(_read_json(path / "report.json"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(
+            f"is not of the expected shape ({error})", where=str(path / "report.json"), remedy=_TAMPERED
+        ) from error
+
+
+def verify(folder: str | Path, *, backend: str = "auto") -> dict[str, Any]:
+    """Check an artifact: hashes, strict loading, the graph law, and the backend against the reference.
+
+    Returns:
+        `checks`, a sentence for each thing that holds, and the numbers behind them. What does not hold raises.
+    """
+    path = Path(folder)
+    manifest = read_manifest(path)
+    verify_files(path, manifest)
+    judge = load(path, backend="reference", check_hashes=False)
+    model = load(path, backend=backend, check_hashes=False)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, judge.spec.vocab_size, (2, min(32, judge.spec.max_length)), generator=generator)
+    ids[:, 8:] = judge.spec.mask_id
+    expected, found = judge(ids).float(), model(ids).float()
+    if not bool(torch.isfinite(expected).all()):
+        raise ArtifactError(
+            "the model returns NaN or Inf", where=str(path), remedy="Compile it again from sound weights"
+        )
+    deviation = float((found - expected).norm() / expected.norm())
+    agreement = float((found.argmax(-1) == expected.argmax(-1)).float().mean())
+    checks = [
+        f"{len(manifest['files'])} files have the sizes and hashes of the manifest",
+        f"{len(judge.weights)} tensors are there, none is unexpected, and all have their shapes",
+        f"the graph of {len(judge.graph.nodes)} nodes is legal",
+        f"the logits on the backend differ from the reference by {deviation:.2e} (norms), top-1 agrees at {agreement:.1%}",
+    ]
+    return {"folder": str(path), "deviation": deviation, "agreement": agreement, "checks": checks}
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

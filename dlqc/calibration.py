@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 import torch
 
 from dlqc.diffusion.spec import DiffusionSpec
-from dlqc.errors import CalibrationError
+from dlqc.errors import CalibrationError, RecipeError
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,9 @@ class ForwardProcess(StateSampler):
     name: ClassVar[str] = "forward_process"
     prompt: float = 0.0
 
+    def __post_init__(self) -> None:
+        _check_share(self.prompt, "forward_process.prompt")
+
     def sample(self, rows: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         count, length = rows.shape
         order = torch.randperm(count, generator=generator)
@@ -122,13 +125,26 @@ class MaskedSimulation(StateSampler):
     prefix: float = 0.25
     timesteps: int = 20
 
+    def __post_init__(self) -> None:
+        _check_share(self.prefix, "masked_simulation.prefix")
+        if self.timesteps < 1:
+            raise RecipeError(f"{self.timesteps} timesteps are none", where="masked_simulation.timesteps", remedy="Use 20")
+
     def sample(self, rows: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         count, length = rows.shape
-        order = torch.randperm(count, generator=generator)
-        t = (order % self.timesteps + 1) / self.timesteps
+        order = torch.randperm(count, generator=generator).double()
+        # One offset for all rows: every timestep gets its share of them, up to one row, and none is favoured.
+        offset = torch.rand(1, generator=generator, dtype=torch.float64)
+        level = ((order + offset) * self.timesteps / count).floor().clamp(max=self.timesteps - 1)
+        t = ((level + 1) / self.timesteps).float()
         masked = torch.rand(count, length, generator=generator) < t[:, None]
         masked[:, : int(self.prefix * length)] = False
         return masked, t
+
+
+def _check_share(share: float, where: str) -> None:
+    if not 0.0 <= share < 1.0:
+        raise RecipeError(f"{share} is outside [0, 1)", where=where, remedy="Give the share of the row, such as 0.25")
 
 
 @dataclass(frozen=True)
@@ -195,17 +211,16 @@ def draw_states(
         confidence = torch.cat([torch.softmax(part.float(), dim=-1).amax(dim=-1) for part in parts])
         confidence = shift_rows(confidence) if spec.shift else confidence
     c = weight.weigh(masked, confidence)
+    if spec.shift:
+        # The row that predicts token i is i - 1, so the weight of token i belongs to row i - 1.
+        c = torch.cat((c[:, 1:], c[:, -1:]), dim=1)
     if not bool((c >= 0).all()) or not bool(torch.isfinite(c).all()) or float(c.sum()) <= 0:
         raise CalibrationError(
             "token weights must be finite, not negative, and not all zero",
             where=weight.name,
             remedy="Check the options of the weight",
         )
-    c = c / c.mean()
-    if spec.shift:
-        # The row that predicts token i is i - 1, so the weight of token i belongs to row i - 1.
-        c = torch.cat((c[:, 1:], c[:, -1:]), dim=1)
-    return States(ids, rows.ids, t, c, rows.source)
+    return States(ids, rows.ids, t, c / c.mean(), rows.source)
 
 
 def shift_rows(values: torch.Tensor) -> torch.Tensor:
@@ -228,6 +243,8 @@ def rows_from(
     if isinstance(data, torch.Tensor):
         return _from_ids(data, spec)
     length = min(length, spec.max_length)
+    if length < 1:
+        raise CalibrationError(f"rows of {length} tokens hold nothing", where="calibration", remedy="Use length=128")
     if isinstance(data, str | Path):
         documents, source = _documents(data)
     else:
@@ -254,7 +271,7 @@ def rows_from(
             where="calibration",
             remedy=f"Give at least {length} tokens, or set a smaller length=",
         )
-    return TokenRows(torch.tensor(ids[: rows * length], dtype=torch.int64).reshape(rows, length), source)
+    return TokenRows(_inside(torch.tensor(ids[: rows * length]).reshape(rows, length), spec), source)
 
 
 def _documents(data: str | Path) -> tuple[list[str], str]:
@@ -270,20 +287,17 @@ def _documents(data: str | Path) -> tuple[list[str], str]:
     return [str(data)], "a text"
 
 
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
 def _from_ids(ids: torch.Tensor, spec: DiffusionSpec) -> TokenRows:
-    if ids.dim() != 2 or ids.is_floating_point() or ids.numel() == 0:
+    if ids.dim() != 2 or ids.dtype not in _INTEGERS or ids.numel() == 0:
         raise CalibrationError(
             f"token ids must be integers [rows, length], not {str(ids.dtype)}{list(ids.shape)}",
             where="calibration",
             remedy="Give a tensor of int64 with two dimensions",
         )
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= spec.vocab_size:
-        raise CalibrationError(
-            f"token ids reach from {low} to {high}, the vocabulary from 0 to {spec.vocab_size - 1}",
-            where="calibration",
-            remedy="Encode the text with the model's own tokenizer",
-        )
+    _inside(ids, spec)
     if ids.shape[1] > spec.max_length:
         raise CalibrationError(
             f"rows have {ids.shape[1]} tokens, the model takes {spec.max_length}",
@@ -291,6 +305,18 @@ def _from_ids(ids: torch.Tensor, spec: DiffusionSpec) -> TokenRows:
             remedy=f"Cut the rows to {spec.max_length} tokens or fewer",
         )
     return TokenRows(ids.to(torch.int64), f"{ids.shape[0]} rows of token ids")
+
+
+def _inside(ids: torch.Tensor, spec: DiffusionSpec) -> torch.Tensor:
+    """The ids, if the model knows them all."""
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= spec.vocab_size:
+        raise CalibrationError(
+            f"token ids reach from {low} to {high}, the vocabulary from 0 to {spec.vocab_size - 1}",
+            where="calibration",
+            remedy="Encode the text with the model's own tokenizer",
+        )
+    return ids
 
 
 def rollout_rows(

@@ -30,10 +30,8 @@ _NOTHING = (
     aten.detach_.default,
     aten.lift_fresh_copy.default,
     aten.contiguous.default,
-    aten.dropout.default,
-    aten.dropout_.default,
-    aten.feature_dropout.default,
 )
+_DROPOUTS = (aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default)
 _CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.type_as.default, aten._to_copy.default)
 _ASSERTS = (
     aten._assert_tensor_metadata.default,
@@ -62,6 +60,7 @@ def drop_no_ops(graph: fx.Graph, weights: Weights) -> int:
         same_type = _val(node) is not None and _val(source) is not None and _val(node).dtype is _val(source).dtype
         keeps = (
             is_call(node, *_NOTHING)
+            or (is_call(node, *_DROPOUTS) and node.args[2] is False)
             or (is_call(node, *_CASTS) and same_type)
             or (
                 is_call(node, aten.add.Tensor)
@@ -136,7 +135,7 @@ def _gain_of(scaled: fx.Node) -> tuple[fx.Node | None, fx.Node]:
     last, node = scaled, scaled
     while len(node.users) == 1:
         user = next(iter(node.users))
-        if is_call(user, *_CASTS):
+        if is_call(user, *_CASTS) and _holds(_val(user).dtype, _val(node).dtype):
             node = user
             continue
         if is_call(user, aten.mul.Tensor):
@@ -145,6 +144,10 @@ def _gain_of(scaled: fx.Node) -> tuple[fx.Node | None, fx.Node]:
                 return other, user
         break
     return None, last
+
+
+def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
+    return torch.promote_types(wide, narrow) is wide
 
 
 def raise_rope(graph: fx.Graph, weights: Weights) -> int:
@@ -182,6 +185,8 @@ def _rotated_half(cat: object) -> fx.Node | None:
     if not is_call(neg, aten.neg.default) or arg(cat, 1, "dim", 0) not in (-1, _val(cat).dim() - 1):  # type: ignore[arg-type]
         return None
     high = neg.args[0]
+    if int(_val(cat).shape[-1]) % 2:  # type: ignore[arg-type]
+        return None
     if is_call(low, aten.slice.Tensor) and is_call(high, aten.slice.Tensor):
         x = low.args[0]
         half = int(_val(x).shape[-1]) // 2
@@ -220,7 +225,7 @@ def _unrepeated(node: object) -> fx.Node | None:
     if not is_call(expand, aten.expand.default):
         return None
     unsqueeze = expand.args[0]
-    while is_call(unsqueeze, aten.slice.Tensor):
+    while is_call(unsqueeze, aten.slice.Tensor) and _same_shape(unsqueeze, unsqueeze.args[0]):
         unsqueeze = unsqueeze.args[0]
     if not is_call(unsqueeze, aten.unsqueeze.default) or unsqueeze.args[1] != 2:
         return None

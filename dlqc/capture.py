@@ -9,15 +9,18 @@ the graph to the normal form; `verify` compares it with the eager model.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import logging
 import operator
+import os
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -91,14 +94,15 @@ def capture(model: nn.Module, spec: DiffusionSpec, *, dtype: torch.dtype = torch
     """
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     leaves, fakes = _fake_copies(model, mode, dtype)
-    with _evaluation_mode(model):
-        shell = _LogitsOnly(copy.deepcopy(model, memo=dict(fakes)))
+    shell = _LogitsOnly(_copy(model, fakes))
     with mode:
         ids = torch.zeros(2, min(16, spec.max_length), dtype=torch.int64)
     dims = {0: torch.export.Dim("batch", min=1, max=1 << 16), 1: torch.export.Dim("length", min=2, max=spec.max_length)}
     try:
         with _quiet(), torch.no_grad():
             program = torch.export.export(shell, (ids,), dynamic_shapes=(dims,), strict=False)
+            if _changes_in_place(program.graph_module):
+                program = program.run_decompositions({})
     except CaptureError:
         raise
     except Exception as error:
@@ -106,6 +110,29 @@ def capture(model: nn.Module, spec: DiffusionSpec, *, dtype: torch.dtype = torch
     graph, weights = _lift(program, leaves)
     rewrites = canonicalize(graph, weights)
     return Captured(graph, weights, rewrites)
+
+
+def _copy(model: nn.Module, fakes: dict[int, torch.Tensor]) -> nn.Module:
+    """The model's structure in evaluation mode, with `fakes` in place of its tensors."""
+    try:
+        with _evaluation_mode(model):
+            return copy.deepcopy(model, memo=dict(fakes))
+    except Exception as error:  # an attribute's own __deepcopy__ or __reduce__ raises anything
+        raise CaptureError(
+            f"the model cannot be copied ({type(error).__name__}: {error})",
+            where=type(model).__name__,
+            remedy="Keep open files, locks and generators out of the module's attributes",
+        ) from error
+
+
+def _changes_in_place(owner: fx.GraphModule) -> bool:
+    return any(
+        isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+        for module in owner.modules()
+        if isinstance(module, fx.GraphModule)
+        for node in module.graph.nodes
+        if not str(node.target).startswith(("aten.dropout_", "aten.detach_"))
+    )
 
 
 def _fake_copies(
@@ -153,9 +180,23 @@ def _lift(program: torch.export.ExportedProgram, leaves: dict[str, Constant]) ->
         env[node] = graph.create_node("get_attr", name, name=node.name)
         env[node].meta = {"val": node.meta["val"]}
     # The placeholder comes first: everything else may be read late.
-    result = _copy_calls(program.graph_module, graph, env)
-    graph.output(result[0])
+    results = _copy_calls(program.graph_module, graph, env)
+    user = torch.export.graph_signature.OutputKind.USER_OUTPUT
+    logits = next(r for r, s in zip(results, program.graph_signature.output_specs, strict=True) if s.kind is user)
+    _check_logits(logits, next(node for node in graph.nodes if node.op == "placeholder"))
+    graph.output(logits)
     return graph, Weights(constants)
+
+
+def _check_logits(logits: fx.Node, ids: fx.Node) -> None:
+    shape, wanted = logits.meta["val"].shape, ids.meta["val"].shape
+    if len(shape) != 3 or any(str(a) != str(b) for a, b in zip(shape, wanted, strict=False)):
+        names = {str(s): name for s, name in zip(wanted, ("batch", "length"), strict=True)}
+        raise CaptureError(
+            f"the model returns [{', '.join(names.get(str(s), str(s)) for s in shape)}], which are no logits",
+            where="forward",
+            remedy="Return the logits [batch, length, vocabulary]",
+        )
 
 
 def _copy_calls(owner: fx.GraphModule, graph: fx.Graph, env: dict[fx.Node, Any]) -> Any:
@@ -175,6 +216,12 @@ def _copy_calls(owner: fx.GraphModule, graph: fx.Graph, env: dict[fx.Node, Any])
             env[node] = _copy_calls(inner, graph, dict(zip(formals, operands, strict=True)))
         elif node.target is operator.getitem and isinstance(env[node.args[0]], tuple | list):
             env[node] = env[node.args[0]][node.args[1]]
+        elif any(isinstance(env[a], fx.GraphModule) for a in node.all_input_nodes):
+            raise CaptureError(
+                f"{node.target} branches or loops over tensors, which a dlqc graph cannot do",
+                where=node.name,
+                remedy="Replace it by torch.where, or decide it from the configuration",
+            )
         else:
             env[node] = graph.node_copy(node, lambda n: env[n])
     return None
@@ -182,7 +229,7 @@ def _copy_calls(owner: fx.GraphModule, graph: fx.Graph, env: dict[fx.Node, Any])
 
 @contextmanager
 def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Refuse a model in training mode for the copy's sake: dropout would be captured."""
+    """The model as it is used: dropout off. Its own flags come back on exit."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
@@ -211,9 +258,9 @@ def _quiet() -> Iterator[None]:
 
 def _explain(error: Exception, model: nn.Module) -> CaptureError:
     """Name the line of the model's own source at which tracing stopped."""
-    library = ("/torch/", "/dlqc/", "<string>", "/contextlib.py")
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not any(part in f.filename for part in library)]
-    own = [f for f in frames if "/transformers/" not in f.filename] or frames
+    library = (str(Path(torch.__file__).parent), __file__, "<", contextlib.__file__)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(library)]
+    own = [f for f in frames if f"{os.sep}transformers{os.sep}" not in f.filename] or frames
     where = f"{own[-1].filename}:{own[-1].lineno}: {own[-1].line}" if own else type(model).__name__
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if "data-dependent" in str(error).lower() or "DataDependent" in type(error).__name__:

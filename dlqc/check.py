@@ -7,7 +7,7 @@ A legal dlqc graph is well formed, typed, and tells the truth about itself:
     L3  every `get_attr` names a constant, every constant is read, and the shapes agree
     L4  every call is an aten op, a dlqc op, a kernel's op, or arithmetic on sizes
     L5  every value has a fake `val`, and propagating shapes again gives the same rank, static sizes and dtype
-    L6  a matrix is read by one call only, unless it is a declared tie
+    L6  a matrix is read by one module only, unless it is a declared tie or an embedding that is the head, too
     L7  each quantized linear has codes, scales and zero points of the right shape and dtype
     L8  attention masks are of the class that the model declares
     L9  the facts that passes claim hold
@@ -28,8 +28,8 @@ from dlqc.diffusion.spec import DiffusionSpec
 from dlqc.errors import ContractError
 from dlqc.execute import mask_class
 from dlqc.formats.packing import packed_shape
-from dlqc.graph import NORMS, SDPA, arg, constant_name, is_call, uses, width
-from dlqc.motion import can_move_down
+from dlqc.graph import EMBEDDING, LAYER_NORM, NORMS, SDPA, arg, constant_name, is_call, uses, width
+from dlqc.motion import can_move_down, is_shared
 from dlqc.ops import LINEAR_PACKED, LINEAR_Q, QUANTIZE_ACT
 from dlqc.weights import Weights
 
@@ -178,6 +178,8 @@ def _owners(graph: fx.Graph, weights: Weights) -> Iterator[str]:
         if len(constant.shape) < 2 or constant.aliases:
             continue
         readers = uses(graph, name)
+        if any(is_call(reader, EMBEDDING) for reader in readers):
+            continue
         roots = {_stack(reader) for reader in readers}
         if len(roots) > 1:
             names = ", ".join(f"%{reader.name}" for reader in readers[:4])
@@ -264,7 +266,12 @@ def _unit_gain(graph: fx.Graph, weights: Weights) -> Iterator[str]:
         gain = constant_name(arg(node, 2, "weight")) if is_call(node, *NORMS) else None
         if gain is None or len(uses(graph, gain)) > 1 or can_move_down(graph, weights, node) is not None:
             continue
-        if not bool((weights.value(gain, torch.float64) == 1).all()):
+        value = weights.value(gain, torch.float64)
+        bias = arg(node, 3, "bias") if is_call(node, LAYER_NORM) else None
+        name = constant_name(bias)
+        if bias is not None and (name is None or bool((value == 0).any()) or is_shared(graph, name)):
+            continue
+        if not bool((value == 1).all()):
             yield f"the gain {gain!r} of %{node.name} is not one, though linears alone read it"
 
 

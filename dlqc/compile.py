@@ -22,7 +22,9 @@ from dlqc.capture import Captured, CaptureCheck, capture, verify
 from dlqc.check import check
 from dlqc.compiled import Compiled
 from dlqc.contract import FACTS_OF_CAPTURE, Context, Pass, Plan
+from dlqc.diffusion.fidelity import fidelity
 from dlqc.diffusion.spec import DiffusionSpec
+from dlqc.execute import forward
 from dlqc.graph import copy_graph
 from dlqc.instruments import Timing
 from dlqc.manager import Instrument, PassManager
@@ -32,6 +34,11 @@ from dlqc.models.load import check_finite, load_tokenizer
 from dlqc.recipe import Recipe, _line, as_recipe
 from dlqc.report import Report, Step, measure_storage, versions
 from dlqc.weights import Weights
+
+#: Models with more parameters than this are not run again for the report's fidelity; `dlqc eval --against` does it.
+_MEASURE_BELOW = 1 << 28
+_MEASURE_ROWS = 8
+_MEASURE_RATIOS = (0.25, 0.5, 0.75)
 
 Text = str | Path | Sequence[str] | torch.Tensor
 
@@ -67,11 +74,12 @@ def compile(
     captured, outcome, context = prepare(
         model, target, calibration=calibration, mask_id=mask_id, seed=seed, recipe=recipe
     )
-    original, timing, stored = captured.weights.clone(), Timing(), _BeforeLowering()
+    original = (copy_graph(captured.graph), captured.weights.clone())
+    timing, stored = Timing(), _BeforeLowering()
     with _bar(progress) as tick:
         manager = PassManager(recipe.passes, (timing, stored, *instruments), progress=tick)
         plan = manager.check_feasibility(captured.graph, context)
-        check_finite((name, c.leaf) for name, c in original.items())
+        check_finite((name, c.leaf) for name, c in original[1].items())
         reports = manager.run(captured.graph, context)
     graph, weights = stored.kept or (copy_graph(captured.graph), context.weights.clone())
     steps = [Step.of(p, _line(p), r, record) for (p, r), record in zip(reports, timing.records, strict=True)]
@@ -83,7 +91,8 @@ def compile(
         calibration=context.states.source if context.states else "none",
         capture=outcome,
         steps=steps,
-        storage=measure_storage(original, graph, weights, plan.kept),
+        storage=measure_storage(original[1], graph, weights, plan.kept),
+        fidelity=_fidelity(original, (captured.graph, context.weights), context),
         versions=versions(),
     )
     return Compiled(
@@ -135,6 +144,23 @@ def prepare(
     outcome = _summary(captured, verify(model, captured, spec, seed=seed, ids=rows.ids if rows else None), seconds)
     context = Context(captured.weights, spec, backend, seed=seed, rows=rows)
     return captured, outcome, context
+
+
+def _fidelity(
+    original: tuple[fx.Graph, Weights], result: tuple[fx.Graph, Weights], context: Context
+) -> dict[str, dict[str, float]]:
+    """KL and agreement with the captured model on a few of the calibration rows, for models small enough to run twice."""
+    parameters = sum(c.leaf.numel() for c in original[1].values())
+    if context.rows is None or parameters > _MEASURE_BELOW:
+        return {}
+    rows = context.rows.ids[: _MEASURE_ROWS]
+    clean = rows[(rows != context.spec.mask_id).all(dim=1)]
+    if clean.shape[0] < 2:
+        return {}
+    before, after = (lambda ids, pair=pair: forward(*pair, ids) for pair in (original, result))
+    table = fidelity(before, after, clean, context.spec, ratios=_MEASURE_RATIOS, seed=context.seed)
+    costs = zip(table.ratios, table.kl_by_ratio, table.agreement_by_ratio, strict=True)
+    return {f"{ratio:g}": {"kl": kl.mean, "agreement": agreement.mean} for ratio, kl, agreement in costs}
 
 
 def _rows(calibration: Text | None, model: nn.Module, spec: DiffusionSpec, recipe: Recipe) -> TokenRows | None:

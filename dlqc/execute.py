@@ -143,13 +143,19 @@ def forward(graph: fx.Graph, weights: Weights, ids: torch.Tensor, *, dtype: torc
 
 
 def mask_class(graph: fx.Graph, weights: Weights, mask: fx.Node) -> str:
-    """What an attention mask lets through, found by computing it at two lengths: "full", "causal", or "other".
+    """What an attention mask lets through: "full" or "causal" at every length, or "other".
 
-    A boolean mask lets through where it is true, an additive one where it is zero.
+    A boolean mask lets through where it is true, an additive one where it is zero. The mask is computed at two short
+    lengths, and at one beyond every number in its definition (a window shows only past its width). One that depends on
+    which tokens the row holds, or on a number too large to try, is "other".
     """
-    run = Executor(graph, weights, [placeholder(graph)], [mask])
+    ids = placeholder(graph)
+    run = Executor(graph, weights, [ids], [mask])
+    lengths = _telling_lengths(run.nodes, ids, weights)
+    if lengths is None or _reads_tokens(run.nodes, ids):
+        return "other"
     kinds = set()
-    for length in (5, 12):
+    for length in lengths:
         value = run(torch.zeros(1, length, dtype=torch.int64))[0]
         through = value if value.dtype is torch.bool else value == 0
         if bool(through.all()):
@@ -161,3 +167,43 @@ def mask_class(graph: fx.Graph, weights: Weights, mask: fx.Node) -> str:
         else:
             kinds.add("other")
     return kinds.pop() if len(kinds) == 1 else "other"
+
+
+#: Longest row at which a mask is computed: 16 million elements.
+_LONGEST_MASK = 4096
+#: Calls that take the shape of a tensor and none of its values.
+_SHAPE_ONLY = ("sym_size", "new_", "ones_like", "zeros_like", "full_like", "empty_like")
+
+
+def _telling_lengths(nodes: Sequence[fx.Node], ids: fx.Node, weights: Weights) -> list[int] | None:
+    numbers: list[int] = []
+    for node in nodes:
+        if node.op == "get_attr":
+            leaf = weights[str(node.target)].leaf
+            if leaf.is_meta:
+                return None
+            numbers.extend(leaf.shape)
+            if leaf.numel() == 1:
+                numbers.append(int(leaf.abs().clamp(max=1 << 31)))
+        leaves = torch.utils._pytree.tree_leaves((node.args, node.kwargs))
+        # 2**31 and beyond stand for "to the end" in slices, or for minus infinity in additive masks.
+        numbers.extend(int(abs(n)) for n in leaves if isinstance(n, int | float) and abs(n) < 1 << 31)
+    longest = _longest(ids)
+    far = min(max(numbers, default=0) + 2, longest)
+    return sorted({min(5, longest), min(12, longest), far}) if far <= _LONGEST_MASK else None
+
+
+def _longest(ids: fx.Node) -> int:
+    """The longest row that the graph was captured for."""
+    val = ids.meta.get("val")
+    length = val.shape[1] if isinstance(val, torch.Tensor) else _LONGEST_MASK
+    if not isinstance(length, torch.SymInt):
+        return int(length)
+    return int(min(length.node.shape_env.bound_sympy(length.node.expr).upper, 1 << 31))
+
+
+def _reads_tokens(nodes: Sequence[fx.Node], ids: fx.Node) -> bool:
+    return any(
+        ids in node.all_input_nodes and not str(node.target).removeprefix("aten.").startswith(_SHAPE_ONLY)
+        for node in nodes
+    )

@@ -76,6 +76,8 @@ def as_linear(node: fx.Node, weights: Weights) -> Linear | None:
     x = node.args[0]
     if weight is None or not isinstance(x, fx.Node) or (arg(node, 2, "bias") is not None and bias is None):
         return None
+    if len(weights[weight].shape) != 2:
+        return None
     n, k = weights[weight].shape
     return Linear(node, x, weight, bias, int(k), int(n))
 

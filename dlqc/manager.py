@@ -119,9 +119,7 @@ class PassManager:
             ctx.facts = (ctx.facts - p.invalidates) | p.gives
             self._settle(p, graph, ctx, report)
         except Exception as error:
-            self._note(p, error)
-            for instrument in self.instruments:
-                instrument.on_error(p, graph, ctx, error)
+            self._failed(p, graph, ctx, error)
             raise
         for instrument in self.instruments:
             instrument.after(p, graph, ctx, report)
@@ -138,9 +136,11 @@ class PassManager:
                 remedy="Remove it from the recipe, or set required=False",
             )
 
-    def _note(self, p: Pass, error: Exception) -> None:
+    def _failed(self, p: Pass, graph: fx.Graph, ctx: Context, error: Exception) -> None:
         done = [q.name for q, _ in self.reports]
         error.add_note(f"in pass {p.name!r}, after {done}")
+        for instrument in self.instruments:
+            instrument.on_error(p, graph, ctx, error)
 
     def _run_blocks(self, passes: Sequence[Pass], graph: fx.Graph, ctx: Context) -> None:
         if not ctx.blocks:
@@ -156,8 +156,8 @@ class PassManager:
         # Between blocks some blocks are rewritten and some are not: only facts that no member ends hold throughout.
         lasting = ctx.facts - frozenset().union(*(p.invalidates for p in passes))
         uses_states = any(p.statistics() for p in passes)
-        flow = _StateFlow(graph, ctx, self.batch) if uses_states else None
         try:
+            flow = _StateFlow(graph, ctx, self.batch) if uses_states else None
             for block in ctx.blocks:
                 ctx.block = block
                 for p, total in zip(passes, totals, strict=True):
@@ -169,9 +169,7 @@ class PassManager:
                         check(graph, ctx.weights, ctx.spec, lasting, after=f"pass {p.name!r}", propagate=False)
                     except Exception as error:
                         error.add_note(f"in block {block.index} of {len(ctx.blocks)}")
-                        self._note(p, error)
-                        for instrument in self.instruments:
-                            instrument.on_error(p, graph, ctx, error)
+                        self._failed(p, graph, ctx, error)
                         raise
                     ctx.stats = {}
                     # The share of the pass in the nested pipeline, its statistics included.
@@ -187,7 +185,7 @@ class PassManager:
             try:
                 self._settle(p, graph, ctx, total)
             except Exception as error:
-                self._note(p, error)
+                self._failed(p, graph, ctx, error)
                 raise
             for instrument in self.instruments:
                 instrument.after(p, graph, ctx, total)

@@ -15,6 +15,7 @@ Every rule is exact. A half that cannot move is left where it is and the caller 
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,7 @@ from dlqc.graph import (
     is_call,
     read,
     uses,
+    width,
 )
 from dlqc.weights import ScaleColumns, ScaleRows, Weights
 
@@ -52,7 +54,7 @@ class Diagonal:
 def insert(graph: fx.Graph, weights: Weights, after: fx.Node, transform: Diagonal) -> fx.Node:
     """Put `x → x·diag(v)` between a node and all its users; gives the new node."""
     users = list(after.users)
-    name = f"transform.{after.name}.{sum(1 for n in weights if n.startswith('transform.'))}"
+    name = next(n for i in itertools.count() if (n := f"transform.{after.name}.{i}") not in weights)
     weights.put(name, transform.v)
     constant = read(graph, weights, name, after.next)
     # The vector takes part in the graph's arithmetic, whatever that is; float64 would promote it.
@@ -117,14 +119,34 @@ def can_move_up(graph: fx.Graph, weights: Weights, producer: fx.Node, reader: fx
             return f"%{producer.name} has no gain to fold into"
         if is_call(producer, LAYER_NORM) and bias is not None and constant_name(bias) is None:
             return f"the bias of %{producer.name} is no constant"
-        return f"gain {gain!r} is shared" if len(uses(graph, gain)) > 1 else None
+        if is_call(producer, LAYER_NORM) and is_shared(graph, constant_name(bias)):
+            return f"bias {constant_name(bias)!r} is shared"
+        return f"gain {gain!r} is shared" if is_shared(graph, gain) else None
     if is_call(producer, LINEAR):
         site = as_linear(producer, weights)
-        return "its weight is no constant" if site is None else not_alone(graph, weights, site, {producer})
+        if site is None:
+            return "its weight is no constant"
+        if is_shared(graph, site.bias):
+            return f"bias {site.bias!r} is shared"
+        return not_alone(graph, weights, site, {producer})
     if is_call(producer, _MUL) and all(isinstance(a, fx.Node) for a in producer.args):
-        reasons = [can_move_up(graph, weights, factor, producer) for factor in reversed(producer.args)]  # type: ignore[arg-type]
+        if producer.args[0] is producer.args[1]:
+            return f"%{producer.name} is a square, in which a diagonal would count twice"
+        reasons = [_can_move_up_factor(graph, weights, factor, producer) for factor in reversed(producer.args)]  # type: ignore[arg-type]
         return None if None in reasons else reasons[0]
     return f"a diagonal does not move through %{producer.name} ({_short(producer)})"
+
+
+def _can_move_up_factor(graph: fx.Graph, weights: Weights, factor: fx.Node, product: fx.Node) -> str | None:
+    val = factor.meta.get("val")
+    if not isinstance(val, torch.Tensor) or val.dim() == 0 or width(factor) != width(product):
+        return f"%{factor.name} is broadcast in %{product.name}"
+    return can_move_up(graph, weights, factor, product)
+
+
+def is_shared(graph: fx.Graph, name: str | None) -> bool:
+    """Whether several calls read a constant."""
+    return name is not None and len(uses(graph, name)) > 1
 
 
 def move_up(graph: fx.Graph, weights: Weights, node: fx.Node) -> None:
@@ -133,7 +155,9 @@ def move_up(graph: fx.Graph, weights: Weights, node: fx.Node) -> None:
     producer, reader = node.args[0], node
     while is_call(producer, _MUL):
         factors = reversed(producer.args)  # type: ignore[union-attr]
-        reader, producer = producer, next(f for f in factors if can_move_up(graph, weights, f, producer) is None)  # type: ignore[assignment,arg-type]
+        reader, producer = producer, next(
+            f for f in factors if _can_move_up_factor(graph, weights, f, producer) is None
+        )  # type: ignore[assignment,arg-type]
     assert isinstance(producer, fx.Node)
     if is_call(producer, LINEAR):
         site = as_linear(producer, weights)

@@ -88,7 +88,11 @@ class Storage:
 
 @dataclass(frozen=True)
 class Report:
-    """The whole story of one compilation."""
+    """The whole story of one compilation.
+
+    `fidelity` tells what the lossy passes cost the model as a whole: by mask ratio, the KL divergence from the captured model
+    and the top-1 agreement with it at masked positions.
+    """
 
     model: str
     recipe: str
@@ -98,6 +102,7 @@ class Report:
     capture: dict[str, Any]
     steps: list[Step]
     storage: Storage
+    fidelity: dict[str, dict[str, float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -129,6 +134,11 @@ class Report:
             for site, reason in step.declined:
                 console.print(f"  {step.name} declined {site}: {reason}", highlight=False)
         console.print(self._storage_lines(), highlight=False)
+        for ratio, cost in self.fidelity.items():
+            console.print(
+                f"at {float(ratio):.0%} masked: KL {cost['kl']:.4f} nats, top-1 agreement {cost['agreement']:.1%}",
+                highlight=False,
+            )
         for kernel, names in self._kernels().items():
             console.print(f"kernel {kernel}: {len(names)} sites ({names[0]}, …)", highlight=False)
         for note in [n for s in self.steps for n in s.notes] + self.notes:

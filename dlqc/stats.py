@@ -6,7 +6,7 @@
     count     Σ over rows of 1     []
 
 x are the rows that a linear reads, c the token weights of the calibration states. A weight that several linears share
-gets the sum (or maximum) over all of them.
+gets the sum (maximum, mean) over all of them.
 """
 
 from __future__ import annotations
@@ -75,15 +75,17 @@ class Collector:
     def result(self) -> dict[str, dict[str, torch.Tensor]]:
         """Statistics by weight name. Linears that read the same value share the tensors."""
         found: dict[str, dict[str, torch.Tensor]] = {}
-        for node, sums in self._sums.items():
-            if "meanabs" in sums:
-                sums["meanabs"] = sums["meanabs"] / max(self._weight_sum[node], 1e-30)
+        weight_sum: dict[str, float] = {}
         for site in self._sites:
             sums = self._sums[site.x]
+            weight_sum[site.weight] = weight_sum.get(site.weight, 0.0) + self._weight_sum.get(site.x, 0.0)
             if site.weight not in found:
                 found[site.weight] = dict(sums)
                 continue
             merged = found[site.weight]
             for name, value in sums.items():
                 merged[name] = torch.maximum(merged[name], value) if name == "absmax" else merged[name] + value
+        for weight, sums in found.items():
+            if "meanabs" in sums:
+                sums["meanabs"] = sums["meanabs"] / max(weight_sum[weight], 1e-30)
         return found

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -117,7 +118,7 @@ def untrained(size: Size, tokenizer: Any, seed: int) -> LLaDAModelLM:
     return model
 
 
-def replace(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def replace(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a file beside the old one, then put it in its place: an interruption leaves one of the two whole."""
     fresh = path.with_suffix(".partial")
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, fresh, {"format": "pt", **metadata})

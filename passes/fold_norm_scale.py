@@ -9,6 +9,7 @@ gain: layer_norm(x; g, b) = layer_norm(x; 1, b/g)·diag(g), which needs g ≠ 0.
 Declines:
     - a reader that is not a linear on a constant weight (a post-norm residual stream): it would lose the gain
     - a weight that somebody else reads, or that is tied: the other reader would gain it
+    - a gain, or a bias, that several norms read: the others would lose it
     - a gain with a zero in a layer norm with bias: b/g does not exist
 
 Running it twice is the same as once: a gain of one is not a site.
@@ -23,8 +24,8 @@ import torch
 from torch import fx
 
 from dlqc.contract import Context, Declined, Pass, PassReport
-from dlqc.graph import LAYER_NORM, NORMS, arg, constant_name, is_call, uses
-from dlqc.motion import Diagonal, can_move_down, insert, move_down
+from dlqc.graph import LAYER_NORM, NORMS, arg, constant_name, is_call
+from dlqc.motion import Diagonal, can_move_down, insert, is_shared, move_down
 from dlqc.weights import Ones, ScaleColumns, Weights
 
 
@@ -57,12 +58,17 @@ def match(node: fx.Node, graph: fx.Graph, weights: Weights) -> str | Declined | 
     value = weights.value(gain, torch.float64)
     if bool((value == 1).all()):
         return None
-    if len(uses(graph, gain)) > 1:
+    if is_shared(graph, gain):
         return Declined(gain, "the gain is shared by several norms")
     reason = can_move_down(graph, weights, node)
     if reason is not None:
         return Declined(gain, reason)
-    if is_call(node, LAYER_NORM) and arg(node, 3, "bias") is not None and bool((value == 0).any()):
+    bias = arg(node, 3, "bias") if is_call(node, LAYER_NORM) else None
+    if bias is not None and constant_name(bias) is None:
+        return Declined(gain, "the bias is no constant")
+    if is_shared(graph, constant_name(bias)):
+        return Declined(gain, "the bias is shared by several norms")
+    if bias is not None and bool((value == 0).any()):
         return Declined(gain, "the gain has a zero, so the bias cannot be divided by it")
     return gain
 

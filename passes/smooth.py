@@ -81,7 +81,8 @@ class Smooth(Pass):
             return None
         reason = can_move_down(graph, ctx.weights, value) or can_move_up(graph, ctx.weights, value)
         if reason is not None:
-            return Declined(value.name, reason)
+            reader = next(linears(value.users, ctx.weights))
+            return Declined(f"input of {reader.name}", reason)
         return self.scales(value, ctx)
 
     def scales(self, value: fx.Node, ctx: Context) -> torch.Tensor:

@@ -11,7 +11,7 @@ Shapes: R rows, L positions, K mask ratios, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dlqc.diffusion.intervals import Interval, mean_interval
 from dlqc.diffusion.likelihood import RATIOS, measured_region
-from dlqc.diffusion.masking import LogitsFn, apply_mask, logits_of, ratio_mask
+from dlqc.diffusion.masking import LogitsFn, apply_mask, device_of, logits_of, ratio_mask
 from dlqc.diffusion.spec import DiffusionSpec
 from dlqc.errors import FeasibilityError, ModelError
 
@@ -76,7 +76,7 @@ def fidelity(
 
     Args:
         reference: ids [B, L] -> logits [B, L, V]; the truth.
-        candidate: the same interface; its logits may live on another device.
+        candidate: the same interface; it may live on another device.
         rows: clean int64 [R, L].
         spec: facts of both models.
         maskable: bool [R, L]; None: all tokens.
@@ -94,24 +94,21 @@ def fidelity(
             for start in range(0, rows.shape[0], batch_size):
                 part = slice(start, start + batch_size)
                 state = apply_mask(rows[part].long(), masked[part], spec.mask_id)
-                theirs, ours = logits_of(reference, state, spec), logits_of(candidate, state, spec)
-                if theirs.shape != ours.shape:
-                    raise FeasibilityError(
-                        f"the reference has logits {list(theirs.shape)}, the candidate {list(ours.shape)}",
-                        where="candidate",
-                        remedy="Compare two forms of the same model",
-                    )
-                for row, hidden in enumerate(masked[part]):
-                    p, q = theirs[row][hidden].double(), ours[row].to(theirs.device)[hidden].double()
-                    for name, logits in (("reference", p), ("candidate", q)):
-                        if not bool(torch.isfinite(logits).all()):
-                            raise ModelError(
-                                f"the logits of row {start + row} at mask ratio {ratio:g} are not finite",
-                                where=name,
-                                remedy="Check it on this row in float32; a scale of a quantized layer may overflow",
-                            )
-                    kl[start + row, level] += float(divergence(p, q).mean()) / repeats
-                    agreement[start + row, level] += float((p.argmax(-1) == q.argmax(-1)).double().mean()) / repeats
+                pairs = zip(
+                    _at_masks("reference", reference, state, spec, start, ratio),
+                    _at_masks("candidate", candidate, state, spec, start, ratio),
+                    strict=True,
+                )
+                for row, (p, q) in enumerate(pairs, start):
+                    if p.shape != q.shape:
+                        raise FeasibilityError(
+                            f"the reference has {p.shape[1]} logits a position, the candidate {q.shape[1]}",
+                            where="candidate",
+                            remedy="Compare two forms of the same model",
+                        )
+                    kl[row, level] += divergence(p, q.to(p.device)).mean().item() / repeats
+                    same = p.argmax(-1) == q.argmax(-1).to(p.device)
+                    agreement[row, level] += same.double().mean().item() / repeats
     return FidelityTable(tuple(map(float, ratios)), kl, agreement)
 
 
@@ -119,3 +116,20 @@ def divergence(reference: Tensor, candidate: Tensor) -> Tensor:
     """KL(reference || candidate) of logits [..., V] -> nats [...]; exactly 0 for equal logits."""
     log_p, log_q = reference.log_softmax(-1), candidate.log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def _at_masks(
+    name: str, model: LogitsFn, state: Tensor, spec: DiffusionSpec, start: int, ratio: float
+) -> Iterator[Tensor]:
+    """Logits of each row at its masks, float64 [masked, V]; a row at a time, for float64 logits are large."""
+    state = state.to(device_of(model))
+    logits = logits_of(model, state, spec)
+    for row, ids in enumerate(state):
+        found = logits[row][ids == spec.mask_id].double()
+        if not bool(found.isfinite().all()):
+            raise ModelError(
+                f"the logits of row {start + row} at mask ratio {ratio:g} are not finite",
+                where=name,
+                remedy="Check it on this row in float32; a scale of a quantized layer may have overflowed",
+            )
+        yield found

@@ -18,11 +18,11 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from dlqc.diffusion.masking import LogitsFn
+from dlqc.diffusion.masking import LogitsFn, device_of
 from dlqc.diffusion.sampler_dream import DreamSampler
 from dlqc.diffusion.sampler_llada import LLaDASampler, OnStep, Step
 from dlqc.diffusion.spec import DiffusionSpec
-from dlqc.errors import FeasibilityError, RecipeError, nearest
+from dlqc.errors import FeasibilityError, ModelError, RecipeError, nearest
 
 Sampler = LLaDASampler | DreamSampler
 
@@ -78,7 +78,7 @@ def generate(
     words = tokenizer if tokenizer is not None else _tokenizer(model)
     configured = _configure(sampler or (DreamSampler() if chosen.shift else LLaDASampler()), options)
     ids = words.encode(prompt) if isinstance(prompt, str) else prompt
-    batch = torch.as_tensor(ids, device=_device(model))
+    batch = torch.as_tensor(ids, device=device_of(model))
     if batch.numel() == 0:
         batch = batch.long().reshape(1, 0)
     batch = batch[None] if batch.ndim == 1 else batch
@@ -127,15 +127,14 @@ def _tokenizer(model: Any) -> Any:
         return held
     from dlqc.models.load import load_tokenizer
 
-    return load_tokenizer(model)
-
-
-def _device(model: Any) -> torch.device:
-    """Where the parameters of a module are; the CPU for any other callable."""
-    if isinstance(model, torch.nn.Module):
-        for parameter in model.parameters():
-            return parameter.device
-    return torch.device("cpu")
+    found = load_tokenizer(model)
+    if found is None:
+        raise ModelError(
+            "the model brings no tokenizer",
+            where="tokenizer",
+            remedy="Give tokenizer=, or call the sampler's .run on ids",
+        )
+    return found
 
 
 @contextlib.contextmanager

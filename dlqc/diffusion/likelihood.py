@@ -23,6 +23,7 @@ from dlqc.diffusion.masking import (
     LogitsFn,
     apply_mask,
     check_clean,
+    device_of,
     fixed_count_mask,
     generator,
     logits_of,
@@ -81,7 +82,7 @@ def masked_nll(
 
     Args:
         model: ids [B, L] -> logits [B, L, V].
-        rows: clean int64 [R, L], on the model's device.
+        rows: clean int64 [R, L].
         spec: the model's facts.
         maskable: bool [R, L], which tokens may be masked; None: all.
         ratios: mask ratios in (0, 1]; round(ratio * n) tokens of each row are masked, at least one.
@@ -152,14 +153,14 @@ def log_likelihood(
         batch_size: masks per forward.
         cfg_scale: guidance, as in the sampler.
     """
-    given, wanted = torch.as_tensor(prompt).long().flatten(), torch.as_tensor(answer).long().flatten()
+    given, wanted = (torch.as_tensor(ids, device=device_of(model)).long().flatten() for ids in (prompt, answer))
     if wanted.numel() == 0:
         raise FeasibilityError("the answer is empty", where="answer", remedy="Give at least one token")
     if mc_num < 1 or batch_size < 1:
         raise FeasibilityError(
             f"mc_num {mc_num} and batch_size {batch_size}", where="mc_num", remedy="Use 1 or more of each"
         )
-    row = torch.cat([given.to(wanted.device), wanted])[None]
+    row = torch.cat([given, wanted])[None]
     check_clean(row, spec, where="prompt + answer")
     rng, size = generator(seed, "likelihood", row.shape[1], wanted.numel()), wanted.numel()
     first = int(torch.randint(1, size + 1, (), generator=rng))
@@ -211,6 +212,7 @@ def _table(
     draw: Callable[[int, int], Tensor],
 ) -> NllTable:
     values = torch.zeros(rows.shape[0], len(ratios), dtype=torch.float64)
+    device = device_of(model)
     digest = hashlib.sha256(rows.cpu().long().numpy().tobytes())
     for level in range(len(ratios)):
         for repeat in range(repeats):
@@ -218,7 +220,7 @@ def _table(
             digest.update(masked.cpu().numpy().tobytes())
             for start in range(0, rows.shape[0], batch_size):
                 part = slice(start, start + batch_size)
-                ids, hidden = rows[part].long(), masked[part]
+                ids, hidden = rows[part].long().to(device), masked[part].to(device)
                 with torch.no_grad():
                     logits = logits_of(model, apply_mask(ids, hidden, spec.mask_id), spec)
                     means = torch.stack([ce.mean() for ce in _cross_entropy(logits, ids, hidden)])

@@ -50,6 +50,15 @@ def logits_of(model: Callable[[Tensor], Any], ids: Tensor, spec: DiffusionSpec) 
     return torch.cat([logits[:, :1], logits[:, :-1]], dim=1) if spec.shift else logits
 
 
+def device_of(model: object) -> torch.device | None:
+    """Where a model wants its ids: the device of its parameters, or its `.device`; None where neither tells."""
+    if isinstance(model, torch.nn.Module):
+        for parameter in model.parameters():
+            return parameter.device
+    named = getattr(model, "device", None)
+    return torch.device(named) if isinstance(named, str | torch.device) else None
+
+
 def check_finite(logits: Tensor, step: int) -> None:
     """Refuse NaN and infinity in logits [B, S, V]; names the step."""
     if not bool(torch.isfinite(logits).all()):

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from dlqc.diffusion.intervals import Interval, wilson
-from dlqc.diffusion.masking import LogitsFn, derived_seed
+from dlqc.diffusion.masking import LogitsFn, derived_seed, device_of
 from dlqc.diffusion.sampler_llada import LLaDASampler
 from dlqc.diffusion.spec import DiffusionSpec
 from dlqc.errors import FeasibilityError, ModelError, nearest
@@ -219,7 +219,6 @@ def exact_match(
     steps: int = 4,
     length: int = 256,
     batch_size: int = 16,
-    device: torch.device | str = "cpu",
 ) -> dict[str, Interval]:
     """Share of items answered exactly, per task, with Wilson intervals.
 
@@ -233,7 +232,6 @@ def exact_match(
         steps: denoising steps for all answer slots of a row.
         length: tokens of a packed row.
         batch_size: rows per forward.
-        device: where the model wants its ids.
     """
     sampler = LLaDASampler(steps=steps)
     score: dict[str, Interval] = {}
@@ -243,7 +241,7 @@ def exact_match(
         for start in range(0, packed.ids.shape[0], batch_size):
             part = slice(start, start + batch_size)
             canvas = packed.ids[part].masked_fill(packed.slots[part], spec.mask_id)
-            filled = sampler.fill(model, canvas.to(device), spec, seed=seed).ids.cpu()
+            filled = sampler.fill(model, canvas.to(device_of(model)), spec, seed=seed).ids.cpu()
             wrong.update(packed.owner[part][filled != packed.ids[part]].tolist())
         score[name] = wilson(items - len(wrong), items)
     return score

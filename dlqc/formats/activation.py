@@ -83,7 +83,8 @@ class ActFormat:
         reason = self.check(width)
         if reason is not None:
             raise FeasibilityError(reason, where="group_size", remedy="Use a divisor, or None for one scale per token")
-        grouped = x.float().reshape(*x.shape[:-1], -1 if width else 1, self.group_size or width)
+        groups = 1 if self.group_size is None else width // self.group_size
+        grouped = x.float().reshape(*x.shape[:-1], groups, width // groups)
         half = 1 << (self.bits - 1)
         if self.symmetric:
             scale = _positive(torch.linalg.vector_norm(grouped, torch.inf, dim=-1, keepdim=True) / (half - 1))

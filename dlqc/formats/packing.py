@@ -55,7 +55,7 @@ def pack(codes: torch.Tensor, bits: int, layout: Layout = "rows") -> torch.Tenso
         raise ContractError(f"code {int(codes.max())} does not fit in {bits} bits", where="codes")
     count, width = codes.shape
     packed = torch.zeros(packed_shape(count, width, bits, layout), dtype=torch.uint8, device=codes.device)
-    for rows in _row_chunks(count, width):
+    for rows in _row_chunks(count, width) if width else ():
         words = _resize(codes[rows], -(-width // 8) * 8).view(torch.int64)
         if layout == "rows":
             stream = _squeeze(words, bits).unsqueeze(-1).view(torch.uint8)[..., :bits].flatten(1)
@@ -76,7 +76,7 @@ def unpack(packed: torch.Tensor, bits: int, in_features: int, layout: Layout = "
         raise ContractError(what, where="packed", remedy=f"Check bits={bits}, in_features={in_features}, {layout!r}")
     eights = -(-in_features // 8)
     codes = torch.empty(count, in_features, dtype=torch.uint8, device=packed.device)
-    for rows in _row_chunks(count, in_features):
+    for rows in _row_chunks(count, in_features) if in_features else ():
         if layout == "rows":
             stream = _resize(packed[rows], eights * bits).reshape(-1, eights, bits)
             words = _spread(_resize(stream, 8).view(torch.int64).squeeze(-1), bits)
@@ -96,7 +96,7 @@ def _check(bits: int, layout: str) -> None:
 
 
 def _row_chunks(count: int, width: int) -> Iterator[slice]:
-    step = max(1, CHUNK // max(width, 1))
+    step = max(1, CHUNK // width)
     return (slice(start, start + step) for start in range(0, count, step))
 
 

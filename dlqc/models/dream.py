@@ -1,7 +1,8 @@
 """Dream: a Qwen2.5 made bidirectional (Ye et al. 2025, arXiv 2508.15487), with Dream-Coder and DiffuCoder.
 
-Native class with the checkpoint's names and keys: `model.embed_tokens`, `model.layers.{i}.self_attn.{q,k,v,o}_proj` (q, k, v
-with bias, grouped keys), `mlp.{gate,up,down}_proj`, `input_layernorm`, `post_attention_layernorm`, `model.norm`, `lm_head`.
+Native class with the checkpoint's names and keys: `model.embed_tokens`, `model.layers.{i}.self_attn.{q,k,v,o}_proj`
+(q, k, v with bias, grouped keys), `mlp.{gate,up,down}_proj`, `input_layernorm`, `post_attention_layernorm`,
+`model.norm`, `lm_head`.
 
 The logits are raw: row i predicts token i + 1, as in the autoregressive model it came from. Samplers and calibration
 shift (`DiffusionSpec.shift`).
@@ -17,11 +18,10 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
-from dlqc.errors import ModelError
-from dlqc.models.llada import apply_rotary, rotary_tables
+from dlqc.models.llada import apply_rotary, check_heads, plain_rope, refuse, rotary_tables
 
 
-class DreamConfig(PretrainedConfig):  # type: ignore[misc]
+class DreamConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
     """Qwen2's configuration keys, and the mask token."""
 
     model_type = "Dream"
@@ -43,25 +43,22 @@ class DreamConfig(PretrainedConfig):  # type: ignore[misc]
         hidden_act: str = "silu",
         **kwargs: Any,
     ) -> None:
+        if hidden_act != "silu":
+            raise refuse("hidden_act", hidden_act)
+        if kwargs.get("use_sliding_window"):
+            raise refuse("use_sliding_window", True)
+        if kwargs.get("partial_rotary_factor") not in (1.0, None):
+            raise refuse("partial_rotary_factor", kwargs["partial_rotary_factor"])
+        rope_theta = plain_rope(rope_theta, kwargs)
+        check_heads(hidden_size, num_attention_heads, num_key_value_heads)
         self.vocab_size, self.hidden_size, self.intermediate_size = vocab_size, hidden_size, intermediate_size
         self.num_hidden_layers, self.num_attention_heads = num_hidden_layers, num_attention_heads
         self.num_key_value_heads = num_key_value_heads
         self.max_position_embeddings, self.rms_norm_eps = max_position_embeddings, rms_norm_eps
         self.rope_theta, self.mask_token_id, self.hidden_act = rope_theta, mask_token_id, hidden_act
-        scaling = kwargs.get("rope_scaling")
-        refused = {
-            "hidden_act": hidden_act != "silu",
-            "rope_scaling": bool(scaling) and scaling.get("rope_type") != "default",
-        }
-        refused["use_sliding_window"] = bool(kwargs.get("use_sliding_window", False))
-        for key in (k for k, bad in refused.items() if bad):
-            raise ModelError(
-                f"{key}={kwargs.get(key, hidden_act)!r} is not implemented here",
-                where="config.json",
-                remedy="Load the checkpoint's own code with trust_remote_code=True",
-            )
         kwargs.setdefault("use_cache", False)
-        super().__init__(pad_token_id=pad_token_id, tie_word_embeddings=tie_word_embeddings, **kwargs)
+        kwargs |= {"pad_token_id": pad_token_id, "tie_word_embeddings": tie_word_embeddings}
+        super().__init__(**kwargs)
 
 
 class _Attention(nn.Module):
@@ -128,7 +125,7 @@ class _Model(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
-class DreamModel(PreTrainedModel):  # type: ignore[misc]
+class DreamModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     """Dream with its head. `forward(input_ids [B, L])` gives raw logits [B, L, V]: row i predicts token i + 1."""
 
     config_class = DreamConfig
@@ -139,7 +136,7 @@ class DreamModel(PreTrainedModel):  # type: ignore[misc]
         super().__init__(config)
         self.model = _Model(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **_: Any) -> MaskedLMOutput:
         """Args: input_ids int64 [B, L]; attention_mask [B, L], nonzero where a key may be seen."""
@@ -152,10 +149,12 @@ class DreamModel(PreTrainedModel):  # type: ignore[misc]
         return MaskedLMOutput(logits=self.lm_head(self.model.norm(x_BLD)))
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.model.embed_tokens
+        found: nn.Module = self.model.embed_tokens
+        return found
 
     def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
+        found: nn.Module = self.lm_head
+        return found
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):

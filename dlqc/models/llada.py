@@ -1,6 +1,6 @@
 """LLaDA: a bidirectional Llama that denoises (Nie et al. 2025, arXiv 2502.09992).
 
-Native classes for LLaDA-8B Base, Instruct and 1.5, iLLaDA (grouped queries, tied head, `mask_id`) and the bundled tiny-llada.
+Native classes for LLaDA-8B Base, Instruct and 1.5, iLLaDA (grouped queries, tied head, `mask_id`) and tiny-llada.
 Configuration keys and tensor names are those of the checkpoints, so the Hub's own code is not needed:
 
     model.transformer.wte.weight                                              [V, d]
@@ -37,10 +37,49 @@ _IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "scale_logits": (False, None),
     "clip_qkv": (None,),
     "multi_query_attention": (False, None),
+    "layer_norm_with_affine": (True,),
+    "bias_for_layer_norm": (False, None),
+    "block_group_size": (1, None),
+    "qk_layernorm": (False, None),
+    "num_experts": (0, None),
+    "partial_rotary_factor": (1.0, None),
 }
 
 
-class LLaDAConfig(PretrainedConfig):  # type: ignore[misc]
+def refuse(key: str, value: object) -> ModelError:
+    """The error for a configuration key that asks for mathematics that the native classes do not have."""
+    return ModelError(
+        f"{key}={value!r} is not implemented here",
+        where="config.json",
+        remedy="Load the checkpoint's own code with trust_remote_code=True",
+    )
+
+
+def plain_rope(theta: float, kwargs: dict[str, Any]) -> float:
+    """Rotary base, after the spellings that transformers 4 and 5 give it are taken out of `kwargs`.
+
+    Raises:
+        ModelError: the configuration asks for scaled frequencies.
+    """
+    for key in ("rope_scaling", "rope_parameters"):
+        given = kwargs.pop(key, None) or {}
+        if given.get("rope_type", given.get("type", "default")) != "default":
+            raise refuse(key, given)
+        theta = given.get("rope_theta", theta)
+    return float(theta)
+
+
+def check_heads(width: int, heads: int, kv_heads: int) -> None:
+    """Refuse heads that do not divide the width, or key heads that do not divide the heads."""
+    if width % heads or heads % kv_heads:
+        raise ModelError(
+            f"width {width}, {heads} heads and {kv_heads} key heads do not divide",
+            where="config.json",
+            remedy="Copy the file again",
+        )
+
+
+class LLaDAConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
     """Configuration with LLaDA's own keys. Unknown keys are kept; keys that ask for other mathematics are refused."""
 
     model_type = "llada"
@@ -58,7 +97,7 @@ class LLaDAConfig(PretrainedConfig):  # type: ignore[misc]
         n_layers: int = 32,
         n_heads: int = 32,
         n_kv_heads: int | None = None,
-        mlp_hidden_size: int = 12288,
+        mlp_hidden_size: int | None = 12288,
         vocab_size: int = 126464,
         embedding_size: int | None = None,
         max_sequence_length: int = 4096,
@@ -71,21 +110,19 @@ class LLaDAConfig(PretrainedConfig):  # type: ignore[misc]
         mask_id: int | None = None,
         **kwargs: Any,
     ) -> None:
+        for key, values in _IMPLEMENTED.items():
+            if key in kwargs and kwargs[key] not in values:
+                raise refuse(key, kwargs[key])
+        rope_theta = plain_rope(rope_theta, kwargs)
         self.d_model, self.n_layers, self.n_heads = d_model, n_layers, n_heads
         self.n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
-        self.mlp_hidden_size = mlp_hidden_size
+        check_heads(d_model, n_heads, self.n_kv_heads)
+        self.mlp_hidden_size = kwargs.get("mlp_ratio", 4) * d_model if mlp_hidden_size is None else mlp_hidden_size
         self.vocab_size = vocab_size
         self.embedding_size = vocab_size if embedding_size is None else embedding_size
         self.max_sequence_length, self.rope_theta, self.rms_norm_eps = max_sequence_length, rope_theta, rms_norm_eps
         self.weight_tying, self.include_bias, self.include_qkv_bias = weight_tying, include_bias, include_qkv_bias
         self.mask_token_id = mask_id if mask_token_id is None else mask_token_id
-        for key, values in _IMPLEMENTED.items():
-            if key in kwargs and kwargs[key] not in values:
-                raise ModelError(
-                    f"{key}={kwargs[key]!r} is not implemented here",
-                    where="config.json",
-                    remedy="Load the checkpoint's own code with trust_remote_code=True",
-                )
         kwargs["tie_word_embeddings"] = weight_tying
         kwargs.setdefault("use_cache", False)
         super().__init__(**kwargs)
@@ -138,9 +175,9 @@ def rotary_tables(length: int, head_dim: int, theta: float, device: torch.device
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate x [B, H, L, D] in float32, as `rope_full_precision` asks; the result has x's dtype."""
+    """Rotate x [B, H, L, D] in float32 or wider, as `rope_full_precision` asks; the result has x's dtype."""
     half = x.shape[-1] // 2
-    wide = x.to(cos.dtype)
+    wide = x.to(torch.promote_types(x.dtype, cos.dtype))
     rotated = torch.cat((-wide[..., half:], wide[..., :half]), dim=-1)
     return (wide * cos + rotated * sin).to(x.dtype)
 
@@ -160,7 +197,7 @@ class _Model(nn.Module):
         self.transformer = nn.ModuleDict(parts)
 
 
-class LLaDAModelLM(PreTrainedModel):  # type: ignore[misc]
+class LLaDAModelLM(PreTrainedModel):  # type: ignore[no-untyped-call]
     """LLaDA with its head. `forward(input_ids [B, L])` gives logits [B, L, V], V = embedding_size."""
 
     config_class = LLaDAConfig
@@ -170,7 +207,7 @@ class LLaDAModelLM(PreTrainedModel):  # type: ignore[misc]
     def __init__(self, config: LLaDAConfig) -> None:
         super().__init__(config)
         self.model = _Model(config)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **_: Any) -> MaskedLMOutput:
         """Args: input_ids int64 [B, L]; attention_mask [B, L], nonzero where a key may be seen."""
@@ -179,14 +216,18 @@ class LLaDAModelLM(PreTrainedModel):  # type: ignore[misc]
         head_dim = self.config.d_model // self.config.n_heads
         cos, sin = rotary_tables(input_ids.shape[1], head_dim, self.config.rope_theta, input_ids.device)
         mask = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
-        for block in parts["blocks"]:  # type: ignore[union-attr]
+        for block in parts["blocks"]:
             x_BLD = block(x_BLD, cos, sin, mask)
         x_BLD = parts["ln_f"](x_BLD)
-        logits = F.linear(x_BLD, parts["wte"].weight) if self.config.weight_tying else parts["ff_out"](x_BLD)  # type: ignore[arg-type]
+        logits = F.linear(x_BLD, parts["wte"].weight) if self.config.weight_tying else parts["ff_out"](x_BLD)
         return MaskedLMOutput(logits=logits)
 
     def get_input_embeddings(self) -> nn.Module:
         found: nn.Module = self.model.transformer["wte"]
+        return found
+
+    def get_output_embeddings(self) -> nn.Module:
+        found: nn.Module = self.model.transformer["wte" if self.config.weight_tying else "ff_out"]
         return found
 
     def _init_weights(self, module: nn.Module) -> None:

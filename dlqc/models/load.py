@@ -1,13 +1,12 @@
 """Loading models: the bundled one, a local folder, a Hub id, or a module that is there already.
 
-Native classes are built without memory and take their tensors from the memory-mapped safetensors files, so an 8B model costs
-nothing until it is touched. Loading is strict: a missing, unexpected, mis-shaped, truncated or corrupt tensor is an
-error that names it.
+Native classes are built without memory and take their tensors from the memory-mapped safetensors files, so an 8B model
+costs nothing until it is touched. Loading is strict: a missing, unexpected, mis-shaped, truncated or corrupt tensor is
+an error that names it.
 """
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,15 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from dlqc.errors import ModelError
+from dlqc.errors import ModelError, nearest
 from dlqc.models.bidirectional import Bidirectional
-from dlqc.models.shims import remote_code_shims
+from dlqc.models.checkpoint import check_names, read_config, read_tensors
+from dlqc.models.shims import accept_arguments, keep, remote_code_shims
 
 BUNDLED = "tiny-llada"
-_INDEX = "model.safetensors.index.json"
 
 
 def register() -> None:
@@ -62,22 +60,31 @@ def load_model(
         dtype: of the weights; the checkpoint's own where None.
         trust_remote_code: run the checkpoint's own Python code instead of the native class.
         meta: no weights at all, for `plan` and `capture`.
-        bidirectional: make a causal decoder see every position; None decides by the configuration (it names a mask token).
+        bidirectional: make a causal decoder see every position; None decides by the configuration (it does where that
+            names a mask token). Masked models are bidirectional as they are.
 
     Raises:
         ModelError: the folder, configuration or a tensor is missing or wrong; the message names it.
     """
     if isinstance(source, nn.Module):
         return source
-    folder = find_folder(source)
+    folder = find_folder(source, code=trust_remote_code)
     config = read_config(folder)
     kind = str(config.get("model_type", ""))
+    if config.get("quantization_config"):
+        raise ModelError(
+            "the checkpoint is quantized already",
+            where=str(folder / "config.json"),
+            remedy="Give the original weights, or dlqc.load for what dlqc saved",
+        )
     with _quiet():
         register()
-        if kind in _native() and not trust_remote_code:
+        if trust_remote_code and config.get("auto_map"):
+            model = _load_remote(folder, config, dtype, meta)
+        elif kind in _native():
             model = _load_native(folder, config, kind, dtype, meta)
         else:
-            model = _load_transformers(folder, config, dtype, meta, trust_remote_code, bidirectional)
+            model = _load_transformers(folder, config, dtype, meta, bidirectional)
     model.dlqc_source = str(folder)  # type: ignore[assignment]
     return model.eval()
 
@@ -99,8 +106,8 @@ def load_tokenizer(source: str | Path | nn.Module) -> Any:
         return AutoTokenizer.from_pretrained(folder)
 
 
-def find_folder(source: str | Path) -> Path:
-    """The local folder of a model; a Hub id is downloaded."""
+def find_folder(source: str | Path, *, code: bool = False) -> Path:
+    """The local folder of a model; a Hub id is downloaded, its Python files only with `code`."""
     if str(source) == BUNDLED:
         return Path(str(files("dlqc") / "data" / BUNDLED))
     path = Path(source)
@@ -108,11 +115,13 @@ def find_folder(source: str | Path) -> Path:
         return path
     if path.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") != 1:
         raise ModelError(
-            "there is no such folder", where=str(source), remedy=f"Give a folder, a Hub id, or {BUNDLED!r}"
+            "there is no such folder",
+            where=str(source),
+            remedy=f"{nearest(str(source), [BUNDLED])}; or give a folder or a Hub id owner/name",
         )
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.py", "*.model"]
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", *(["*.py"] if code else [])]
     try:
         return Path(snapshot_download(str(source), allow_patterns=patterns))
     except Exception as error:  # the hub client raises its own, requests' and the system's errors
@@ -123,18 +132,6 @@ def find_folder(source: str | Path) -> Path:
         ) from error
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's config.json."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ModelError("there is no config.json", where=str(folder), remedy="Give a folder with a Hugging Face model")
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ModelError(f"not valid JSON ({error})", where=str(path), remedy="Copy the file again") from error
-    return found
-
-
 def _load_native(folder: Path, data: dict[str, Any], kind: str, dtype: torch.dtype | None, meta: bool) -> nn.Module:
     config_class, model_class = _native()[kind]
     skipped = ("model_type", "architectures", "auto_map", "torch_dtype", "dtype", "transformers_version")
@@ -143,119 +140,154 @@ def _load_native(folder: Path, data: dict[str, Any], kind: str, dtype: torch.dty
     with torch.device("meta"):
         model: nn.Module = model_class(config)
     if meta:
-        stored = getattr(torch, str(data.get("dtype", data.get("torch_dtype", "bfloat16"))), torch.bfloat16)
-        return model.to(dtype or stored)
+        return model.to(dtype or _declared_dtype(data) or torch.bfloat16)
+    ties = dict(getattr(model, "_tied_weights_keys", None) or {}) if config.tie_word_embeddings else {}
+    return _assign(model, folder, ties, dtype).requires_grad_(False)
+
+
+def _declared_dtype(data: dict[str, Any]) -> torch.dtype | None:
+    found = getattr(torch, str(data.get("dtype", data.get("torch_dtype"))), None)
+    return found if isinstance(found, torch.dtype) else None
+
+
+def _assign(model: nn.Module, folder: Path, ties: dict[str, str], dtype: torch.dtype | None) -> nn.Module:
+    """Give a model without memory the tensors of its checkpoint, mapped, not copied."""
     tensors = read_tensors(folder)
-    _check_names(model, tensors, folder)
+    check_names(model, tensors, folder, ties)
     if dtype is not None:
         tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
     model.load_state_dict(tensors, strict=False, assign=True)
-    if config.tie_word_embeddings and hasattr(model, "lm_head"):
-        model.lm_head.weight = model.get_input_embeddings().weight  # type: ignore[operator,union-attr]
-    return model.requires_grad_(False)
-
-
-def _check_names(model: nn.Module, tensors: dict[str, torch.Tensor], folder: Path) -> None:
-    wanted = dict(model.state_dict())
-    tied = set(getattr(model, "_tied_weights_keys", {}) or {}) if model.config.tie_word_embeddings else set()  # type: ignore[union-attr]
-    missing = [name for name in wanted if name not in tensors and name not in tied]
-    if missing:
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise ModelError(
-            f"tensor {missing[0]!r} is missing{more}", where=str(folder), remedy="Download the checkpoint again"
-        )
-    unexpected = [name for name in tensors if name not in wanted]
-    if unexpected:
-        raise ModelError(
-            f"tensor {unexpected[0]!r} is unexpected",
-            where=str(folder),
-            remedy="The configuration does not fit the weights",
-        )
-    for name, tensor in tensors.items():
-        if tensor.shape != wanted[name].shape:
-            raise ModelError(
-                f"is {list(tensor.shape)}, the configuration says {list(wanted[name].shape)}",
-                where=name,
-                remedy="The configuration does not fit the weights",
-            )
-
-
-def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint, memory-mapped; single file, or shards with an index."""
-    index = folder / _INDEX
-    if index.is_file():
-        where: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards = sorted(set(where.values()))
-    elif (folder / "model.safetensors").is_file():
-        where, shards = {}, ["model.safetensors"]
-    else:
-        raise ModelError("there are no model.safetensors", where=str(folder), remedy="Download the checkpoint again")
-    tensors: dict[str, torch.Tensor] = {}
-    for shard in shards:
-        tensors |= _read_shard(folder / shard)
-    for name, shard in where.items():
-        if name not in tensors:
-            raise ModelError(f"tensor {name!r} is not in it, though the index says so", where=str(folder / shard))
-    return tensors
-
-
-def _read_shard(path: Path) -> dict[str, torch.Tensor]:
-    if not path.is_file():
-        raise ModelError("the shard is missing", where=str(path), remedy="Download the checkpoint again")
-    try:
-        with safe_open(path, "pt") as f:
-            return {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118  safe_open is no mapping
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ModelError(
-            f"the shard is corrupt or truncated ({error})", where=str(path), remedy="Download it again"
-        ) from error
+    for name, source in ties.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, model.get_parameter(source))
+    return model
 
 
 def _load_transformers(
-    folder: Path,
-    config: dict[str, Any],
-    dtype: torch.dtype | None,
-    meta: bool,
-    trust_remote_code: bool,
-    bidirectional: bool | None,
+    folder: Path, data: dict[str, Any], dtype: torch.dtype | None, meta: bool, bidirectional: bool | None
 ) -> nn.Module:
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+    """A model that transformers has a class for: a masked language model, or a decoder made bidirectional."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
-    names = [str(name) for name in config.get("architectures") or []]
-    remote = trust_remote_code and bool(config.get("auto_map"))
-    causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
-    if causal and not remote:
-        wanted = config.get("mask_token_id") is not None if bidirectional is None else bidirectional
-        if not wanted:
-            raise ModelError(
-                f"{names[0]} is a causal decoder, not a denoiser",
-                where=str(folder),
-                remedy="Pass bidirectional=True (and mask_id= to compile) to make it see every position",
-            )
+    causal = _is_causal(folder, data, bidirectional)
     auto: Any = AutoModelForCausalLM if causal else AutoModelForMaskedLM
-    if remote:
-        mapped = config["auto_map"]
-        auto = next(
-            (a for a in (AutoModelForMaskedLM, AutoModelForCausalLM, AutoModel) if a.__name__ in mapped), AutoModel
+    with _explained(folder):
+        if meta:
+            config = AutoConfig.from_pretrained(folder)
+            with _parameters_on_meta():
+                model: nn.Module = auto.from_config(config)
+            kind = dtype or _declared_dtype(data)
+            model = model if kind is None else model.to(kind)
+        else:
+            read_tensors(folder)  # its errors name the shard
+            model, found = auto.from_pretrained(
+                folder, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
+            )
+            if found["missing_keys"]:  # transformers fills them with random numbers
+                check = sorted(found["missing_keys"])
+                raise ModelError(
+                    f"tensor {check[0]!r} is missing ({len(check)} in all)",
+                    where=str(folder),
+                    remedy=f"Give a checkpoint that was saved from {type(model).__name__}",
+                )
+            # A checkpoint may hold parts for other tasks, as BERT's next-sentence head; they are said, not hidden.
+            model.dlqc_unused = tuple(sorted(found["unexpected_keys"]))  # type: ignore[assignment]
+    return Bidirectional(model) if causal else model
+
+
+def _is_causal(folder: Path, data: dict[str, Any], bidirectional: bool | None) -> bool:
+    """Whether the checkpoint is a decoder that has to be made bidirectional."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    names = [str(name) for name in data.get("architectures") or []]
+    kind = str(data.get("model_type", ""))
+    decoder = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decoder:
+        return False
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        own = " and brings code of its own" if data.get("auto_map") else ""
+        raise ModelError(
+            f"model type {kind!r} is no language model that transformers knows{own}",
+            where=str(folder),
+            remedy="Pass trust_remote_code=True if you trust that code" if own else "Give a masked model or a decoder",
         )
+    declared = data.get("mask_token_id", data.get("mask_id")) is not None
+    if not (declared if bidirectional is None else bidirectional):
+        raise ModelError(
+            f"{names[0] if names else kind} is a causal decoder, not a denoiser",
+            where=str(folder),
+            remedy="Pass bidirectional=True (and mask_id= to compile) to make it see every position",
+        )
+    return True
+
+
+def _load_remote(folder: Path, data: dict[str, Any], dtype: torch.dtype | None, meta: bool) -> nn.Module:
+    """The checkpoint's own Python code, called directly: the Auto classes would prefer the native ones."""
+    from transformers import AutoConfig
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    mapped: dict[str, Any] = data["auto_map"]
+    entry = next((e for e in ("AutoModelForMaskedLM", "AutoModelForCausalLM", "AutoModel") if e in mapped), None)
+    if entry is None:
+        raise ModelError(
+            "auto_map names no model class", where=str(folder / "config.json"), remedy="Load it without its own code"
+        )
+    with _explained(folder), remote_code_shims():
+        config_class: Any = AutoConfig
+        if "AutoConfig" in mapped:
+            config_class = get_class_from_dynamic_module(mapped["AutoConfig"], folder)
+        model_class: Any = get_class_from_dynamic_module(mapped[entry], folder)
+        accept_arguments(model_class)
+        config = config_class.from_pretrained(folder)
+        if str(getattr(config, "init_device", "")).startswith("cuda"):
+            config.init_device = "cpu"
+        with _parameters_on_meta():
+            model: nn.Module = model_class(config)
+        if meta:
+            kind = dtype or _declared_dtype(data)
+            model = model if kind is None else model.to(kind)
+        else:
+            ties = model.get_expanded_tied_weights_keys(all_submodels=True)  # type: ignore[operator]
+            _assign(model, folder, ties, dtype)
+        keep(model)
+    return model
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters take no memory; buffers (rotary frequencies, position ids) get their values."""
+    original = nn.Module.register_parameter
+
+    def register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        # One that is on meta already stays the same object, or ties would come apart.
+        if param is not None and param.device.type != "meta":
+            param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
+        original(self, name, param)
+
+    nn.Module.register_parameter = register_parameter  # type: ignore[method-assign]
     try:
-        with remote_code_shims() if remote else _nothing():
-            if meta:
-                found = AutoConfig.from_pretrained(folder, trust_remote_code=remote)
-                with torch.device("meta"):
-                    model: nn.Module = auto.from_config(found, trust_remote_code=remote)
-            else:
-                model = auto.from_pretrained(folder, dtype=dtype or "auto", trust_remote_code=remote)
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """Whatever transformers or remote code raise becomes a ModelError, with the original as its cause."""
+    try:
+        yield
     except ModelError:
         raise
-    except Exception as error:  # transformers and remote code raise anything
-        first = (str(error).strip().splitlines() or [""])[0]
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0].rstrip(".")
         raise ModelError(
             f"transformers cannot load it ({type(error).__name__}: {first})",
             where=str(folder),
-            remedy="Check the folder; trust_remote_code=True runs the checkpoint's own code",
+            remedy="Check that config.json fits the weights and the installed transformers",
         ) from error
-    return Bidirectional(model) if causal and not remote else model
 
 
 def check_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -276,15 +308,11 @@ def check_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
 
 
 @contextmanager
-def _nothing() -> Iterator[None]:
-    yield
-
-
-@contextmanager
 def _quiet() -> Iterator[None]:
     """Keep transformers' progress bars and load reports off the screen; errors still raise."""
-    from transformers.utils import logging
+    import transformers
 
+    logging: Any = transformers.utils.logging
     level = logging.get_verbosity()
     bars = logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -39,10 +39,11 @@ from dlqc.formats.integer import Clip, IntFormat, QuantizedWeight
 from dlqc.rounding.contract import Rounded, Rounding
 from dlqc.rounding.hessian import MAX_DAMP, Factor, factorize, output_energy, sqnr_db
 
+Choice = tuple[Clip, float]
 Parameters = tuple[torch.Tensor, torch.Tensor | None]
 
 # Ways to choose a group's scale that clip="trial" compares: IntFormat.parameters' clip and shrink.
-TRIALS: tuple[tuple[Clip, float], ...] = (("mse", 1.0), ("minmax", 1.0), ("minmax", 0.9), ("minmax", 0.8))
+TRIALS: tuple[Choice, ...] = (("mse", 1.0), ("minmax", 1.0), ("minmax", 0.9), ("minmax", 0.8))
 
 # Rows, evenly spaced, on which the trials are made and rounding to nearest is measured.
 SAMPLE = 256
@@ -132,10 +133,15 @@ def gptq(
     exact = weight.to(dtype)
     rows = torch.linspace(0, count - 1, min(count, SAMPLE), device=weight.device).round().long()
     sample = exact[rows]
-    trials: tuple[tuple[Clip, float], ...] = TRIALS if options.clip == "trial" else ((options.clip, 1.0),)
-    grids = [_Grid(fmt, clip, shrink, factor) for clip, shrink in trials]
-    grid = min(grids, key=lambda tried: _round(sample, tried, options)[2]) if len(grids) > 1 else grids[0]
-    rounded, work, loss = _round(exact, grid, options)
+    if options.clip == "trial":
+        # All trials at once, one below the other: rows do not depend on each other.
+        losses = _round(sample.repeat(len(TRIALS), 1), _Grid(fmt, TRIALS, factor), options)[2]
+        choice = TRIALS[int(losses.reshape(len(TRIALS), -1).sum(dim=1).argmin())]
+    else:
+        choice = (options.clip, 1.0)
+    grid = _Grid(fmt, (choice,), factor)
+    rounded, work, losses = _round(exact, grid, options)
+    loss = losses.sum().item()
 
     back = torch.argsort(factor.order)
     own = output_energy(work[:, rows][back].T, factor.hessian).sum().item()
@@ -152,27 +158,28 @@ def gptq(
         "loss_rtn": other * (noise / own if own > 0 else count / len(rows)),
         "damp": factor.damp,
         "damp_tries": float(factor.tries),
-        "shrink": 0.0 if grid.clip == "mse" else grid.shrink,
+        "shrink": 0.0 if choice[0] == "mse" else choice[1],
     }
     return Rounded(rounded, metrics)
 
 
 @dataclass(frozen=True, eq=False)
 class _Grid:
-    """How the scales and zero points of one layer are chosen."""
+    """How the scales and zero points of one layer are chosen: each of `choices` for an equal share of the rows."""
 
     fmt: IntFormat
-    clip: Clip
-    shrink: float
+    choices: tuple[Choice, ...]
     factor: Factor
 
     def parameters(self, weight: torch.Tensor, columns: slice = slice(None)) -> Parameters:
         """Scales [N, G] and zero points for `columns` of W."""
-        if self.clip == "minmax":
-            return self.fmt.parameters(weight, shrink=self.shrink)
         importance = torch.empty_like(self.factor.upper.diagonal())
         importance[self.factor.order] = self.factor.upper.diagonal().square()
-        return self.fmt.parameters(weight, clip=self.clip, importance=importance[columns])
+        parts = [
+            self.fmt.parameters(part, clip=clip, shrink=shrink, importance=importance[columns])
+            for part, (clip, shrink) in zip(weight.chunk(len(self.choices)), self.choices, strict=True)
+        ]
+        return _cat(parts, dim=0)
 
     def nearest(self, weight: torch.Tensor) -> torch.Tensor:
         """The weight rounded to nearest on this grid, float32."""
@@ -180,8 +187,8 @@ class _Grid:
         return QuantizedWeight(self.fmt.encode(weight, scales, zeros), scales, zeros, self.fmt).dequantize()
 
 
-def _round(exact: torch.Tensor, grid: _Grid, options: Gptq) -> tuple[QuantizedWeight, torch.Tensor, float]:
-    """Round `exact` [N, K]: the result; the errors W - Ŵ [K, N], transposed and reversed; Σ_k R_kk²·‖t_k - ŵ_k‖²."""
+def _round(exact: torch.Tensor, grid: _Grid, options: Gptq) -> tuple[QuantizedWeight, torch.Tensor, torch.Tensor]:
+    """Round `exact` [N, K]: the result; the errors W - Ŵ [K, N], transposed and reversed; the damped losses [N]."""
     fmt, order, upper = grid.fmt, grid.factor.order, grid.factor.upper
     width = len(order)
     group = fmt.group_size or width
@@ -189,7 +196,7 @@ def _round(exact: torch.Tensor, grid: _Grid, options: Gptq) -> tuple[QuantizedWe
     block = options.block if static else group
     work = exact.T.index_select(0, order)
     codes = torch.empty_like(work, dtype=torch.uint8)
-    loss = torch.zeros((), dtype=torch.float64, device=work.device)
+    losses = torch.zeros(len(exact), dtype=torch.float64, device=work.device)
     chosen = [grid.parameters(exact)] if static else []
     table = _transposed(chosen[0]) if static else None
     for stop in range(width, 0, -block):
@@ -209,12 +216,15 @@ def _round(exact: torch.Tensor, grid: _Grid, options: Gptq) -> tuple[QuantizedWe
             scale, zero = _columns(table, order[rows] // group, work.dtype)
         levels = _round_block(target, work[rows], near, scale, zero, fmt)
         codes[rows] = (levels + (fmt.midpoint if zero is None else zero)).to(torch.uint8)
-        residual = target.addcmul_(levels, scale, value=-1).square_().sum(dim=1, dtype=torch.float64)
-        loss += pivots.square() @ residual
+        residual = target.addcmul_(levels, scale, value=-1).square_()
+        losses += (pivots / pivots.max()).square().to(work.dtype) @ residual * pivots.max().square()
     codes = codes[torch.argsort(order)].T.contiguous()
-    scales = torch.cat([part[0] for part in chosen], dim=1)
-    zeros = None if fmt.symmetric else torch.cat([part[1] for part in chosen if part[1] is not None], dim=1)
-    return QuantizedWeight(codes, scales, zeros, fmt), work, loss.item()
+    return QuantizedWeight(codes, *_cat(chosen, dim=1), fmt), work, losses
+
+
+def _cat(parts: list[Parameters], dim: int) -> Parameters:
+    zeros = [zero for _, zero in parts if zero is not None]
+    return torch.cat([scale for scale, _ in parts], dim), torch.cat(zeros, dim) if zeros else None
 
 
 def _transposed(parameters: Parameters) -> Parameters:

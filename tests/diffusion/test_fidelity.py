@@ -70,9 +70,7 @@ def test_divergence_is_not_negative_and_not_symmetric() -> None:
 
 
 def test_refusals(toy: Callable[..., Model], rows: Tensor, spec: DiffusionSpec) -> None:
-    with pytest.raises(
-        FeasibilityError, match=r"candidate: the reference has logits \[5, 24, 11\], the candidate \[5, 24"
-    ):
+    with pytest.raises(FeasibilityError, match=r"candidate: the reference has 11 logits a position, the candidate 12"):
         fidelity(toy(0), toy(0, vocab=12), rows, spec)
     with pytest.raises(ModelError, match=r"candidate: the logits of row 0 at mask ratio 0.0625 are not finite"):
         fidelity(toy(0), lambda ids: toy(0)(ids) * torch.nan, rows, spec)

@@ -10,7 +10,8 @@ from dlqc.diffusion.generate import generate
 from dlqc.diffusion.sampler_dream import DreamSampler
 from dlqc.diffusion.sampler_llada import LLaDASampler
 from dlqc.diffusion.spec import DiffusionSpec
-from dlqc.errors import FeasibilityError, RecipeError
+from dlqc.errors import FeasibilityError, ModelError, RecipeError
+from dlqc.models.load import load_model
 
 Model = Callable[[Tensor], Tensor]
 
@@ -105,3 +106,13 @@ def test_refusals(toy: Callable[..., Model], spec: DiffusionSpec) -> None:
         generate(model, torch.zeros(2, 3, dtype=torch.long))
     with pytest.raises(FeasibilityError, match=r"1 with 128 to generate are 129 tokens.*Use gen_length=63 or less"):
         generate(model, "a")
+    with pytest.raises(ModelError, match=r"tokenizer: the model brings no tokenizer. Give tokenizer=, or call"):
+        generate(torch.nn.Linear(2, 2), "a", spec=spec)
+
+
+def test_the_bundled_model_brings_everything_along() -> None:
+    model = load_model("tiny-llada")
+    result = generate(model, "back 40271=17204<|endoftext|>back 58213=", gen_length=5, steps=5)
+    assert result.text.isdigit()
+    assert result.text[:2] == "31"
+    assert (len(result.ids), result.nfe) == (5, 5)

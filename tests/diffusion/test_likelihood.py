@@ -97,15 +97,15 @@ def test_only_the_maskable_region_is_masked(rows: Tensor, spec: DiffusionSpec) -
 
 
 def test_nelbo_counts_are_uniform_with_one_in_each_stratum(spec: DiffusionSpec) -> None:
-    rows = torch.zeros(4000, 10, dtype=torch.long)
+    rows = torch.zeros(600, 10, dtype=torch.long)
     recorder = Recorder(uniform)
-    nelbo(recorder, rows, spec, levels=4, batch_size=4000)
+    nelbo(recorder, rows, spec, levels=4, batch_size=600)
     counts = torch.stack([(state == 10).sum(1) for state in recorder.seen])
     for level in range(4):
         assert int(counts[level].min()) == math.floor(level * 2.5) + 1
         assert int(counts[level].max()) == math.ceil((level + 1) * 2.5)
     share = torch.bincount(counts.flatten(), minlength=11)[1:] / counts.numel()
-    assert torch.allclose(share, torch.full((10,), 0.1), atol=0.01)
+    assert torch.allclose(share, torch.full((10,), 0.1), atol=0.02)
 
 
 def test_nelbo_is_unbiased(toy: Callable[..., Model], spec: DiffusionSpec) -> None:
@@ -118,9 +118,9 @@ def test_nelbo_is_unbiased(toy: Callable[..., Model], spec: DiffusionSpec) -> No
         logits = model(row.masked_fill(hidden, 10))[0]
         loss = float(-logits.log_softmax(-1)[hidden].gather(1, row[0, hidden][:, None]).mean())
         exact += loss / math.comb(5, size) / 5
-    table = nelbo(model, row.expand(1500, 5), spec, levels=4, batch_size=1500)
+    table = nelbo(model, row.expand(500, 5), spec, levels=4, batch_size=500)
     assert table.nelbo.low < exact < table.nelbo.high
-    assert table.nelbo.high - table.nelbo.low < 0.2
+    assert table.nelbo.high - table.nelbo.low < 0.3
 
 
 def test_shifted_logits_are_shifted_back(toy: Callable[..., Model], rows: Tensor, spec: DiffusionSpec) -> None:
@@ -219,8 +219,8 @@ def test_log_likelihood_approaches_the_exact_bound(toy: Callable[..., Model], sp
         logits = model(torch.cat([torch.tensor([1]), answer.masked_fill(hidden, 10)])[None])[0, 1:]
         loss = float(logits.log_softmax(-1)[hidden].gather(1, answer[hidden][:, None]).sum())
         exact += loss * 3 / size / math.comb(3, size) / 3
-    value = log_likelihood(model, [1], answer, spec, mc_num=6000, batch_size=6000)
-    assert value == pytest.approx(exact, abs=0.15)
+    value = log_likelihood(model, [1], answer, spec, mc_num=1500, batch_size=1500)
+    assert value == pytest.approx(exact, abs=0.3)
 
 
 def test_guidance_moves_the_likelihood(toy: Callable[..., Model], spec: DiffusionSpec) -> None:

@@ -14,6 +14,7 @@ from dlqc.diffusion.masking import (
     check_clean,
     check_ids,
     derived_seed,
+    device_of,
     fixed_count_mask,
     generator,
     logits_of,
@@ -173,3 +174,11 @@ def test_check_ids_lets_masks_pass_and_names_the_room(spec: DiffusionSpec) -> No
     message = "60 with 10 to generate are 70 tokens, the model was made for 64. Use gen_length=4 or less"
     with pytest.raises(FeasibilityError, match=message):
         check_ids(torch.zeros(1, 60, dtype=torch.long), spec, where="x", more=10)
+
+
+def test_device_of_asks_parameters_then_the_attribute() -> None:
+    assert device_of(torch.nn.Linear(2, 2)) == torch.device("cpu")
+    assert device_of(torch.nn.Linear(2, 2, device="meta")) == torch.device("meta")
+    assert device_of(SimpleNamespace(device="cuda:1")) == torch.device("cuda", 1)
+    assert device_of(torch.nn.ReLU()) is None
+    assert device_of(lambda ids: ids) is None

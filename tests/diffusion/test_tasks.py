@@ -10,6 +10,8 @@ from torch import Tensor
 from dlqc.diffusion.spec import DiffusionSpec
 from dlqc.diffusion.tasks import END, PAD, TASKS, Item, exact_match, held_out, make_items, pack
 from dlqc.errors import FeasibilityError, ModelError
+from dlqc.models.describe import spec_of
+from dlqc.models.load import load_model, load_tokenizer
 
 SPEC = DiffusionSpec(mask_id=130, vocab_size=131, max_length=256, eos_id=129)
 
@@ -161,3 +163,11 @@ def test_refusals() -> None:
 
     with pytest.raises(ModelError, match=r"tokenizer: the tokenizer has no token '<\|endoftext\|>'"):
         pack([item], Plain())
+
+
+def test_the_bundled_model_reverses_and_sorts() -> None:
+    model = load_model("tiny-llada")
+    scores = exact_match(model, load_tokenizer(model), spec_of(model), items=32, tasks=("rev", "sort", "add"))
+    assert scores["rev"].mean > 0.9
+    assert scores["sort"].mean > 0.75
+    assert 0.05 < scores["add"].mean < 0.6

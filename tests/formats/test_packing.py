@@ -82,7 +82,9 @@ def test_errors() -> None:
         pack(torch.full((1, 3), 15, dtype=torch.uint8), 3)
     with pytest.raises(ContractError, match=r"^codes: codes are \(2, 8\) torch.int32, not \[N, K\] torch.uint8$"):
         pack(codes.int(), 4)
-    message = r"^packed: packed codes are \(2, 4\) torch.uint8, not \(2, 8\) torch.uint8\. Check bits=4, in_features=9, 'rows'$"
+    message = (
+        r"^packed: packed codes are \(2, 4\) torch.uint8, not \(2, 8\) torch.uint8\. Check bits=4, in_features=9, 'ro"
+    )
     with pytest.raises(ContractError, match=message):
         unpack(pack(codes, 4), 4, 9)
     with pytest.raises(

@@ -1,0 +1,252 @@
+"""The command line: compile, plan, generate, eval, explain, export, verify, doctor.
+
+Every verb takes `--json` and then prints one JSON object and nothing else. An error is one line on the error stream and exit
+status 2; it says what, where, why and what to do.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from torch import nn
+
+from dlqc.errors import DlqcError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+screen = Console(soft_wrap=True)
+
+Source = Annotated[str, typer.Argument(help="a model folder, a Hub id, tiny-llada, or an artifact that dlqc saved")]
+Folder = Annotated[Path, typer.Argument(help="an artifact folder that dlqc saved")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
+Backend = Annotated[str, typer.Option(help="auto, reference or cpu")]
+MaskId = Annotated[int | None, typer.Option(help="token id of [MASK], where the model does not tell")]
+RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="a preset, a recipe file, or one line of passes")]
+Trust = Annotated[bool, typer.Option(help="run the checkpoint's own Python code")]
+Bidirectional = Annotated[bool, typer.Option(help="make a causal decoder see every position")]
+
+
+@app.command("compile")
+def compile_command(
+    model: Source,
+    out: Annotated[Path, typer.Option("--out", "-o", help="folder to write")],
+    recipe: RecipeOption = "w4a16-gptq",
+    text: Annotated[str | None, typer.Option(help="calibration text file; without it the model's own rollouts")] = None,
+    backend: Backend = "auto",
+    mask_id: MaskId = None,
+    seed: Annotated[int, typer.Option(help="of everything random")] = 0,
+    trust_remote_code: Trust = False,
+    bidirectional: Bidirectional = False,
+    dump: Annotated[Path | None, typer.Option(help="folder for the graph after every pass")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compile a model and save the artifact."""
+    from dlqc.artifact import refuse_foreign
+    from dlqc.compile import compile
+    from dlqc.instruments import Dump
+
+    refuse_foreign(out)
+    instruments = (Dump(dump),) if dump else ()
+    compiled = compile(
+        _model(model, trust_remote_code, bidirectional),
+        recipe,
+        calibration=Path(text) if text else None,
+        backend=backend,
+        mask_id=mask_id,
+        seed=seed,
+        progress=not as_json,
+        instruments=instruments,
+    )
+    saved = compiled.save(out)
+    if as_json:
+        _print_json(compiled.report.to_plain() | {"folder": str(saved.folder), "files": saved.files})
+        return
+    screen.print(compiled.explain(), highlight=False)
+    screen.print(
+        f"saved {saved.folder} ({saved.bytes / 1e6:.2f} MB); reloaded in a fresh process, deviation {saved.reload_deviation:.1e}"
+    )
+
+
+@app.command()
+def plan(
+    model: Source,
+    recipe: RecipeOption = "w4a16-gptq",
+    backend: Backend = "auto",
+    mask_id: MaskId = None,
+    bidirectional: Bidirectional = False,
+    as_json: Json = False,
+) -> None:
+    """Say what compiling would do, without touching a weight: sites, sizes, kernels, problems."""
+    from dlqc.planning import plan_report
+
+    found = plan_report(_model(model, False, bidirectional, meta=True), recipe, backend=backend, mask_id=mask_id)
+    if as_json:
+        _print_json(found.to_plain())
+    else:
+        screen.print(found.render(), highlight=False)
+    if found.problems:
+        raise typer.Exit(2)
+
+
+@app.command()
+def generate(
+    model: Source,
+    prompt: Annotated[str, typer.Argument(help="text to continue")],
+    length: Annotated[int, typer.Option(help="tokens to generate")] = 64,
+    steps: Annotated[int, typer.Option(help="denoising steps")] = 64,
+    block: Annotated[int | None, typer.Option(help="block length of semi-autoregressive decoding")] = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
+    seed: Annotated[int, typer.Option(help="of all noise")] = 0,
+    backend: Backend = "auto",
+    mask_id: MaskId = None,
+    as_json: Json = False,
+) -> None:
+    """Write text by denoising."""
+    from dlqc.diffusion.generate import generate as run
+    from dlqc.models.describe import spec_of
+
+    loaded = _any(model, backend)
+    spec = spec_of(loaded, mask_id=mask_id)
+    options: dict[str, Any] = {"gen_length": length, "steps": steps, "temperature": temperature}
+    if not spec.shift:
+        options["block_length"] = block or length
+    made = run(loaded, prompt, spec=spec, seed=seed, progress=not as_json and sys.stderr.isatty(), **options)
+    if as_json:
+        facts = {"nfe": made.nfe, "tokens_per_forward": made.tokens_per_forward, "seconds": made.seconds}
+        _print_json({"text": made.text, "ids": list(made.ids)} | facts)
+        return
+    screen.print(made.text, highlight=False, markup=False)
+    screen.print(
+        f"{made.nfe} forwards, {made.tokens_per_forward:.2f} tokens per forward, {made.seconds:.2f} s", style="dim"
+    )
+
+
+@app.command("eval")
+def eval_command(
+    model: Source,
+    against: Annotated[str | None, typer.Option(help="reference model for paired differences and KL")] = None,
+    text: Annotated[Path | None, typer.Option(help="text file; the bundled evaluation tales where absent")] = None,
+    rows: Annotated[int, typer.Option(help="rows of text at most")] = 64,
+    length: Annotated[int, typer.Option(help="tokens a row")] = 128,
+    tasks: Annotated[int, typer.Option(help="items per generated task, 0 for none")] = 0,
+    seed: Annotated[int, typer.Option(help="of masks and items")] = 0,
+    backend: Backend = "auto",
+    mask_id: MaskId = None,
+    as_json: Json = False,
+) -> None:
+    """Masked NLL by mask ratio, with intervals; with --against also KL and agreement."""
+    from dlqc.evaluate import comparison_table, evaluate, rows_to_measure
+    from dlqc.models.describe import spec_of
+    from dlqc.models.load import load_tokenizer
+
+    loaded = _any(model, backend)
+    spec, tokenizer = spec_of(loaded, mask_id=mask_id), load_tokenizer(loaded)
+    ids = rows_to_measure(tokenizer, spec, text, length=length)[:rows]
+    columns = {}
+    reference = _any(against, backend) if against else None
+    options: dict[str, Any] = {"tokenizer": tokenizer, "task_items": tasks, "seed": seed}
+    if reference is not None and against is not None:
+        columns[against] = evaluate(reference, ids, spec, **options)
+    baseline = next(iter(columns.values()), None)
+    columns[model] = evaluate(loaded, ids, spec, reference=reference, baseline=baseline, **options)
+    if as_json:
+        _print_json({name: e.to_plain() for name, e in columns.items()})
+    else:
+        screen.print(comparison_table(columns))
+
+
+@app.command()
+def explain(folder: Folder, as_json: Json = False) -> None:
+    """Print what the passes did to a saved model."""
+    from dlqc.artifact import read_report
+
+    report = read_report(folder)
+    if as_json:
+        _print_json(report.to_plain())
+    else:
+        screen.print(report.render(), highlight=False, markup=False)
+
+
+@app.command()
+def export(
+    folder: Folder,
+    out: Annotated[Path, typer.Option("--out", "-o", help="folder to write")],
+    format: Annotated[str, typer.Option("--format", "-f", help="compressed-tensors")] = "compressed-tensors",
+    as_json: Json = False,
+) -> None:
+    """Write a saved model in another engine's format."""
+    from dlqc.artifact import load
+    from dlqc.export import export as write
+
+    files = write(load(folder, backend="reference"), out, format=format)
+    if as_json:
+        _print_json({"folder": str(out), "files": files})
+    else:
+        screen.print(f"wrote {out} ({sum(files.values()) / 1e6:.2f} MB): {', '.join(files)}", highlight=False)
+
+
+@app.command()
+def verify(folder: Folder, backend: Backend = "auto", as_json: Json = False) -> None:
+    """Check an artifact: hashes, shapes, the graph law, and the backend against the reference."""
+    from dlqc.artifact import verify as check
+
+    found = check(folder, backend=backend)
+    if as_json:
+        _print_json(found)
+    else:
+        for line in found["checks"]:
+            screen.print(f"ok  {line}", highlight=False)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what this machine has: versions, backends, kernels, and why one is missing."""
+    from dlqc.doctor import examine
+
+    found = examine()
+    if as_json:
+        _print_json(found)
+        return
+    for section, facts in found.items():
+        screen.print(section, style="bold")
+        for key, value in facts.items():
+            screen.print(f"  {key}: {value}", highlight=False, markup=False)
+
+
+def _model(source: str, trust_remote_code: bool, bidirectional: bool, meta: bool = False) -> nn.Module:
+    from dlqc.models.load import load_model
+
+    both = True if bidirectional else None
+    return load_model(source, trust_remote_code=trust_remote_code, bidirectional=both, meta=meta)
+
+
+def _any(source: str, backend: str) -> nn.Module:
+    """An artifact if the folder holds one, else a model."""
+    if (Path(source) / "manifest.json").is_file():
+        from dlqc.artifact import load
+
+        return load(source, backend=backend)
+    return _model(source, False, False)
+
+
+def _print_json(data: Any) -> None:
+    typer.echo(json.dumps(data, indent=1, default=str))
+
+
+def main() -> None:
+    """Entry point of the `dlqc` command."""
+    try:
+        app()
+    except DlqcError as error:
+        typer.echo(f"error: {error}", err=True)
+        for note in getattr(error, "__notes__", []):
+            typer.echo(f"  {note}", err=True)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Quality of a model, and of a compiled one against it: masked NLL by mask ratio, fidelity, exact match on tasks.
+
+Noise is common to all models compared: the same rows, masks and items, so differences are paired and their intervals tight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from dlqc.calibration import rows_from
+from dlqc.diffusion.fidelity import FidelityTable, fidelity
+from dlqc.diffusion.intervals import Interval
+from dlqc.diffusion.likelihood import NllTable, masked_nll, paired_difference
+from dlqc.diffusion.masking import LogitsFn
+from dlqc.diffusion.spec import DiffusionSpec
+from dlqc.diffusion.tasks import exact_match
+
+RATIOS = (0.0625, 0.25, 0.5, 0.75, 0.9375)
+
+
+def bundled_text(half: str) -> Path:
+    """The project's own tales: "calib" to calibrate on, "eval" to measure on; they share no tale."""
+    return Path(str(files("dlqc") / "data" / f"tales_{half}.txt"))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured of one model.
+
+    Attributes:
+        nll: cross-entropy in nats at masked positions, by mask ratio and row.
+        tasks: exact match by task, empty where tasks were not asked for.
+        difference: paired difference of the row means to the reference, None without one.
+        fidelity: distance from the reference, None without one.
+    """
+
+    nll: NllTable
+    tasks: dict[str, Interval]
+    difference: Interval | None = None
+    fidelity: FidelityTable | None = None
+
+    def to_plain(self) -> dict[str, Any]:
+        plain: dict[str, Any] = {
+            "nll": _plain(self.nll.nelbo),
+            "nll_by_ratio": {f"{r:g}": _plain(i) for r, i in zip(self.nll.ratios, self.nll.by_ratio, strict=True)},
+            "tasks": {name: _plain(interval) for name, interval in self.tasks.items()},
+        }
+        if self.difference is not None and self.fidelity is not None:
+            plain["difference"] = _plain(self.difference)
+            plain["kl"] = _plain(self.fidelity.mean_kl)
+            plain["agreement"] = _plain(self.fidelity.mean_agreement)
+        return plain
+
+
+def _plain(interval: Interval) -> dict[str, float]:
+    return {"mean": interval.mean, "low": interval.low, "high": interval.high}
+
+
+def evaluate(
+    model: LogitsFn,
+    rows: torch.Tensor,
+    spec: DiffusionSpec,
+    *,
+    reference: LogitsFn | None = None,
+    baseline: Evaluation | None = None,
+    tokenizer: Any = None,
+    task_items: int = 0,
+    ratios: Sequence[float] = RATIOS,
+    seed: int = 0,
+) -> Evaluation:
+    """Measure a model on token rows [R, L] and, where `task_items` > 0, on the generated tasks.
+
+    Args:
+        reference: the model to compare with; baseline: its own evaluation on the same rows, computed if not given.
+    """
+    nll = masked_nll(model, rows, spec, ratios=ratios, seed=seed)
+    tasks = exact_match(model, tokenizer, spec, items=task_items, seed=seed) if task_items else {}
+    if reference is None:
+        return Evaluation(nll, tasks)
+    other = baseline.nll if baseline is not None else masked_nll(reference, rows, spec, ratios=ratios, seed=seed)
+    distance = fidelity(reference, model, rows, spec, ratios=ratios, seed=seed)
+    return Evaluation(nll, tasks, paired_difference(nll, other), distance)
+
+
+def rows_to_measure(
+    tokenizer: Any, spec: DiffusionSpec, text: str | Path | None = None, *, length: int = 128
+) -> torch.Tensor:
+    """Token rows of a text file, by default the bundled evaluation tales."""
+    return rows_from(text or bundled_text("eval"), tokenizer=tokenizer, spec=spec, length=length).ids
+
+
+def comparison_table(columns: dict[str, Evaluation]) -> Table:
+    """Evaluations side by side, with intervals."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("measure")
+    for name in columns:
+        table.add_column(name, justify="right")
+    first = next(iter(columns.values()))
+    for k, ratio in enumerate(first.nll.ratios):
+        row = [_brief(e.nll.by_ratio[k], 3) for e in columns.values()]
+        table.add_row(f"masked NLL, {ratio:.0%} masked", *row)
+    table.add_row("masked NLL, mean", *[_brief(e.nll.nelbo, 3) for e in columns.values()])
+    if any(e.difference for e in columns.values()):
+        table.add_row("  paired difference", *[_brief(e.difference, 4) for e in columns.values()])
+        kl = [e.fidelity.mean_kl if e.fidelity else None for e in columns.values()]
+        table.add_row("KL from the reference", *[_brief(i, 4) for i in kl])
+        agreement = [e.fidelity.mean_agreement if e.fidelity else None for e in columns.values()]
+        table.add_row("top-1 agreement", *[_brief(i, 3) for i in agreement])
+    for task in first.tasks:
+        table.add_row(f"exact match, {task}", *[_brief(e.tasks[task], 2) for e in columns.values()])
+    return table
+
+
+def _brief(interval: Interval | None, digits: int) -> str:
+    if interval is None:
+        return ""
+    return f"{interval.mean:.{digits}f} [{interval.low:.{digits}f}, {interval.high:.{digits}f}]"

@@ -1,0 +1,356 @@
+"""GPTQ against an independent restatement, against exhaustive search, and on Hessians that a real run can meet."""
+
+from itertools import product
+
+import pytest
+import torch
+
+from dlqc.errors import CalibrationError, ContractError, FeasibilityError, RecipeError
+from dlqc.formats.integer import IntFormat
+from dlqc.rounding.gptq import Gptq, gptq
+from dlqc.rounding.hessian import factorize, output_energy
+from dlqc.rounding.rtn import Rtn
+
+PLAIN = Gptq(act_order=False, clip="minmax")
+MOVING = Gptq(act_order=False, static_groups=False, clip="minmax")
+
+
+def problem(rows: int, columns: int, samples: int | None = None, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight [N, K] and the Hessian of correlated inputs with a few large channels."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(columns, columns, generator=generator, dtype=torch.float64)
+    mix *= torch.logspace(0, -1.5, columns, dtype=torch.float64)
+    noise = torch.randn(samples or 4 * columns, columns, generator=generator, dtype=torch.float64)
+    x = noise @ mix.T + 0.1 * noise.roll(1, 0)
+    x[:, 1::7] *= 5
+    return torch.randn(rows, columns, generator=generator), x.T @ x
+
+
+def invert(matrix: torch.Tensor) -> torch.Tensor:
+    """Gauss-Jordan elimination."""
+    size = len(matrix)
+    both = torch.cat([matrix.clone(), torch.eye(size, dtype=torch.float64)], dim=1)
+    for k in range(size):
+        both[k] /= both[k, k].clone()
+        for i in range(size):
+            if i != k:
+                both[i] -= both[i, k] * both[k]
+    return both[:, size:]
+
+
+def brain_surgeon(weight: torch.Tensor, hessian: torch.Tensor, fmt: IntFormat, options: Gptq) -> torch.Tensor:
+    """Codes by the optimal-brain-surgeon formulas: round a column, spread its error by H⁻¹, eliminate it there."""
+    work = weight.double().clone()
+    diagonal = hessian.diagonal()
+    ridge = options.damp * diagonal[diagonal > 0].mean()
+    inverse = invert(hessian + ridge * torch.eye(len(hessian), dtype=torch.float64))
+    group = fmt.group_size or len(hessian)
+    scales, zeros = (None if p is None else p.double() for p in fmt.parameters(weight))
+    order = sorted(range(len(hessian)), key=lambda k: -diagonal[k].item()) if options.act_order else range(len(hessian))
+    codes = torch.zeros(weight.shape, dtype=torch.uint8)
+    for k in order:
+        g = k // group
+        if not options.static_groups and k % group == 0:
+            part = IntFormat(fmt.bits, group, fmt.symmetric, fmt.scale_dtype).parameters(work[:, k : k + group])
+            scales[:, g] = part[0][:, 0].double()
+            if zeros is not None:
+                zeros[:, g] = part[1][:, 0].double()
+        zero = 2 ** (fmt.bits - 1) if zeros is None else zeros[:, g]
+        code = (torch.round(work[:, k] / scales[:, g]) + zero).clamp(0, 2**fmt.bits - 1)
+        error = (work[:, k] - (code - zero) * scales[:, g]) / inverse[k, k]
+        work -= torch.outer(error, inverse[k])
+        inverse -= torch.outer(inverse[:, k].clone(), inverse[k].clone()) / inverse[k, k].clone()
+        codes[:, k] = code.to(torch.uint8)
+    return codes
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("bits", "group"), [(2, 8), (3, None), (4, 12), (8, 24)])
+@pytest.mark.parametrize("options", [PLAIN, Gptq(clip="minmax"), MOVING], ids=["plain", "act_order", "moving"])
+@pytest.mark.parametrize("columns", [24, 48])
+def test_codes_are_those_of_the_brain_surgeon(
+    bits: int, group: int | None, symmetric: bool, options: Gptq, columns: int
+) -> None:
+    fmt = IntFormat(bits, group, symmetric)
+    weight, hessian = problem(17, columns, seed=columns)
+    expected = brain_surgeon(weight, hessian, fmt, options)
+    assert not torch.equal(expected, fmt.quantize(weight).codes)
+    assert torch.equal(gptq(weight, hessian, fmt, options, dtype=torch.float64).weight.codes, expected)
+    # float32 may fall on the other side of a tie, after which a row differs; on these problems none does.
+    assert torch.equal(gptq(weight, hessian, fmt, options).weight.codes, expected)
+
+
+@pytest.mark.parametrize("options", [PLAIN, Gptq(clip="minmax")], ids=["plain", "act_order"])
+@pytest.mark.parametrize("block", [1, 5, 16, 40, 100])
+def test_blocks_do_not_change_the_result(options: Gptq, block: int) -> None:
+    weight, hessian = problem(9, 40)
+    fmt = IntFormat(3, 20, symmetric=False)
+    whole = gptq(weight, hessian, fmt, options, dtype=torch.float64)
+    other = Gptq(act_order=options.act_order, clip="minmax", block=block)
+    assert torch.equal(gptq(weight, hessian, fmt, other, dtype=torch.float64).weight.codes, whole.weight.codes)
+
+
+def test_float32_feedback_costs_nothing_that_can_be_measured() -> None:
+    weight, hessian = problem(64, 512)
+    for bits in (2, 4):
+        single = gptq(weight, hessian, IntFormat(bits))
+        double = gptq(weight, hessian, IntFormat(bits), dtype=torch.float64)
+        assert (single.weight.codes != double.weight.codes).float().mean() < 1e-3
+        assert abs(single.metrics["sqnr_db"] - double.metrics["sqnr_db"]) < 0.01
+
+
+@pytest.mark.parametrize("fmt", [IntFormat(2), IntFormat(4, None), IntFormat(3, 64, False)], ids=lambda fmt: fmt.label)
+@pytest.mark.parametrize("clip", ["minmax", "mse"])
+@pytest.mark.parametrize("order", [True, False])
+def test_uncorrelated_inputs_give_round_to_nearest(fmt: IntFormat, clip: str, order: bool) -> None:
+    weight = torch.randn(300, 256)
+    hessian = torch.eye(256, dtype=torch.float64) * 3
+    for static in {True, order}:
+        found = gptq(weight, hessian, fmt, Gptq(act_order=order, static_groups=static, clip=clip))
+        assert torch.equal(found.weight.codes, fmt.quantize(weight, clip=clip).codes)
+        assert torch.equal(found.weight.scales, fmt.quantize(weight, clip=clip).scales)
+        assert found.metrics["loss"] == pytest.approx(found.metrics["loss_rtn"], rel=1e-5)
+
+
+@pytest.mark.parametrize("fmt", [IntFormat(2, 32), IntFormat(3, None), IntFormat(4, 32, False)], ids=lambda f: f.label)
+@pytest.mark.parametrize("options", [PLAIN, MOVING, Gptq(), Gptq(clip="mse")], ids=["plain", "moving", "trial", "mse"])
+def test_the_loss_is_less_than_that_of_round_to_nearest(fmt: IntFormat, options: Gptq) -> None:
+    for seed in range(3):
+        weight, hessian = problem(20, 96, seed=seed)
+        metrics = gptq(weight, hessian, fmt, options).metrics
+        assert metrics["loss"] < 0.7 * metrics["loss_rtn"]
+
+
+@pytest.mark.parametrize("rows", [20, 700])
+@pytest.mark.parametrize("samples", [30, 400])
+def test_metrics_are_what_they_say(rows: int, samples: int) -> None:
+    weight, hessian = problem(rows, 96, samples)
+    fmt = IntFormat(3, 32)
+    found = gptq(weight, hessian, fmt, Gptq(clip="minmax"))
+    error = weight.double() - found.weight.dequantize().double()
+    nearest = weight.double() - fmt.quantize(weight).dequantize().double()
+    loss, signal = (error @ hessian * error).sum().item(), (weight.double() @ hessian * weight).sum().item()
+    assert found.metrics["loss"] == pytest.approx(loss, rel=1e-3)
+    assert found.metrics["sqnr_db"] == pytest.approx(10 * torch.tensor(signal / loss).log10().item(), abs=0.01)
+    # Exact up to 256 rows; a sample of 256 beyond.
+    assert found.metrics["loss_rtn"] == pytest.approx(
+        (nearest @ hessian * nearest).sum().item(), rel=1e-3 if rows < 256 else 0.1
+    )
+    assert (found.metrics["damp"], found.metrics["damp_tries"], found.metrics["shrink"]) == (0.01, 1, 1)
+
+
+def test_trial_takes_the_best_choice() -> None:
+    for bits, seed in product((2, 4), range(3)):
+        weight, hessian = problem(40, 64, seed=seed)
+        losses = {
+            clip: gptq(weight, hessian, IntFormat(bits, 32), Gptq(clip=clip)).metrics for clip in ("minmax", "mse")
+        }
+        trial = gptq(weight, hessian, IntFormat(bits, 32)).metrics
+        assert trial["loss"] <= 1.05 * min(m["loss"] for m in losses.values())
+        assert trial["shrink"] in (0, 1, 0.9, 0.8)
+
+
+@pytest.mark.parametrize("columns", [3, 4])
+@pytest.mark.parametrize("act_order", [True, False])
+def test_tiny_problems_against_exhaustive_search(columns: int, act_order: bool) -> None:
+    fmt = IntFormat(2, None)
+    options = Gptq(act_order=act_order, clip="minmax")
+    every = torch.tensor(list(product(range(4), repeat=columns)), dtype=torch.float64)
+    ratios = []
+    for seed in range(20):
+        weight, hessian = problem(8, columns, samples=12, seed=seed)
+        factor = factorize(hessian, act_order=act_order)
+        damped = hessian + factor.ridge * torch.eye(columns, dtype=torch.float64)
+        found = gptq(weight, hessian, fmt, options)
+        scale = found.weight.scales.double()
+        errors = weight.double().unsqueeze(1) - (every - 2) * scale.unsqueeze(1)
+        optimum = ((errors @ damped) * errors).sum(-1).amin(1)
+        error = weight.double() - found.weight.dequantize().double()
+        loss = ((error @ damped) * error).sum(-1)
+        assert bool((loss >= optimum * (1 - 1e-9)).all())
+        ratios.append(loss / optimum)
+        # Babai's bound Σ R_kk²·scale²/4 holds where no code is clamped.
+        inside = ((found.weight.codes > 0) & (found.weight.codes < 3)).all(1)
+        bound = factor.upper.diagonal().square().sum() * scale[:, 0].square() / 4
+        assert bool((loss <= bound * (1 + 1e-6))[inside].all())
+    # How far from the optimum greedy rounding is on these 160 rows, clamping included.
+    assert torch.cat(ratios).median() < 1.5
+    assert torch.cat(ratios).mean() < 2.5
+    assert torch.cat(ratios).max() < 20
+
+
+def test_babai_bound_with_fine_codes() -> None:
+    weight, hessian = problem(30, 64)
+    factor = factorize(hessian)
+    found = gptq(weight / 4, factor, IntFormat(8, None), Gptq(clip="minmax"))
+    inside = ((found.weight.codes > 0) & (found.weight.codes < 255)).all(1)
+    bound = factor.upper.diagonal().square().sum() * found.weight.scales.double()[:, 0].square() / 4
+    error = weight.double() / 4 - found.weight.dequantize().double()
+    loss = output_energy(error, hessian) + factor.ridge * error.square().sum(1)
+    assert int(inside.sum()) > 0
+    assert bool((loss <= bound)[inside].all())
+
+
+def degenerate(kind: str) -> torch.Tensor:
+    _, hessian = problem(1, 32)
+    match kind:
+        case "rank one":
+            x = torch.randn(32, dtype=torch.float64)
+            hessian = torch.outer(x, x)
+        case "dead columns":
+            hessian[:, [0, 5, 31]] = 0
+            hessian[[0, 5, 31]] = 0
+        case "duplicated columns":
+            twice = torch.arange(32) % 16
+            hessian = hessian[twice][:, twice]
+        case "one live column":
+            hessian = torch.zeros_like(hessian)
+            hessian[3, 3] = 1
+        case "enormous":
+            hessian *= 1e30
+        case "minute":
+            hessian *= 1e-30
+    return hessian
+
+
+@pytest.mark.parametrize("damp", [0.0, 0.01])
+@pytest.mark.parametrize("options", [Gptq(), PLAIN, MOVING], ids=["trial", "plain", "moving"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "kind", ["rank one", "dead columns", "duplicated columns", "one live column", "enormous", "minute"]
+)
+def test_degenerate_hessians(kind: str, dtype: torch.dtype, options: Gptq, damp: float) -> None:
+    torch.manual_seed(0)
+    weight, hessian = torch.randn(12, 32), degenerate(kind).to(dtype)
+    weight[4] = 0
+    options = Gptq(options.act_order, options.static_groups, options.clip, damp)
+    found = gptq(weight, hessian, IntFormat(4, 16), options)
+    values = found.weight.dequantize()
+    assert bool(torch.isfinite(values).all())
+    assert bool((values[4] == 0).all())
+    assert all(abs(value) < float("inf") for value in found.metrics.values())
+    assert found.metrics["loss"] <= found.metrics["loss_rtn"] * 1.01
+
+
+def test_dead_columns_are_rounded_to_nearest() -> None:
+    weight, hessian = torch.randn(12, 32), degenerate("dead columns")
+    found = gptq(weight, hessian, IntFormat(4, 16), Gptq(clip="minmax")).weight
+    dead = [0, 5, 31]
+    assert torch.equal(found.codes[:, dead], IntFormat(4, 16).quantize(weight).codes[:, dead])
+
+
+def test_damping_rises_until_the_factorization_succeeds() -> None:
+    hessian = torch.eye(8, dtype=torch.float64)
+    hessian[0, 1] = hessian[1, 0] = 1.05  # smallest eigenvalue -0.05
+    metrics = gptq(torch.randn(4, 8), hessian, IntFormat(4, None)).metrics
+    assert (metrics["damp"], metrics["damp_tries"]) == (0.1, 2)
+    zero = gptq(torch.randn(4, 8), torch.ones(8, 8), IntFormat(4, None), Gptq(damp=0.0)).metrics
+    assert (zero["damp"], zero["damp_tries"]) == (1e-6, 2)
+
+
+def test_the_same_twice_and_no_argument_is_changed() -> None:
+    weight, hessian = problem(300, 256)
+    copies = weight.clone(), hessian.clone()
+    first, second = (gptq(weight, hessian, IntFormat(3, 64, False)) for _ in range(2))
+    assert torch.equal(first.weight.codes, second.weight.codes)
+    assert torch.equal(first.weight.scales, second.weight.scales)
+    assert first.metrics == second.metrics
+    gptq(weight.double(), hessian, IntFormat(3, 64), dtype=torch.float64)
+    assert torch.equal(weight, copies[0])
+    assert torch.equal(hessian, copies[1])
+
+
+def test_a_factor_can_be_shared_and_rows_are_independent() -> None:
+    weight, hessian = problem(60, 64)
+    options = Gptq(clip="mse")
+    factor = factorize(hessian)
+    stacked = gptq(weight, hessian, IntFormat(4, 32), options).weight.codes
+    parts = [gptq(part, factor, IntFormat(4, 32), options).weight.codes for part in weight.split(20)]
+    assert torch.equal(torch.cat(parts), stacked)
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+def test_the_factor_is_that_of_the_reversed_hessian(act_order: bool) -> None:
+    _, hessian = problem(1, 40)
+    factor = factorize(hessian, act_order=act_order)
+    damped = hessian + factor.ridge * torch.eye(40, dtype=torch.float64)
+    torch.testing.assert_close(factor.upper.mT @ factor.upper, damped[factor.order][:, factor.order])
+    assert torch.equal(factor.upper, factor.upper.triu())
+    diagonal = hessian.diagonal()[factor.order]
+    assert torch.equal(diagonal, diagonal.sort().values) == act_order
+
+
+def test_round_uses_the_statistics() -> None:
+    weight, hessian = problem(10, 32)
+    found = Gptq().round(weight, IntFormat(4, 16), {"hessian": hessian})
+    assert torch.equal(found.weight.codes, gptq(weight, hessian, IntFormat(4, 16)).weight.codes)
+    assert (Gptq.name, Gptq.statistics) == ("gptq", {"hessian"})
+    assert found.metrics["sqnr_db"] > Rtn().round(weight, IntFormat(4, 16), {"hessian": hessian}).metrics["sqnr_db"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda h: h.zero_(),
+            r"^hessian: the Hessian is zero\. Check that calibration reaches this layer and that its t",
+        ),
+        (lambda h: h.fill_(float("nan")), r"^hessian: the Hessian is not finite\. The layer's input overflowed: calib"),
+        (
+            lambda h: h[2].fill_(float("inf")),
+            r"^hessian: the Hessian is not finite\. The layer's input overflowed: cal",
+        ),
+        (
+            lambda h: h.neg_(),
+            r"^hessian: the Hessian is not positive, even damped by 10 times its mean diagonal\. It mus",
+        ),
+        (
+            lambda h: h[0, 1:].fill_(1e9) + h[1:, 0].fill_(1e9),
+            r"^hessian: the Hessian is not positive, even damped by 10",
+        ),
+    ],
+)
+def test_unusable_hessians_are_refused(change: object, message: str) -> None:
+    weight, hessian = problem(4, 8)
+    change(hessian)
+    with pytest.raises(CalibrationError, match=message):
+        gptq(weight, hessian, IntFormat(4, None))
+
+
+def test_errors() -> None:
+    weight, hessian = problem(4, 16)
+    with pytest.raises(
+        CalibrationError, match=r"^gptq needs the statistic 'hessian'\. Collect it, or use rounding 'rtn'$"
+    ):
+        Gptq().round(weight, IntFormat(4, 8), {})
+    with pytest.raises(
+        CalibrationError, match=r"^hessian: the Hessian is of 16 input features, the weight of 8\. Use the"
+    ):
+        gptq(weight[:, :8], hessian, IntFormat(4, 8))
+    with pytest.raises(
+        ContractError, match=r"^act_order: the factor was made with act_order=True, the options say False"
+    ):
+        gptq(weight, factorize(hessian), IntFormat(4, 8), PLAIN)
+    with pytest.raises(
+        FeasibilityError, match=r"^group_size: 16 input features do not divide by group 12\. Use None for"
+    ):
+        gptq(weight, hessian, IntFormat(4, 12))
+    message = (
+        r"^static_groups: act_order with static_groups=False .* g_idx\. Use static_groups=True, or act_order=False$"
+    )
+    with pytest.raises(FeasibilityError, match=message):
+        Gptq(static_groups=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"clip": "best"}, r"^clip: unknown clip 'best'\. Use 'minmax', 'mse' or 'trial'$"),
+        ({"damp": -1.0}, r"^damp: damping of -1.0 times the mean diagonal is not within 0 and 10\. Use 0.01$"),
+        ({"damp": float("nan")}, r"^damp: damping of nan times the mean diagonal is not within 0 and 10\. Use 0.01$"),
+        ({"block": 0}, r"^block: a block of 0 columns is impossible\. Use 128$"),
+    ],
+)
+def test_bad_options_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        Gptq(**options)
