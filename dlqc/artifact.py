@@ -1,16 +1,16 @@
-"""The artifact: a folder of safetensors and JSON that holds everything a compiled model is.
+"""The artifact: a folder of safetensors and JSON that holds everything a compiled model is. docs/format.md has the bytes.
 
-    manifest.json      format version, versions of dlqc and torch, sha256 and size of every other file, test logits' hash
-    graph.json         the graph before lowering: nodes with targets from an allow-list (docs/format.md)
+    manifest.json          format version, versions of dlqc and torch, size and sha256 of every other file
+    graph.json             the graph before lowering: nodes with targets from an allow-list, and the declared ties
     weights*.safetensors   constants in their stored dtype
-    recipe.yaml        the passes, every option spelled out
-    report.json        what the passes did
-    spec.json          facts of the diffusion model, and the model's configuration
-    tokenizer files    where the model has one
+    recipe.yaml            the passes, every option spelled out
+    report.json            what the passes did
+    spec.json              facts of the diffusion model, and the model's configuration
+    tokenizer files        where the model has one
 
-Saving writes a folder beside the target and renames it, so that a crash or a full disk leaves the old artifact whole; the
-copy is then loaded in a fresh process and its logits compared. Loading is strict and executes nothing from the files: no
-pickle, no code, no strings evaluated.
+Saving writes a folder beside the target, loads it in a fresh process, compares logits, and then renames it, so that a
+crash or a full disk leaves the old artifact whole. Loading is strict and executes nothing from the files: no pickle, no
+code, no strings evaluated, no module imported that a file names.
 """
 
 from __future__ import annotations
@@ -18,37 +18,59 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import pydantic
 import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import fx
+from typing_extensions import TypedDict
 
 from dlqc.backend import load_backend
 from dlqc.check import check
 from dlqc.contract import FACTS_OF_CAPTURE, Context
 from dlqc.diffusion.spec import DiffusionSpec
 from dlqc.errors import ArtifactError, DlqcError
+from dlqc.folder import whole_folder
 from dlqc.graph import copy_graph
-from dlqc.recipe import from_plain, pass_class
+from dlqc.recipe import Recipe, from_plain, pass_class
 from dlqc.report import Report, versions
 from dlqc.serialize import decode_graph, encode_graph
-from dlqc.weights import Weights
+from dlqc.weights import Constant, Weights
 
 if TYPE_CHECKING:
     from dlqc.compiled import Compiled
 
 FORMAT = 1
+
+
+class FileFacts(TypedDict):
+    sha256: str
+    bytes: int
+
+
+class ManifestData(TypedDict):
+    """manifest.json."""
+
+    format: Annotated[int, pydantic.Field(ge=1)]
+    versions: dict[str, str]
+    files: dict[str, FileFacts]
+
+
+#: Constants are gathered into files of at most this size.
 SHARD_BYTES = 2 << 30
+
+_Manifest = pydantic.TypeAdapter(ManifestData)
+_Spec, _Config = pydantic.TypeAdapter(DiffusionSpec), pydantic.TypeAdapter(dict[str, Any])
+_Ties = pydantic.TypeAdapter(dict[str, tuple[str, ...]])
 _FILES = ("graph.json", "recipe.yaml", "report.json", "spec.json")
 
 
@@ -71,45 +93,50 @@ class Saved:
 
 
 def save(model: Compiled, folder: str | Path, *, verify_reload: bool = True) -> Saved:
-    """Write an artifact. An artifact that is there already is replaced; a folder that holds something else is refused."""
+    """Write an artifact; one that is there already is replaced, a folder that holds anything else is refused."""
     target = Path(folder)
-    refuse_foreign(target)
-    parent = target.absolute().parent
-    staging: Path | None = None
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=parent))
-        _write(model, staging)
-        deviation = _reload(model, staging) if verify_reload else 0.0
-        _swap(staging, target)
-    except OSError as error:
+        refuse_foreign(target)
+        with whole_folder(target) as staging:
+            _write(model, staging)
+            deviation = _reload(model, staging) if verify_reload else 0.0
+    except (OSError, SafetensorError) as error:
         raise ArtifactError(
-            f"cannot be written ({error.strerror or error})",
+            f"cannot be written ({getattr(error, 'strerror', None) or error})",
             where=str(target),
             remedy="Free space or choose another folder; what was there before is unchanged",
         ) from error
-    finally:
-        if staging is not None and staging.exists():
-            shutil.rmtree(staging, ignore_errors=True)
     files = {p.name: p.stat().st_size for p in sorted(target.iterdir())}
     return Saved(target, files, deviation)
 
 
 def refuse_foreign(target: Path) -> None:
-    """Refuse a target that holds something else than an artifact, before any work."""
-    if target.is_file():
+    """Refuse a target that holds anything but an artifact, before any work: saving there would delete it."""
+    if target.exists() and not target.is_dir():
         raise ArtifactError("is a file, not a folder", where=str(target), remedy="Choose another name")
-    if target.is_dir() and any(target.iterdir()) and not (target / "manifest.json").is_file():
+    if not target.is_dir() or not any(target.iterdir()):
+        return
+    try:
+        ours = {"manifest.json", *read_manifest(target)["files"]}
+    except ArtifactError as error:
         raise ArtifactError(
             "the folder holds something that is no dlqc artifact",
             where=str(target),
             remedy="Choose an empty or new folder",
-        )
+        ) from error
+    for path in sorted(target.iterdir()):
+        if path.name not in ours:
+            raise ArtifactError(
+                f"the folder holds {path.name!r} besides an artifact, and saving would delete it",
+                where=str(target),
+                remedy="Move it away, or choose an empty or new folder",
+            )
 
 
 def _write(model: Compiled, folder: Path) -> None:
     _write_weights(model.weights, folder)
-    _json(folder / "graph.json", encode_graph(model.graph))
+    ties = {name: list(constant.aliases) for name, constant in model.weights.items() if constant.aliases}
+    _json(folder / "graph.json", {"ties": ties} | encode_graph(model.graph))
     (folder / "recipe.yaml").write_text(model.recipe.to_yaml(), encoding="utf-8")
     _json(folder / "report.json", model.report.to_plain())
     _json(folder / "spec.json", {"spec": dataclasses.asdict(model.spec), "config": _plain(model.config)})
@@ -125,19 +152,18 @@ def _write(model: Compiled, folder: Path) -> None:
 
 
 def _write_weights(weights: Weights, folder: Path) -> None:
-    """Shards of at most `SHARD_BYTES`, one constant evaluated at a time until its shard is full."""
+    """Shards of at most `SHARD_BYTES` (or one constant), one constant evaluated at a time until its shard is full."""
     shard: dict[str, torch.Tensor] = {}
     size = count = 0
     for name in weights:
         value = weights.value(name).contiguous()
-        shard[name] = value.clone() if value.untyped_storage().nbytes() != value.nbytes else value
-        size += value.nbytes
-        if size >= SHARD_BYTES:
+        if shard and size + value.nbytes > SHARD_BYTES:
             count += 1
             save_file(shard, folder / f"weights-{count:05d}.safetensors")
             shard, size = {}, 0
-    if shard:
-        save_file(shard, folder / ("weights.safetensors" if count == 0 else f"weights-{count + 1:05d}.safetensors"))
+        shard[name] = value.clone() if value.untyped_storage().nbytes() != value.nbytes else value
+        size += value.nbytes
+    save_file(shard, folder / ("weights.safetensors" if count == 0 else f"weights-{count + 1:05d}.safetensors"))
 
 
 def _reload(model: Compiled, folder: Path) -> float:
@@ -149,7 +175,8 @@ def _reload(model: Compiled, folder: Path) -> float:
     with tempfile.TemporaryDirectory() as scratch:
         given, result = Path(scratch) / "ids.safetensors", Path(scratch) / "logits.safetensors"
         save_file({"ids": ids}, given)
-        command = [sys.executable, "-m", "dlqc.artifact", str(folder), model.report.backend, str(given), str(result)]
+        script = "import sys; from dlqc.artifact import _run_copy; _run_copy(*sys.argv[1:])"
+        command = [sys.executable, "-c", script, str(folder), model.report.backend, str(given), str(result)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -167,26 +194,6 @@ def _reload(model: Compiled, folder: Path) -> float:
     return deviation
 
 
-def _swap(staging: Path, target: Path) -> None:
-    """Put the new folder in place of the old one by renaming; the old one is removed last."""
-    for path in staging.iterdir():
-        os.chmod(path, 0o644)
-    os.chmod(staging, 0o755)
-    old = None
-    if target.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.absolute().parent)) / "old"
-        os.rename(target, old)
-    try:
-        os.rename(staging, target)
-    except OSError:
-        if old is not None:
-            os.rename(old, target)
-        raise
-    finally:
-        if old is not None:
-            shutil.rmtree(old.parent, ignore_errors=True)
-
-
 def load(folder: str | Path, *, backend: str = "auto", check_hashes: bool = True) -> Compiled:
     """Read an artifact and lower it for a backend.
 
@@ -199,19 +206,10 @@ def load(folder: str | Path, *, backend: str = "auto", check_hashes: bool = True
     manifest = read_manifest(path)
     if check_hashes:
         verify_files(path, manifest)
-    facts = _read_json(path / "spec.json")
-    try:
-        spec = DiffusionSpec(**facts["spec"])
-        report = Report.from_plain(_read_json(path / "report.json"))
-        graph = decode_graph(_read_json(path / "graph.json"), spec)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(
-            f"a JSON file is not of the expected shape ({error})", where=str(path), remedy=_TAMPERED
-        ) from error
-    recipe = from_plain(
-        yaml.safe_load((path / "recipe.yaml").read_text(encoding="utf-8")), where=str(path / "recipe.yaml")
-    )
-    weights = _read_weights(path, manifest, graph)
+    spec, config = _read_spec(path / "spec.json")
+    report, recipe = _read_report(path / "report.json"), _read_recipe(path / "recipe.yaml")
+    graph, ties = _read_graph(path / "graph.json", spec)
+    weights = _read_weights(path, manifest, graph, ties)
     try:
         check(graph, weights, spec, set(), after="loading")
     except DlqcError as error:
@@ -220,7 +218,7 @@ def load(folder: str | Path, *, backend: str = "auto", check_hashes: bool = True
     lowered, constants = copy_graph(graph), weights.clone()
     if any(p.name == "lower" for p in recipe.passes):
         context = Context(constants, spec, target, facts=set(FACTS_OF_CAPTURE))
-        pass_class("lower")().apply(lowered, context)
+        report = report.lowered_anew(target.name, pass_class("lower")().apply(lowered, context))
     return Compiled(
         graph,
         weights,
@@ -228,8 +226,8 @@ def load(folder: str | Path, *, backend: str = "auto", check_hashes: bool = True
         spec=spec,
         recipe=recipe,
         report=report,
-        tokenizer=_tokenizer(path),
-        config=facts["config"],
+        tokenizer=_tokenizer(path) if "tokenizer_config.json" in manifest["files"] else None,
+        config=config,
     )
 
 
@@ -240,12 +238,7 @@ def read_report(folder: str | Path) -> Report:
     """The report of an artifact, without loading its weights."""
     path = Path(folder)
     read_manifest(path)
-    try:
-        return Report.from_plain(_read_json(path / "report.json"))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(
-            f"is not of the expected shape ({error})", where=str(path / "report.json"), remedy=_TAMPERED
-        ) from error
+    return _read_report(path / "report.json")
 
 
 def verify(folder: str | Path, *, backend: str = "auto") -> dict[str, Any]:
@@ -273,7 +266,7 @@ def verify(folder: str | Path, *, backend: str = "auto") -> dict[str, Any]:
         f"{len(manifest['files'])} files have the sizes and hashes of the manifest",
         f"{len(judge.weights)} tensors are there, none is unexpected, and all have their shapes",
         f"the graph of {len(judge.graph.nodes)} nodes is legal",
-        f"the logits on the backend differ from the reference by {deviation:.2e} (norms), top-1 agrees at {agreement:.1%}",
+        f"the backend's logits differ from the reference by {deviation:.2e} (norms), top-1 agrees at {agreement:.1%}",
     ]
     return {"folder": str(path), "deviation": deviation, "agreement": agreement, "checks": checks}
 
@@ -287,29 +280,36 @@ def read_manifest(path: Path) -> dict[str, Any]:
             "no manifest.json in it: this is no dlqc artifact", where=str(path), remedy="Check the path"
         )
     manifest = _read_json(path / "manifest.json")
-    version = manifest.get("format")
-    if not isinstance(version, int) or not isinstance(manifest.get("files"), dict):
-        raise ArtifactError("the manifest names no format", where=str(path / "manifest.json"), remedy=_TAMPERED)
-    if version > FORMAT:
-        made = manifest.get("versions", {}).get("dlqc", "a newer version")
+    try:
+        found = _Manifest.validate_python(manifest, strict=True)
+    except pydantic.ValidationError as error:
         raise ArtifactError(
-            f"the artifact has format {version}, this dlqc reads up to {FORMAT}",
+            f"is no manifest of dlqc ({_first(error)})", where=str(path / "manifest.json"), remedy=_TAMPERED
+        ) from error
+    if found["format"] > FORMAT:
+        raise ArtifactError(
+            f"the artifact has format {found['format']}, this dlqc reads up to {FORMAT}",
             where=str(path),
-            remedy=f"Install dlqc {made} or newer",
+            remedy=f"Install dlqc {found['versions'].get('dlqc', '')} or newer".replace("  ", " a version "),
         )
-    missing = [name for name in _FILES if name not in manifest["files"]]
+    for name in found["files"]:
+        if name in (".", "..") or Path(name).name != name or "\\" in name:
+            raise ArtifactError(
+                f"the manifest lists {name!r}, which is no file of the folder", where=str(path), remedy=_TAMPERED
+            )
+    missing = [name for name in _FILES if name not in found["files"]]
     if missing:
         raise ArtifactError(
             f"the manifest does not list {missing[0]}", where=str(path / "manifest.json"), remedy=_TAMPERED
         )
-    return manifest
+    return dict(found)
 
 
 def verify_files(path: Path, manifest: Mapping[str, Any]) -> None:
-    """Compare every file with its size and hash in the manifest, and refuse files that it does not list."""
+    """Compare every file with its size and hash in the manifest, and refuse others but *.md and hidden files."""
     for name, said in manifest["files"].items():
         file = path / name
-        if Path(name).name != name or not file.is_file():
+        if not file.is_file():
             raise ArtifactError("is missing", where=str(file), remedy="Copy the whole folder again")
         if file.stat().st_size != said["bytes"]:
             raise ArtifactError(
@@ -319,30 +319,86 @@ def verify_files(path: Path, manifest: Mapping[str, Any]) -> None:
             )
         if _sha256(file) != said["sha256"]:
             raise ArtifactError("does not have the hash in the manifest", where=str(file), remedy=_TAMPERED)
-    for file in path.iterdir():
-        if file.suffix == ".safetensors" and file.name not in manifest["files"]:
+    for file in sorted(path.iterdir()):
+        known = file.name in manifest["files"] or file.name == "manifest.json"
+        if not known and file.suffix != ".md" and not file.name.startswith("."):
             raise ArtifactError("is not listed in the manifest", where=str(file), remedy="Remove it")
 
 
-def _read_weights(path: Path, manifest: Mapping[str, Any], graph: Any) -> Weights:
+def _read_spec(path: Path) -> tuple[DiffusionSpec, dict[str, Any]]:
+    """The facts of the model, and its configuration."""
+    facts = _read_json(path)
+    try:
+        spec = DiffusionSpec(**facts["spec"])
+        _Spec.validate_json(json.dumps(facts["spec"]), strict=True)
+        config = _Config.validate_python(facts["config"])
+        if not 0 <= spec.mask_id < spec.vocab_size or spec.max_length < 1:
+            raise ValueError(f"mask id {spec.mask_id}, {spec.vocab_size} tokens, length {spec.max_length}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise _misshapen(path, error) from error
+    return spec, config
+
+
+def _read_report(path: Path) -> Report:
+    data = _read_json(path)
+    try:
+        return Report.from_plain(data)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise _misshapen(path, error) from error
+
+
+def _read_recipe(path: Path) -> Recipe:
+    """The recipe; passes that are not dlqc's own are kept as text, not imported."""
+    try:
+        return from_plain(yaml.safe_load(path.read_text(encoding="utf-8")), where=str(path), imports=False)
+    except (DlqcError, yaml.YAMLError, OSError, ValueError, RecursionError) as error:
+        raise _misshapen(path, error) from error
+
+
+def _read_graph(path: Path, spec: DiffusionSpec) -> tuple[fx.Graph, dict[str, tuple[str, ...]]]:
+    """The graph, and the declared ties: constant → its names in the checkpoint."""
+    data = _read_json(path)
+    try:
+        ties = _Ties.validate_python(data["ties"])
+        return decode_graph(data, spec), ties
+    except DlqcError:
+        raise
+    except Exception as error:  # torch and fx raise anything on arguments that no program would write
+        raise _misshapen(path, error) from error
+
+
+def _misshapen(path: Path, error: Exception) -> ArtifactError:
+    what = _first(error) if isinstance(error, pydantic.ValidationError) else getattr(error, "what", None)
+    reason = what or f"{type(error).__name__}: {error}".splitlines()[0]
+    return ArtifactError(f"is not of the expected shape ({reason})", where=str(path), remedy=_TAMPERED)
+
+
+def _first(error: pydantic.ValidationError) -> str:
+    """The first complaint of pydantic, with its place."""
+    one = error.errors()[0]
+    return f"{'.'.join(map(str, one['loc']))}: {one['msg']}"
+
+
+def _read_weights(
+    path: Path, manifest: Mapping[str, Any], graph: fx.Graph, ties: Mapping[str, tuple[str, ...]]
+) -> Weights:
+    """All constants; a missing, unexpected, repeated or mis-shaped one is an error."""
     weights = Weights()
     for name in sorted(n for n in manifest["files"] if n.endswith(".safetensors")):
-        try:
-            with safe_open(path / name, "pt") as f:
-                for key in f.keys():  # noqa: SIM118  safe_open is no mapping
-                    weights.put(key, f.get_tensor(key))
-        except (SafetensorError, OSError) as error:
-            raise ArtifactError(f"cannot be read ({error})", where=str(path / name), remedy="Copy it again") from error
+        for key, tensor in _read_tensors(path / name):
+            if key in weights:
+                raise ArtifactError(f"tensor {key!r} is there twice", where=str(path / name), remedy=_TAMPERED)
+            weights.define(key, Constant(tensor, (), ties.get(key, ())))
     wanted = {str(node.target): node for node in graph.nodes if node.op == "get_attr"}
     for key, node in wanted.items():
         if key not in weights:
             raise ArtifactError(f"tensor {key!r} is missing", where=str(path), remedy="Copy the whole folder again")
-        shape = tuple(node.meta["val"].shape)
-        if tuple(weights[key].shape) != shape:
+        said, found = node.meta["val"], weights[key].leaf
+        # A folded norm gain is stored in float32 whatever the graph computes in; integers must agree.
+        same = found.dtype == said.dtype or (found.is_floating_point() and said.is_floating_point())
+        if not same or tuple(found.shape) != tuple(said.shape):
             raise ArtifactError(
-                f"tensor {key!r} is {list(weights[key].shape)}, the graph says {list(shape)}",
-                where=str(path),
-                remedy=_TAMPERED,
+                f"tensor {key!r} is {_type(found)}, the graph says {_type(said)}", where=str(path), remedy=_TAMPERED
             )
     for key in weights:
         if key not in wanted:
@@ -350,12 +406,31 @@ def _read_weights(path: Path, manifest: Mapping[str, Any], graph: Any) -> Weight
     return weights
 
 
+def _read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    try:
+        with safe_open(path, "pt") as f:
+            for key in f.keys():
+                yield key, f.get_tensor(key)
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"cannot be read ({error})", where=str(path), remedy="Copy it again") from error
+
+
+def _type(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+
+
 def _tokenizer(path: Path) -> Any:
-    if not (path / "tokenizer_config.json").is_file():
-        return None
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(path)
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # transformers and tokenizers raise anything on files that they cannot read
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise ArtifactError(
+            f"transformers cannot load the tokenizer ({type(error).__name__}: {first})",
+            where=str(path),
+            remedy="Compile the model with a tokenizer that needs no code of its own",
+        ) from error
 
 
 def _json(path: Path, data: Any) -> None:
@@ -365,7 +440,7 @@ def _json(path: Path, data: Any) -> None:
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ArtifactError(f"cannot be read as JSON ({error})", where=str(path), remedy="Copy it again") from error
 
 
@@ -380,11 +455,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def _main(folder: str, backend: str, given: str, result: str) -> None:
+def _run_copy(folder: str, backend: str, given: str, result: str) -> None:
+    """What the fresh process of `_reload` does."""
     with safe_open(given, "pt") as f:
         ids = f.get_tensor("ids")
     save_file({"logits": load(folder, backend=backend)(ids).float().contiguous()}, result)
-
-
-if __name__ == "__main__":
-    _main(*sys.argv[1:])

@@ -15,6 +15,7 @@ import inspect
 import logging
 import operator
 import os
+import re
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -269,11 +270,32 @@ def _explain(error: Exception, model: nn.Module) -> CaptureError:
             where=where,
             remedy="Replace the branch by torch.where, or decide it from the configuration",
         )
+    limit = _limit(str(error))
+    if limit is not None:
+        return CaptureError(
+            f"the model {limit}, a graph must work at every batch and length up to max_length",
+            where=type(model).__name__,
+            remedy="Take the sizes from input_ids.shape, or say a smaller max_length in the model's .spec",
+        )
     return CaptureError(
         f"torch.export could not trace the model ({type(error).__name__}: {first})",
         where=where,
         remedy="Change that line so that it works on tensors of any batch and length, or load the native class",
     )
+
+
+def _limit(message: str) -> str | None:
+    """What torch.export says about the sizes at which the model works, in few words."""
+    fixed = re.search(r"You marked (\w+) as dynamic but your code specialized it", message)
+    if fixed:
+        return f"works at one {fixed[1]} only"
+    guard = re.search(r"satisfy the generated guard (.*)", message)
+    if guard is None:
+        return None
+    sizes = (
+        guard[1].rstrip(". ").replace("L['input_ids'].size()[0]", "batch").replace("L['input_ids'].size()[1]", "length")
+    )
+    return f"works only where {sizes}"
 
 
 @dataclass(frozen=True)
@@ -358,10 +380,10 @@ def _rows(
 
 def _eager(model: nn.Module, dtype: torch.dtype) -> Any:
     """The model as a function of ids, with weights cast to `dtype` for the call and left unchanged."""
-    cast = {
-        name: tensor.detach().to(dtype) if tensor.is_floating_point() else tensor
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]
-    }
+    # Buffers are copied: a model may count its calls in one.
+    tensors = {name: p.detach() for name, p in model.named_parameters()}
+    tensors |= {name: b.detach().clone() for name, b in model.named_buffers()}
+    cast = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
     options = call_options(model)
 
     def run(ids: torch.Tensor) -> torch.Tensor:

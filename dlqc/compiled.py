@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,7 +90,9 @@ def build_module(graph: fx.Graph, weights: Weights) -> fx.GraphModule:
         constant = weights[name]
         key = (id(constant), dtype or constant.leaf.dtype)
         if key not in buffers:
-            buffers[key] = name.replace(".", "_")
+            # Numbered, because "a.b_c" and "a_b.c" must not meet, and reduced to word characters, because the name is
+            # spelled out in generated code.
+            buffers[key] = f"{re.sub(r'[^0-9A-Za-z]', '_', name)}_{len(buffers)}"
             value = weights.value(name, dtype)
             # A checkpoint tensor may be a view of a memory-mapped file that is read-only: own what will run.
             root.register_buffer(buffers[key], value.clone() if value is constant.leaf else value)

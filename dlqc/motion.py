@@ -126,9 +126,8 @@ def can_move_up(graph: fx.Graph, weights: Weights, producer: fx.Node, reader: fx
         site = as_linear(producer, weights)
         if site is None:
             return "its weight is no constant"
-        if is_shared(graph, site.bias):
-            return f"bias {site.bias!r} is shared"
-        return not_alone(graph, weights, site, {producer})
+        reason = not_alone(graph, weights, site, {producer})
+        return f"bias {site.bias!r} is shared" if reason is None and is_shared(graph, site.bias) else reason
     if is_call(producer, _MUL) and all(isinstance(a, fx.Node) for a in producer.args):
         if producer.args[0] is producer.args[1]:
             return f"%{producer.name} is a square, in which a diagonal would count twice"

@@ -8,9 +8,11 @@ from __future__ import annotations
 import dataclasses
 import io
 import platform
+import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
+import pydantic
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -114,16 +116,24 @@ class Report:
 
     @classmethod
     def from_plain(cls, data: dict[str, Any]) -> Report:
-        data = {k: v for k, v in data.items() if k in {f.name for f in dataclasses.fields(cls)}}
-        data["steps"] = [Step(**{**s, "declined": [tuple(d) for d in s["declined"]]}) for s in data["steps"]]
-        kept = {k: (v[0], v[1]) for k, v in data["storage"]["kept"].items()}
-        data["storage"] = Storage(**{**data["storage"], "kept": kept})
-        return cls(**data)
+        """Undo `to_plain`, also after JSON; a ValueError if the data has another shape."""
+        return pydantic.TypeAdapter(cls).validate_python(data)
+
+    def lowered_anew(self, backend: str, found: PassReport) -> Report:
+        """The report of the same compilation after lowering again, for another backend or on another machine."""
+        steps = [
+            dataclasses.replace(s, sites=found.sites, choices=found.choices, notes=found.notes)
+            if s.name == "lower"
+            else s
+            for s in self.steps
+        ]
+        return dataclasses.replace(self, backend=backend, steps=steps)
 
     def render(self, width: int | None = None) -> str:
         """Tables and sentences, as `explain()` prints them."""
-        console = Console(file=io.StringIO(), width=width or 118, force_terminal=False)
-        console.print(f"[bold]{self.model}[/bold] → {self.recipe}, backend {self.backend}")
+        plain = {"markup": False, "emoji": False, "highlight": False}  # names may hold [brackets] and :colons:
+        console = Console(file=io.StringIO(), width=width or 118, force_terminal=False, **plain)  # type: ignore[arg-type]
+        console.print(f"{self.model} → {self.recipe}, backend {self.backend}")
         check = self.capture
         console.print(
             f"captured {check['nodes']} nodes in {check['seconds']:.1f} s; differs from the eager model by "
@@ -132,17 +142,16 @@ class Report:
         console.print(self._pass_table())
         for step in self.steps:
             for site, reason in step.declined:
-                console.print(f"  {step.name} declined {site}: {reason}", highlight=False)
-        console.print(self._storage_lines(), highlight=False)
+                console.print(f"  {step.name} declined {site}: {reason}")
+        console.print(self._storage_lines())
         for ratio, cost in self.fidelity.items():
             console.print(
-                f"at {float(ratio):.0%} masked: KL {cost['kl']:.4f} nats, top-1 agreement {cost['agreement']:.1%}",
-                highlight=False,
+                f"at {float(ratio):.0%} masked: KL {cost['kl']:.4f} nats, top-1 agreement {cost['agreement']:.1%}"
             )
         for kernel, names in self._kernels().items():
-            console.print(f"kernel {kernel}: {len(names)} sites ({names[0]}, …)", highlight=False)
+            console.print(f"kernel {kernel}: {len(names)} sites ({names[0]}{', …' if len(names) > 1 else ''})")
         for note in [n for s in self.steps for n in s.notes] + self.notes:
-            console.print(f"note: {note}", highlight=False)
+            console.print(f"note: {note}")
         output = console.file
         assert isinstance(output, io.StringIO)
         return output.getvalue().rstrip()
@@ -152,8 +161,8 @@ class Report:
         for name in ("pass", "sites", "declined", "seconds", "peak MB", "certificate", "output SQNR dB (min / median)"):
             table.add_column(name, justify="left" if name == "pass" else "right")
         for s in self.steps:
-            ratios = sorted(d["sqnr_db"] for d in s.details.values() if "sqnr_db" in d)
-            quality = f"{ratios[0]:.1f} / {ratios[len(ratios) // 2]:.1f}" if ratios else ""
+            ratios = [d["sqnr_db"] for d in s.details.values() if "sqnr_db" in d]
+            quality = f"{min(ratios):.1f} / {statistics.median(ratios):.1f}" if ratios else ""
             certificate = "" if s.certificate is None else f"{s.certificate:.1e}"
             row = (
                 s.name,
@@ -208,9 +217,10 @@ def measure_storage(original: Weights, graph: fx.Graph, weights: Weights, kept: 
             bits_quantized += leaf.numel() * leaf.element_size() * 8
             if part is node.args[1]:
                 quantized += int(leaf.shape[0]) * int(node.args[0].meta["val"].shape[-1])
-    total = sum(_bits(c.leaf) for c in _distinct(weights))
+    # What is stored, not the leaf it comes from: a part of a fused projection is smaller, a folded gain is wider.
+    total = sum(c.shape.numel() * c.storage_dtype.itemsize * 8 for c in weights.values())
     matrices = {
-        name: (constant.leaf.numel(), _reason(graph, name, kept))
+        name: (constant.shape.numel(), _reason(graph, name, kept))
         for name, constant in weights.items()
         if name not in seen and len(constant.shape) > 1 and constant.leaf.is_floating_point()
     }

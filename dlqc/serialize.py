@@ -1,16 +1,20 @@
 """The graph as JSON, and back.
 
-A node is `{"name", "op", "target", "args", "kwargs"}`. Targets are spelled `aten.linear.default` or `operator.mul` and must
-be in the allow-list of `dlqc.check`; arguments are plain JSON, with tagged objects for what JSON has no word for:
+A node is `{"name", "op", "target", "args", "kwargs"}`. Targets are spelled `aten.linear.default` or `operator.mul`; only
+pure ops of torch and dlqc may stand there (`is_pure`), so that a graph from a file can compute but not act. Arguments are
+plain JSON, with tagged objects for what JSON has no word for:
 
-    {"node": "linear_3"}   {"dtype": "float32"}   {"device": "cpu"}   {"layout": "strided"}   {"inf": "-"}
+    {"node": "linear_3"}   {"dtype": "float32"}   {"device": "cpu"}   {"layout": "strided"}   {"float": "-inf"}
 
 Shapes are not stored but propagated again: what `get_attr` nodes say (`shape`, `dtype`) and what the ops compute must agree.
+Names are checked before fx sees them, because fx spells them out in the code that it generates.
 """
 
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from dlqc import ops
-from dlqc.check import NAMESPACES, SIZE_ARITHMETIC
+from dlqc.check import SIZE_ARITHMETIC
 from dlqc.diffusion.spec import DiffusionSpec
 from dlqc.errors import ArtifactError
 from dlqc.graph import infer
@@ -27,7 +31,17 @@ from dlqc.graph import infer
 assert ops  # decoding needs the logical ops registered
 
 _DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
-_SIZE_OPS = {f"operator.{f.__name__}": f for f in SIZE_ARITHMETIC}
+_SIZE_OPS: dict[str, Any] = {f"operator.{f.__name__}": f for f in SIZE_ARITHMETIC}
+_SIZE_OPS |= {"torch.sym_max": torch.sym_max, "torch.sym_min": torch.sym_min}
+_NAMESPACES = ("aten", "dlqc")
+_FORMATS = ("contiguous_format", "preserve_format", "channels_last", "channels_last_3d")
+_NODE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_CONSTANT = re.compile(r"[^\s\"'\\(){}]+")
+_REMEDY = "The file was changed; save the model again"
+
+# Types of arguments and results that a pure op may have, and its arguments that are words.
+_PURE = ("Tensor", "int", "float", "number", "bool", "Device", "SymInt", "ScalarType", "Layout", "MemoryFormat")
+_WORDS = ("approximate", "equation", "indexing", "interpolation", "mode", "reduce", "rounding_mode", "side")
 
 
 def encode_graph(graph: fx.Graph) -> dict[str, Any]:
@@ -49,16 +63,41 @@ def _encode_node(node: fx.Node) -> dict[str, Any]:
     if node.op == "call_function":
         item["target"] = _target_name(node.target)
     item |= {"args": _encode(node.args), "kwargs": _encode(node.kwargs)}
-    for key in ("block_boundary",):
-        if key in node.meta:
-            item[key] = node.meta[key]
+    if "block_boundary" in node.meta:
+        item["block_boundary"] = node.meta["block_boundary"]
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    if stack:
+        item["module"] = str(stack[-1][0])
     return item
 
 
 def _target_name(target: Any) -> str:
-    if isinstance(target, torch._ops.OpOverload):
-        return str(target)
-    return f"operator.{target.__name__}"
+    known = next((name for name, op in _SIZE_OPS.items() if op is target), None)
+    if known is not None:
+        return known
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace not in _NAMESPACES or not is_pure(target):
+        raise ArtifactError(
+            f"a call of {target} cannot be stored", where="graph", remedy="Compile without the pass that made it"
+        )
+    return str(target)
+
+
+def is_pure(op: torch._ops.OpOverload) -> bool:
+    """Whether an op is a function of tensors and numbers: it changes no argument and takes no file name.
+
+    torch's own namespace is wider than that: it has in-place ops, `aten.from_file` and `aten.save`.
+    """
+    schema = op._schema
+    results = all(_base(r.type) in _PURE for r in schema.returns)
+    arguments = all(_base(a.type) in _PURE or (_base(a.type) == "str" and a.name in _WORDS) for a in schema.arguments)
+    return bool(schema.returns) and not schema.is_mutable and results and arguments
+
+
+def _base(kind: Any) -> str:
+    """The type inside lists and options."""
+    while kind.kind() in ("ListType", "OptionalType"):
+        kind = kind.getElementType()
+    return str(kind)
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
@@ -85,36 +124,64 @@ def _encode(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise ArtifactError(
-        f"an argument of type {type(value).__name__} cannot be stored", where="graph", remedy="Report this"
+        f"an argument of type {type(value).__name__} cannot be stored",
+        where="graph",
+        remedy="Compile without the pass that made it",
     )
 
 
 def decode_graph(data: Any, spec: DiffusionSpec) -> fx.Graph:
-    """A graph from JSON data, shapes propagated with batch and length symbolic. Raises ArtifactError on anything odd."""
+    """A graph from JSON data, shapes propagated with batch and length symbolic.
+
+    Raises:
+        ArtifactError: a name, op, argument or order that no saved graph has. Data of another shape than `encode_graph`
+            gives raises what Python raises on it (KeyError, TypeError, …).
+    """
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     graph, env = fx.Graph(), dict[str, fx.Node]()
     for item in data["nodes"]:
         name, op = str(item["name"]), item["op"]
-        if op == "placeholder":
-            node = graph.placeholder(name)
-            node.meta["val"] = _ids(mode, spec)
-        elif op == "get_attr":
-            node = graph.create_node("get_attr", str(item["target"]), name=name)
-            with mode:
-                node.meta["val"] = torch.empty(tuple(int(s) for s in item["shape"]), dtype=_dtype(item["dtype"]))
-        elif op == "call_function":
-            args, kwargs = tuple(_decode(item["args"], env)), _decode(item["kwargs"], env)
-            node = graph.create_node("call_function", _target(item["target"]), args, kwargs, name=name)
-            _infer(node)
-        elif op == "output":
+        if not _NODE.fullmatch(name) or name in env:
+            raise _wrong(f"{name!r} is no name for a node, or is there twice")
+        if op == "output":
             graph.output(_decode(item["args"], env)[0])
             continue
-        else:
-            raise ArtifactError(f"node {name!r} is a {op!r}, which no graph may hold", where="graph.json")
+        node = _decode_node(graph, item, env, mode, spec)
         if "block_boundary" in item:
             node.meta["block_boundary"] = int(item["block_boundary"])
+        if "module" in item:
+            module = str(item["module"])
+            node.meta["nn_module_stack"] = {module: (module, None)}
         env[name] = node
     return graph
+
+
+def _decode_node(
+    graph: fx.Graph, item: Mapping[str, Any], env: dict[str, fx.Node], mode: FakeTensorMode, spec: DiffusionSpec
+) -> fx.Node:
+    name, op = str(item["name"]), item["op"]
+    if op == "placeholder":
+        node = graph.placeholder(name)
+        node.meta["val"] = _ids(mode, spec)
+    elif op == "get_attr":
+        target, shape = str(item["target"]), tuple(int(s) for s in item["shape"])
+        if not _CONSTANT.fullmatch(target) or any(s < 0 for s in shape):
+            raise _wrong(f"{target!r} {list(shape)} is no constant")
+        node = graph.create_node("get_attr", target, name=name)
+        with mode:
+            node.meta["val"] = torch.empty(shape, dtype=_dtype(item["dtype"]))
+    elif op == "call_function":
+        args = tuple(_decode(item["args"], env))
+        kwargs = {str(k): _decode(v, env) for k, v in item["kwargs"].items()}
+        node = graph.create_node("call_function", _target(item["target"]), args, kwargs, name=name)
+        _infer(node, mode)
+    else:
+        raise _wrong(f"node {name!r} is a {op!r}, which no graph may hold")
+    return node
+
+
+def _wrong(what: str) -> ArtifactError:
+    return ArtifactError(what, where="graph.json", remedy=_REMEDY)
 
 
 def _ids(mode: FakeTensorMode, spec: DiffusionSpec) -> torch.Tensor:
@@ -123,30 +190,31 @@ def _ids(mode: FakeTensorMode, spec: DiffusionSpec) -> torch.Tensor:
     return mode.from_tensor(real, symbolic_context=dynamic)
 
 
-def _infer(node: fx.Node) -> None:
+def _infer(node: fx.Node, mode: FakeTensorMode) -> None:
     try:
-        infer(node)
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        first = str(error).splitlines()[0]
-        raise ArtifactError(f"node {node.name!r} cannot be computed: {first}", where="graph.json") from error
+        with mode:  # also where no argument is fake: nothing is computed for real while a file is read
+            infer(node)
+    except Exception as error:  # torch raises anything on arguments that do not fit
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise _wrong(f"node {node.name!r} cannot be computed: {first}") from error
 
 
 def _target(name: Any) -> Any:
     """The op of a name; only names of the allow-list are looked up."""
-    if name in _SIZE_OPS:
+    if isinstance(name, str) and name in _SIZE_OPS:
         return _SIZE_OPS[name]
     parts = str(name).split(".")
-    if len(parts) == 3 and parts[0] in NAMESPACES and all(p.isidentifier() for p in parts):
+    if len(parts) == 3 and parts[0] in _NAMESPACES and all(_NODE.fullmatch(p) for p in parts):
         packet = getattr(getattr(torch.ops, parts[0]), parts[1], None)
         overload = getattr(packet, parts[2], None)
-        if isinstance(overload, torch._ops.OpOverload):
+        if isinstance(overload, torch._ops.OpOverload) and is_pure(overload):
             return overload
-    raise ArtifactError(f"{name!r} is no op that a graph may call", where="graph.json", remedy="The file was changed")
+    raise _wrong(f"{name!r} is no op that a graph may call")
 
 
 def _dtype(name: Any) -> torch.dtype:
     if name not in _DTYPES:
-        raise ArtifactError(f"unknown dtype {name!r}", where="graph.json", remedy="The file was changed")
+        raise _wrong(f"unknown dtype {name!r}")
     found: torch.dtype = getattr(torch, name)
     return found
 
@@ -156,20 +224,19 @@ def _decode(value: Any, env: dict[str, fx.Node]) -> Any:
         return [_decode(v, env) for v in value]
     if not isinstance(value, dict):
         return value
-    if len(value) == 1:
-        ((tag, content),) = value.items()
-        if tag == "node":
-            if content not in env:
-                raise ArtifactError(f"node {content!r} is used before it is defined", where="graph.json")
-            return env[content]
-        if tag == "dtype" and isinstance(content, str):
-            return _dtype(content)
-        if tag == "device":
-            return torch.device(content)
-        if tag == "layout":
-            return torch.strided
-        if tag == "memory_format":
-            return {"contiguous_format": torch.contiguous_format, "preserve_format": torch.preserve_format}[content]
-        if tag == "float":
-            return {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}[content]
-    return {k: _decode(v, env) for k, v in value.items()}
+    ((tag, content),) = value.items() if len(value) == 1 else (("", None),)
+    if tag == "node":
+        if content not in env:
+            raise _wrong(f"node {content!r} is used before it is defined")
+        return env[content]
+    if tag == "dtype":
+        return _dtype(content)
+    if tag == "device" and isinstance(content, str) and re.fullmatch(r"[a-z]+(:\d+)?", content):
+        return torch.device(content)
+    if tag == "layout" and content == "strided":
+        return torch.strided
+    if tag == "memory_format" and content in _FORMATS:
+        return getattr(torch, content)
+    if tag == "float" and content in ("inf", "-inf", "nan"):
+        return float(content)
+    raise _wrong(f"{value!r} is no argument")

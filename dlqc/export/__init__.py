@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors import SafetensorError
+
 from dlqc.errors import ExportError, nearest
+from dlqc.folder import whole_folder
 
 if TYPE_CHECKING:
     from dlqc.compiled import Compiled
@@ -34,29 +34,18 @@ def export(model: Compiled, folder: str | Path, *, format: str = "compressed-ten
     from dlqc.export import compressed_tensors
 
     target = Path(folder)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ExportError("the folder holds something", where=str(target), remedy="Choose an empty or new folder")
-    compressed_tensors.check_exportable(model)
-    staging: Path | None = None
     try:
-        target.absolute().parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.absolute().parent))
-        compressed_tensors.export(model, staging)
-        if model.tokenizer is not None:
-            model.tokenizer.save_pretrained(staging)
-        for path in staging.iterdir():
-            os.chmod(path, 0o644)
-        os.chmod(staging, 0o755)
-        if target.is_dir():
-            target.rmdir()
-        os.rename(staging, target)
-    except OSError as error:
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise ExportError("the folder holds something", where=str(target), remedy="Choose an empty or new folder")
+        compressed_tensors.check_exportable(model)
+        with whole_folder(target) as staging:
+            compressed_tensors.export(model, staging)
+            if model.tokenizer is not None:
+                model.tokenizer.save_pretrained(staging)
+    except (OSError, SafetensorError) as error:
         raise ExportError(
-            f"cannot be written ({error.strerror or error})",
+            f"cannot be written ({getattr(error, 'strerror', None) or error})",
             where=str(target),
             remedy="Free space or choose another folder",
         ) from error
-    finally:
-        if staging is not None and staging.exists():
-            shutil.rmtree(staging, ignore_errors=True)
     return {p.name: p.stat().st_size for p in sorted(target.iterdir())}

@@ -4,8 +4,8 @@
                      and weight_zero_point int32 [⌈N·bits/32⌉, G] where there are zero points (packed along N)
     int-quantized    int8 weights with int8 dynamic activations: weight int8 [N, K], weight_scale [N, 1]
 
-Our packed rows are the format's words byte for byte, so codes are not touched on the way. Stored codes are unsigned; the
-format says q = code - 2^(bits-1), and so do its zero points. Everything that is not quantized is written under its
+Our packed rows are the format's words byte for byte, so codes are not touched on the way. Stored codes are unsigned;
+the format says q = code - 2^(bits-1), and so do its zero points. Everything that is not quantized is written under its
 checkpoint name, in its stored dtype.
 """
 

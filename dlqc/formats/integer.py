@@ -41,8 +41,9 @@ SCALE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32":
 COARSE = tuple(1 - step / 20 for step in range(17))
 FINE = (2 / 60, 1 / 60, -1 / 60, -2 / 60)
 
-# Elements a chunk of rows may have: 1 MiB of float32, so that the passes over it stay in the second-level cache.
-CHUNK = 1 << 18
+# Elements a chunk of rows may have, 4 MiB of float32: few enough to stay in the last-level cache over the passes, many
+# enough that threads are rarely started (on a busy machine each start can cost milliseconds).
+CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)

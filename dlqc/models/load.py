@@ -179,9 +179,12 @@ def _load_transformers(
             kind = dtype or _declared_dtype(data)
             model = model if kind is None else model.to(kind)
         else:
-            read_tensors(folder)  # its errors name the shard
+            # Older models ship a pickle; transformers reads it with torch's restricted unpickler (weights only).
+            pickled = not any(folder.glob("*.safetensors")) and (folder / "pytorch_model.bin").is_file()
+            if not pickled:
+                read_tensors(folder)  # its errors name the shard
             model, found = auto.from_pretrained(
-                folder, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
+                folder, dtype=dtype or "auto", use_safetensors=not pickled, output_loading_info=True
             )
             if found["missing_keys"]:  # transformers fills them with random numbers
                 check = sorted(found["missing_keys"])

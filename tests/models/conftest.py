@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,6 @@ from torch import nn
 
 from dlqc.models.dream import DreamConfig, DreamModel
 from dlqc.models.llada import LLaDAConfig, LLaDAModelLM
-
-Restated = Callable[[dict[str, torch.Tensor], torch.Tensor], torch.Tensor]
 
 
 def toy_llada(**changes: Any) -> LLaDAModelLM:
@@ -160,3 +157,21 @@ DREAM_NAMES = {
     "norm3": "model.norm",
     "head": "lm_head",
 }
+
+
+class Toys:
+    """What tests in this folder ask for by fixture, since test folders are not packages."""
+
+    llada = staticmethod(toy_llada)
+    dream = staticmethod(toy_dream)
+    ids = staticmethod(token_ids)
+    names = staticmethod(names_of)
+    rewrite = staticmethod(rewrite_config)
+    restate = staticmethod(restate)
+    llada_names = LLADA_NAMES
+    dream_names = DREAM_NAMES
+
+
+@pytest.fixture(scope="session")
+def toys() -> type[Toys]:
+    return Toys
