@@ -1,4 +1,4 @@
-"""The artifact: a folder of safetensors and JSON that holds everything a compiled model is. docs/format.md has the bytes.
+"""The artifact: a folder of safetensors and JSON that holds everything a compiled model is; see docs/format.md.
 
     manifest.json          format version, versions of dlqc and torch, size and sha256 of every other file
     graph.json             the graph before lowering: nodes with targets from an allow-list, and the declared ties

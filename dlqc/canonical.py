@@ -114,7 +114,7 @@ def raise_rms_norm(graph: fx.Graph, weights: Weights) -> int:
 
 def _match_rms(rsqrt: fx.Node) -> tuple[fx.Node, float, fx.Node] | None:
     add = rsqrt.args[0]
-    if not is_call(add, aten.add.Tensor) or not isinstance(add.args[1], float):
+    if not is_call(add, aten.add.Tensor) or not isinstance(add.args[1], float) or add.kwargs:  # type: ignore[union-attr]
         return None
     mean = add.args[0]
     if not is_call(mean, aten.mean.dim) or list(mean.args[1]) != [-1] or not arg(mean, 2, "keepdim", False):
@@ -154,7 +154,7 @@ def raise_rope(graph: fx.Graph, weights: Weights) -> int:
     """`x·cos + rotate_half(x)·sin` becomes one node."""
     count = 0
     for node in list(graph.nodes):
-        found = _match_rope(node) if is_call(node, aten.add.Tensor) and len(node.args) == 2 else None
+        found = _match_rope(node) if is_call(node, aten.add.Tensor) and not node.kwargs else None
         if found is None:
             continue
         replace(node, call_before(graph, node, ROPE, found))

@@ -44,6 +44,7 @@ def deviation(found: torch.Tensor, expected: torch.Tensor) -> float:
     """max |found - expected| / max |expected|; infinite where either is not finite."""
     if not bool(torch.isfinite(found).all() and torch.isfinite(expected).all()):
         return float("inf")
+    found, expected = found.double(), expected.double()
     return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-300))
 
 

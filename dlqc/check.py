@@ -196,7 +196,9 @@ def _quantized(graph: fx.Graph, weights: Weights) -> Iterator[str]:
     for node in graph.nodes:
         if is_call(node, LINEAR_Q, LINEAR_PACKED):
             yield from _quantized_linear(node, weights)
-        elif is_call(node, QUANTIZE_ACT) and not all(is_call(user, LINEAR_Q, LINEAR_PACKED) for user in node.users):
+        elif is_call(node, QUANTIZE_ACT) and (
+            not node.users or not all(is_call(user, LINEAR_Q, LINEAR_PACKED) for user in node.users)
+        ):
             yield f"%{node.name} quantizes activations that no quantized linear reads"
 
 

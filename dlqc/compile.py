@@ -1,6 +1,6 @@
 """`compile`: model in, optimized module out. The file to read first.
 
-capture → check against eager → check order and feasibility → passes, the law after each → runnable module
+check order → capture → check feasibility → check against eager → passes, the law after each → runnable module
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import fx, nn
 
 from dlqc.backend import Backend, load_backend
 from dlqc.calibration import TokenRows, rows_from
-from dlqc.capture import Captured, CaptureCheck, capture, verify
+from dlqc.capture import CaptureCheck, Captured, capture, verify
 from dlqc.check import check
 from dlqc.compiled import Compiled
 from dlqc.contract import FACTS_OF_CAPTURE, Context, Pass, Plan
@@ -67,7 +67,7 @@ def compile(
         instruments: called around every pass, for example `dlqc.instruments.Dump(folder)`.
 
     Raises:
-        DlqcError: one of its subclasses, naming the place, the reason and the remedy; before any long work where it can.
+        DlqcError: one of its subclasses, naming place, reason and remedy; before any long work where it can.
     """
     recipe = as_recipe(passes)
     target = load_backend(backend)
@@ -78,8 +78,7 @@ def compile(
     timing, stored = Timing(), _BeforeLowering()
     with _bar(progress) as tick:
         manager = PassManager(recipe.passes, (timing, stored, *instruments), progress=tick)
-        plan = manager.check_feasibility(captured.graph, context)
-        check_finite((name, c.leaf) for name, c in original[1].items())
+        plan = manager.plan(captured.graph, context)
         reports = manager.run(captured.graph, context)
     graph, weights = stored.kept or (copy_graph(captured.graph), context.weights.clone())
     steps = [Step.of(p, _line(p), r, record) for (p, r), record in zip(reports, timing.records, strict=True)]
@@ -133,7 +132,7 @@ def prepare(
     seed: int,
     recipe: Recipe,
 ) -> tuple[Captured, dict[str, Any], Context]:
-    """Capture the model, compare it with the eager one, and gather what the passes will see."""
+    """Capture the model, refuse what cannot work, compare with the eager model, and gather what the passes will see."""
     PassManager(recipe.passes).check_order()
     spec = spec_of(model, mask_id=mask_id)
     rows = _rows(calibration, model, spec, recipe)
@@ -141,19 +140,21 @@ def prepare(
     captured = capture(model, spec)
     seconds = time.perf_counter() - started
     check(captured.graph, captured.weights, spec, set(FACTS_OF_CAPTURE), after="capture")
-    outcome = _summary(captured, verify(model, captured, spec, seed=seed, ids=rows.ids if rows else None), seconds)
     context = Context(captured.weights, spec, backend, seed=seed, rows=rows)
+    PassManager(recipe.passes).check_feasibility(captured.graph, context)
+    check_finite((name, c.leaf) for name, c in captured.weights.items())
+    outcome = _summary(captured, verify(model, captured, spec, seed=seed, ids=rows.ids if rows else None), seconds)
     return captured, outcome, context
 
 
 def _fidelity(
     original: tuple[fx.Graph, Weights], result: tuple[fx.Graph, Weights], context: Context
 ) -> dict[str, dict[str, float]]:
-    """KL and agreement with the captured model on a few of the calibration rows, for models small enough to run twice."""
+    """KL and agreement with the captured model on a few calibration rows, for models small enough to run twice."""
     parameters = sum(c.leaf.numel() for c in original[1].values())
     if context.rows is None or parameters > _MEASURE_BELOW:
         return {}
-    rows = context.rows.ids[: _MEASURE_ROWS]
+    rows = context.rows.ids[:_MEASURE_ROWS]
     clean = rows[(rows != context.spec.mask_id).all(dim=1)]
     if clean.shape[0] < 2:
         return {}

@@ -1,14 +1,15 @@
 """Running a graph, or a part of it, node by node.
 
-Only what the wanted nodes need is computed, each value is freed after its last use, and a weight is evaluated when it is
-first read: the whole of a model runs in the memory of its largest layer. Everything that looks at numbers inside the
+Only what the wanted nodes need is computed, each value is freed after its last use, and a weight is evaluated when it
+is first read: the whole of a model runs in the memory of its largest layer. Everything that looks at numbers inside the
 compiler (capture check, certificates, calibration, block propagation) runs through here; speed at run time is the
 lowered module's business.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ class Executor:
         """Run once. `taps` are called with the value of a node as soon as it is known."""
         env: dict[fx.Node, Any] = dict(zip(self._inputs, values, strict=True))
         taps = taps or {}
-        with torch.no_grad():
+        with torch.no_grad(), _default_dtype(self._dtype):
             for node in self._inputs:
                 if node in taps:
                     taps[node](node, env[node])
@@ -88,6 +89,17 @@ class Executor:
 
     def _retype(self, tree: Any) -> Any:
         return torch.utils._pytree.tree_map(lambda leaf: self._dtype if leaf is torch.float32 else leaf, tree)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
+    """Tensors made without a dtype (masks, tables, quotients of integers) get it too."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def compute_dtype(node: fx.Node, dtype: torch.dtype | None) -> torch.dtype | None:

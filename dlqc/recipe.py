@@ -4,9 +4,10 @@
     yaml     passes: [{calibrate: {sequences: 64}}, {quantize_weights: {bits: 4}}, pack, lower]
     line     calibrate(sequences=64), quantize_weights(bits=4), pack, lower
 
-The three round-trip exactly. A pass is named by its file name under `passes/`, a pass of the user's own by its dotted import
-path. TOML files of the same shape are read too. Preset names say what they make: `w4a16-gptq` is 4-bit weights in groups of
-128 with zero points, 16-bit activations, GPTQ on masked states; `-g64` and `-channel` change the groups.
+The three round-trip exactly. A pass is named by its file name under `passes/`, a pass of the user's own by its dotted
+import path. TOML files of the same shape are read too; TOML has no null, so there it is `group_size = "none"`. Preset
+names say what they make: `w4a16-gptq` is 4-bit weights in groups of 128 with zero points, 16-bit activations, GPTQ on
+masked states; `-g64` and `-channel` change the groups.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pydantic
 import yaml
+from torch import fx
 
-from dlqc.contract import Pass
+from dlqc.contract import Context, Pass, PassReport
 from dlqc.errors import RecipeError, nearest
 
 PASSES = {
@@ -60,6 +62,9 @@ _PRESET = re.compile(
 )
 
 
+_ACCEPTED = "Give Pass objects, a preset name, a file, or one line of text"
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A named pipeline."""
@@ -86,12 +91,14 @@ def as_recipe(source: str | Path | Recipe | Pass | Sequence[Pass]) -> Recipe:
         return Recipe(source.name, (source,))
     if isinstance(source, str | Path):
         return _from_text(source)
+    if not isinstance(source, Sequence):
+        raise RecipeError(f"{source!r} is no recipe", where="passes", remedy=_ACCEPTED)
     for item in source:
         if not isinstance(item, Pass):
             raise RecipeError(
                 f"{item!r} is no pass",
                 where="passes",
-                remedy="Give Pass objects, a preset name, a file, or one line of text",
+                remedy=_ACCEPTED,
             )
     return Recipe("custom", tuple(source))
 
@@ -100,6 +107,8 @@ def _from_text(source: str | Path) -> Recipe:
     text = str(source)
     if text.endswith((".yaml", ".yml", ".toml")):
         return _from_file(Path(text))
+    if isinstance(source, Path):
+        raise RecipeError("is no recipe file", where=text, remedy="Recipe files end in .yaml, .yml or .toml")
     preset = _PRESET.fullmatch(text)
     if preset is not None:
         return _preset(text, preset)
@@ -112,22 +121,26 @@ def _from_file(path: Path) -> Recipe:
     try:
         text = path.read_text(encoding="utf-8")
         data = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise RecipeError("the recipe cannot be read", where=str(path), remedy="Check the path") from error
     except (yaml.YAMLError, tomllib.TOMLDecodeError) as error:
         raise RecipeError(f"not valid: {error}", where=str(path), remedy="See docs/recipes.md for the shape") from error
     return from_plain(data, where=str(path))
 
 
-def from_plain(data: Any, *, where: str = "recipe") -> Recipe:
-    """A recipe from plain data: `{name: …, passes: [pack, {calibrate: {sequences: 64}}, …]}`."""
+def from_plain(data: Any, *, where: str = "recipe", imports: bool = True) -> Recipe:
+    """A recipe from plain data: `{name: …, passes: [pack, {calibrate: {sequences: 64}}, …]}`.
+
+    Args:
+        imports: whether a pass of the user's own is imported, which runs its code. If not, it stays a `ForeignPass`.
+    """
     if not isinstance(data, Mapping) or not isinstance(data.get("passes"), list):
         raise RecipeError(
             "a recipe is a mapping with a list 'passes'", where=where, remedy="See docs/recipes.md for the shape"
         )
     for key in data.keys() - {"name", "passes"}:
         raise RecipeError(f"unknown key {key!r}", where=where, remedy=nearest(str(key), ["name", "passes"]))
-    return Recipe(str(data.get("name", "custom")), tuple(_decode_pass(item, where) for item in data["passes"]))
+    return Recipe(str(data.get("name", "custom")), tuple(_decode_pass(item, where, imports) for item in data["passes"]))
 
 
 def parse_line(text: str) -> tuple[Pass, ...]:
@@ -138,12 +151,16 @@ def parse_line(text: str) -> tuple[Pass, ...]:
     """
     try:
         tree = ast.parse(f"({text},)", mode="eval").body
-    except SyntaxError as error:
-        raise RecipeError(
-            f"cannot read {text!r}", where="passes", remedy="Write it like: calibrate(sequences=64), pack, lower"
-        ) from error
-    assert isinstance(tree, ast.Tuple)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise _unreadable(text) from error
+    if not isinstance(tree, ast.Tuple):
+        raise _unreadable(text)
     return tuple(_decode_pass(_from_ast(node, text), "passes") for node in tree.elts)
+
+
+def _unreadable(text: str) -> RecipeError:
+    remedy = "Write it like: calibrate(sequences=64), pack, lower"
+    return RecipeError(f"cannot read {text!r}", where="passes", remedy=remedy)
 
 
 def _from_ast(node: ast.expr, text: str) -> Any:
@@ -158,16 +175,38 @@ def _from_ast(node: ast.expr, text: str) -> Any:
         return f"{_from_ast(node.value, text)}.{node.attr}"
     try:
         return ast.literal_eval(node)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise RecipeError(
             f"{ast.unparse(node)!r} is no plain value", where="passes", remedy="Use numbers and names"
         ) from error
 
 
-def _decode_pass(item: Any, where: str) -> Pass:
+@dataclass(frozen=True)
+class ForeignPass(Pass):
+    """A pass of the user's own that was not imported: what an artifact keeps of it. It can be printed, not run.
+
+    Options:
+        path: import path of the class. options: as written.
+    """
+
+    name: ClassVar[str] = "foreign"
+
+    path: str
+    options: dict[str, Any]
+
+    def apply(self, graph: fx.Graph, ctx: Context) -> PassReport:
+        raise RecipeError(
+            "the pass came with an artifact and was not imported",
+            where=self.path,
+            remedy="Write the recipe to a file with to_yaml() and compile with that",
+        )
+
+
+def _decode_pass(item: Any, where: str, imports: bool = True) -> Pass:
     name, options = _name_and_options(item, where)
-    cls = pass_class(name)
-    made = _build(cls, options, name)
+    if not imports and name not in PASSES:
+        return ForeignPass(name, options)
+    made = _build(pass_class(name), options, name)
     assert isinstance(made, Pass)
     return made
 
@@ -188,11 +227,11 @@ def pass_class(name: str) -> type[Pass]:
         found: type[Pass] = getattr(importlib.import_module(f"dlqc.passes.{name}"), PASSES[name])
         return found
     module, _, attribute = name.rpartition(".")
-    if not module:
+    if not all(part.isidentifier() for part in name.split(".")) or not module:
         raise RecipeError(f"unknown pass {name!r}", where="passes", remedy=nearest(name, PASSES))
     try:
         cls = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # the user's module may raise anything
         raise RecipeError(f"cannot import the pass ({error})", where=name, remedy="Check the import path") from error
     if not (isinstance(cls, type) and issubclass(cls, Pass)):
         raise RecipeError("not a subclass of dlqc.Pass", where=name, remedy="Derive it from dlqc.Pass")
@@ -202,17 +241,22 @@ def pass_class(name: str) -> type[Pass]:
 def _build(cls: type[Any], options: Mapping[str, Any], where: str) -> Any:
     """Make a frozen dataclass from plain options, checking names and types."""
     hints = typing.get_type_hints(cls)
-    fields = {f.name for f in dataclasses.fields(cls)}
+    fields = {f.name: f for f in dataclasses.fields(cls)}
     values = {}
     for key, value in options.items():
         if key not in fields:
-            raise RecipeError(f"unknown option {key!r}", where=where, remedy=nearest(key, fields))
+            raise RecipeError(f"unknown option {key!r}", where=where, remedy=nearest(str(key), fields))
         values[key] = _option(hints[key], value, f"{where}.{key}")
+    for key, f in fields.items():
+        if key not in values and f.default is f.default_factory is dataclasses.MISSING:
+            raise RecipeError(f"option {key!r} is missing", where=where, remedy=f"Write {key}=…")
     return cls(**values)
 
 
 def _option(hint: Any, value: Any, where: str) -> Any:
-    members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    members = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    if type(None) in members and value in (None, "none"):
+        return None
     choices = {m.name: m for m in members if dataclasses.is_dataclass(m) and hasattr(m, "name")}
     if choices:
         if any(isinstance(value, m) for m in members if isinstance(m, type)):
@@ -222,15 +266,19 @@ def _option(hint: Any, value: Any, where: str) -> Any:
             raise RecipeError(f"unknown choice {name!r}", where=where, remedy=nearest(name, choices))
         return _build(typing.cast(Any, choices[name]), options, where)
     try:
+        if isinstance(value, bool) and bool not in members and hint is not Any:
+            raise TypeError(f"{value} is no number or text")  # pydantic would take True for 1
         return pydantic.TypeAdapter(hint).validate_python(value)
-    except pydantic.ValidationError as error:
-        raise RecipeError(
-            f"{value!r} does not fit ({error.errors()[0]['msg']})", where=where, remedy=f"Expected {hint}"
-        ) from error
+    except (TypeError, pydantic.ValidationError) as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, pydantic.ValidationError) else error
+        expected = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+        raise RecipeError(f"{value!r} does not fit ({reason})", where=where, remedy=f"Expected {expected}") from error
 
 
 def _encode(options: Any) -> Any:
     """A frozen dataclass as `{name: {option: value}}` (its import path where it is not ours)."""
+    if isinstance(options, ForeignPass):
+        return {options.path: options.options}
     fields = {f.name: _plain(getattr(options, f.name)) for f in dataclasses.fields(options)}
     return {_spelling(options): fields}
 
@@ -248,6 +296,8 @@ def _plain(value: Any) -> Any:
 
 def _line(options: Any) -> str:
     """The one-line spelling, options at their defaults left out."""
+    if isinstance(options, ForeignPass):
+        return f"{options.path}({', '.join(f'{key}={value!r}' for key, value in options.options.items())})"
     parts = []
     for f in dataclasses.fields(options):
         value = getattr(options, f.name)

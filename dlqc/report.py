@@ -92,8 +92,8 @@ class Storage:
 class Report:
     """The whole story of one compilation.
 
-    `fidelity` tells what the lossy passes cost the model as a whole: by mask ratio, the KL divergence from the captured model
-    and the top-1 agreement with it at masked positions.
+    `fidelity` tells what the lossy passes cost the model as a whole: by mask ratio, the KL divergence from the captured
+    model and the top-1 agreement with it at masked positions.
     """
 
     model: str

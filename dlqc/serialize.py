@@ -1,13 +1,13 @@
 """The graph as JSON, and back.
 
-A node is `{"name", "op", "target", "args", "kwargs"}`. Targets are spelled `aten.linear.default` or `operator.mul`; only
-pure ops of torch and dlqc may stand there (`is_pure`), so that a graph from a file can compute but not act. Arguments are
-plain JSON, with tagged objects for what JSON has no word for:
+A node is `{"name", "op", "target", "args", "kwargs"}`. Targets are spelled `aten.linear.default` or `operator.mul`;
+only pure ops of torch and dlqc may stand there (`is_pure`), so that a graph from a file can compute but not act.
+Arguments are plain JSON, with tagged objects for what JSON has no word for:
 
     {"node": "linear_3"}   {"dtype": "float32"}   {"device": "cpu"}   {"layout": "strided"}   {"float": "-inf"}
 
-Shapes are not stored but propagated again: what `get_attr` nodes say (`shape`, `dtype`) and what the ops compute must agree.
-Names are checked before fx sees them, because fx spells them out in the code that it generates.
+Shapes are not stored but propagated again: what `get_attr` nodes say (`shape`, `dtype`) and what the ops compute must
+agree. Names are checked before fx sees them, because fx spells them out in the code that it generates.
 """
 
 from __future__ import annotations

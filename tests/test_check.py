@@ -15,7 +15,7 @@ from torch import fx
 from dlqc.check import FACT_CHECKS, allowed, check
 from dlqc.contract import FACTS_OF_CAPTURE
 from dlqc.errors import ContractError
-from dlqc.graph import LINEAR, RMS_NORM, SDPA, aten, call_before, is_call, linears, read
+from dlqc.graph import LINEAR, SDPA, aten, call_before, is_call, linears, read
 from dlqc.ops import LINEAR_PACKED, LINEAR_Q, QUANTIZE_ACT
 from dlqc.passes.fold_norm_scale import FoldNormScale
 from dlqc.passes.pack import Pack
@@ -294,7 +294,7 @@ def test_l8_a_causal_mask(case: CaseMaker, additive: bool) -> None:
     k = case("llada")
     sdpa, ids = first(k.graph, SDPA), k.node("input_ids")
     row = call_before(k.graph, sdpa, aten.sym_size.int, (ids, 1))
-    square = call_before(k.graph, sdpa, aten.new_ones.default, (sdpa.args[0], [row, row]))
+    square = call_before(k.graph, sdpa, aten.new_ones.default, (ids, [row, row]), {"dtype": torch.float32})
     if additive:
         high = call_before(k.graph, sdpa, aten.triu.default, (square, 1))
         mask = call_before(k.graph, sdpa, aten.mul.Tensor, (high, -1e9))
@@ -336,9 +336,20 @@ def test_l9_unit_gain(case: CaseMaker, name: str) -> None:
     judge(k, {"unit-gain"})
 
 
+def test_l9_unit_gain_asks_nothing_of_a_layer_norm_with_a_zero(case: CaseMaker) -> None:
+    k = case("layer norm")
+    k.apply(FoldNormScale())
+    judge(k, {"unit-gain"})
+    k.ctx.weights.put("layers.0.norm.weight", torch.arange(32.0))
+    judge(k, {"unit-gain"})
+    k.ctx.weights.put("layers.0.norm.weight", torch.arange(32.0) + 1)
+    refused(k, "fact 'unit-gain' does not hold: the gain 'layers.0.norm.weight'", {"unit-gain"})
+
+
 @pytest.mark.parametrize("name", ["post norm", "shared"])
 def test_l9_unit_gain_asks_nothing_of_norms_that_cannot_give_theirs(case: CaseMaker, name: str) -> None:
     k = case(name)
+    k.apply(FoldNormScale())
     judge(k, {"unit-gain"})
     assert any(bool((c.leaf != 1).any()) for n, c in k.ctx.weights.items() if n.endswith("norm.weight"))
 
@@ -356,5 +367,3 @@ def test_every_checked_fact_has_a_test_here() -> None:
 
 def test_facts_without_a_check_are_taken_at_their_word(case: CaseMaker) -> None:
     judge(case("llada"), {"states", "normal-form"})
-    k = case("llada")
-    assert first(k.graph, RMS_NORM) is not None

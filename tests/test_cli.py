@@ -1,0 +1,153 @@
+"""The command line: every verb with and without --json, and errors as one line with exit status 2."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dlqc.cli import main
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["dlqc", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return int(stop.value.code or 0)
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "w4"
+    with pytest.MonkeyPatch.context() as patch:
+        assert run(patch, "compile", "tiny-llada", "-r", "w4a16-rtn", "-o", str(folder), "--json") == 0
+    return folder
+
+
+def output(capsys: pytest.CaptureFixture[str]) -> Any:
+    return json.loads(capsys.readouterr().out)
+
+
+def test_compile_prints_the_pass_table(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    arguments = ("compile", "tiny-llada", "-r", "w8a8-rtn", "-o", str(tmp_path / "a"), "--dump", str(tmp_path / "d"))
+    assert run(monkeypatch, *arguments) == 0
+    text = capsys.readouterr().out
+    assert "quantize_activations" in text
+    assert "3,407,872 of 4,458,752 parameters quantized (76.4%)" in text
+    assert "reloaded in a fresh process" in text
+    assert (tmp_path / "d" / "03-pack.diff").read_text().count("linear_packed") >= 28
+
+
+def test_plan_counts_sites_and_sizes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "plan", "tiny-llada", "-r", "w3a16-gptq", "--json") == 0
+    plan = output(capsys)
+    assert (plan["sites"], plan["blocks"], plan["problems"]) == (28, 4, [])
+    assert plan["kept"] == {"model.transformer.ff_out": "outside the repeated blocks"}
+    # 3-bit codes, 16-bit scales and 3-bit zero points in groups of 128; the rest at 16 bit.
+    quantized, rest = 3407872, 4458752 - 3407872
+    assert plan["bits_per_weight"] == pytest.approx((quantized * (3 + 19 / 128) + rest * 16) / 4458752)
+
+
+def test_plan_lists_every_problem_and_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "plan", "tiny-llada", "-r", "quantize_weights(group_size=96, method=rtn), pack, lower") == 2
+    text = capsys.readouterr().out
+    # Every linear reads 256 channels but ff_out, whose 768 divide by 96: three quarters of a block's seven and more.
+    assert text.count("problem: ") == 24
+    assert "model.transformer.blocks.3.up_proj: 256 input features do not divide by group 96 (use 32, 64, 128" in text
+
+
+def test_generate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], artifact: Path) -> None:
+    assert run(monkeypatch, "generate", str(artifact), "Once upon", "--length", "8", "--steps", "4", "--json") == 0
+    made = output(capsys)
+    assert (made["nfe"], made["tokens_per_forward"], len(made["ids"])) == (4, 2.0, 8)
+
+
+def test_eval_against_the_original(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], artifact: Path
+) -> None:
+    assert (
+        run(monkeypatch, "eval", str(artifact), "--against", "tiny-llada", "--rows", "6", "--length", "64", "--json")
+        == 0
+    )
+    found = output(capsys)
+    compiled = found[str(artifact)]
+    assert 0 < compiled["kl"]["mean"] < 0.02
+    assert compiled["difference"]["low"] < compiled["difference"]["mean"] < compiled["difference"]["high"]
+    assert compiled["difference"]["mean"] == pytest.approx(compiled["nll"]["mean"] - found["tiny-llada"]["nll"]["mean"])
+
+
+def test_eval_prints_a_table(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], artifact: Path
+) -> None:
+    assert run(monkeypatch, "eval", str(artifact), "--rows", "4", "--length", "32") == 0
+    assert "masked NLL, 50% masked" in capsys.readouterr().out
+
+
+def test_explain_verify_export(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], artifact: Path, tmp_path: Path
+) -> None:
+    assert run(monkeypatch, "explain", str(artifact)) == 0
+    assert "outside the repeated blocks: model.transformer.ff_out.weight" in capsys.readouterr().out
+    assert run(monkeypatch, "explain", str(artifact), "--json") == 0
+    assert output(capsys)["storage"]["quantized"] == 3407872
+    assert run(monkeypatch, "verify", str(artifact), "--json") == 0
+    assert output(capsys)["deviation"] < 0.02
+    assert run(monkeypatch, "export", str(artifact), "-o", str(tmp_path / "x"), "--json") == 0
+    assert "model.safetensors" in output(capsys)["files"]
+
+
+def test_doctor_names_the_kernels(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "doctor", "--json") == 0
+    found = output(capsys)
+    assert found["backend cpu"].keys() == found["backend reference"].keys()
+    assert found["versions"]["torch"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("compile", "tiny-llada", "-r", "w4a16-gtpq", "-o", "x"),
+            "unknown recipe 'w4a16-gtpq'. Did you mean 'w4a16-gptq'?",
+        ),
+        (("compile", "no/such/folder", "-o", "x"), "no/such/folder: there is no such folder"),
+        (("explain", "nowhere"), "nowhere: there is no such folder"),
+        (
+            ("generate", "tiny-llada", "hi", "--mask-id", "9999"),
+            "mask id 9999 lies outside the vocabulary of 2048 tokens",
+        ),
+        (("compile", "tiny-llada", "-o", "x", "--backend", "cuda"), "unknown backend 'cuda'"),
+        (("compile", "tiny-llada", "-o", "x", "--text", "missing.txt"), "missing.txt: there is no such file"),
+    ],
+    ids=["recipe", "model", "artifact", "mask", "backend", "text"],
+)
+def test_errors_are_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    arguments: tuple[str, ...],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, *arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.startswith("error: ")
+    assert captured.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_foreign_folder_is_refused_before_any_work(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "mine.txt").write_text("precious")
+    assert run(monkeypatch, "compile", "no/such/model", "-o", str(tmp_path)) == 2
+    assert "the folder holds something that is no dlqc artifact" in capsys.readouterr().err
+    assert (tmp_path / "mine.txt").read_text() == "precious"
