@@ -1,6 +1,6 @@
 """Time GPTQ on the linears of one LLaDA-8B block, against what the machine's BLAS could do at best.
 
-    python benchmarks/gptq_block.py --out gptq_block.json              # full size: minutes, 6 GB
+    python benchmarks/gptq_block.py --out gptq_block.json              # full size: minutes, 4 GB
     python benchmarks/gptq_block.py --out gptq_block.json --scale 4    # a quarter of every width: seconds
 
 Weights are Gaussian; inputs are correlated, with a few large channels, 2,048 tokens (so the Hessian of the widest layer

@@ -7,6 +7,7 @@ shortest period, is the stack of blocks. Blocks that share a weight are one bloc
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from dataclasses import dataclass
 
@@ -50,7 +51,8 @@ class Block:
 
 
 def _tagged(graph: fx.Graph, boundary: int) -> fx.Node:
-    return next(node for node in graph.nodes if node.meta.get(_TAG) == boundary)
+    found: fx.Node = next(node for node in graph.nodes if node.meta.get(_TAG) == boundary)
+    return found
 
 
 def find_blocks(graph: fx.Graph) -> list[Block]:
@@ -58,11 +60,11 @@ def find_blocks(graph: fx.Graph) -> list[Block]:
     separators = _separators(graph)
     if len(separators) < 2:
         return []
-    first, period, repeats = _longest_repeat(
-        [_signature(graph, a, b) for a, b in zip(separators, separators[1:], strict=False)]
-    )
+    first, period, repeats = _longest_repeat([_signature(graph, a, b) for a, b in itertools.pairwise(separators)])
     if repeats < 2:
         cuts = _single(separators)
+        if not cuts:
+            return []
     else:
         cuts = [separators[first + i * period] for i in range(repeats + 1)]
     cuts = _merge_shared(graph, cuts)
@@ -125,16 +127,15 @@ def _longest_repeat(items: list[tuple[str, ...]]) -> tuple[int, int, int]:
 
 
 def _single(separators: list[fx.Node]) -> list[fx.Node]:
-    """One block: from the embedding to the value that the last linear on the chain reads."""
-    last = next((i for i in range(len(separators) - 1, 0, -1) if is_call(separators[i], LINEAR)), len(separators) - 1)
-    stop = max(last - 1, 1)
-    return [separators[0], separators[stop]]
+    """One block: from the embedding to the value that the last linear on the chain reads. None where that is all."""
+    last = next((i for i in range(len(separators) - 1, 0, -1) if is_call(separators[i], LINEAR)), len(separators))
+    return [separators[0], separators[last - 1]] if last > 1 else []
 
 
 def _merge_shared(graph: fx.Graph, cuts: list[fx.Node]) -> list[fx.Node]:
     """Drop the boundaries between blocks that read a weight matrix in common."""
     owners: list[set[str]] = []
-    for a, b in zip(cuts, cuts[1:], strict=False):
+    for a, b in itertools.pairwise(cuts):
         owners.append(
             {str(n.target) for n in needed(graph, [a], [b]) if n.op == "get_attr" and n.meta["val"].dim() > 1}
         )

@@ -128,7 +128,9 @@ class MaskedSimulation(StateSampler):
     def __post_init__(self) -> None:
         _check_share(self.prefix, "masked_simulation.prefix")
         if self.timesteps < 1:
-            raise RecipeError(f"{self.timesteps} timesteps are none", where="masked_simulation.timesteps", remedy="Use 20")
+            raise RecipeError(
+                f"{self.timesteps} timesteps are none", where="masked_simulation.timesteps", remedy="Use 20"
+            )
 
     def sample(self, rows: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         count, length = rows.shape
@@ -281,7 +283,12 @@ def _documents(data: str | Path) -> tuple[list[str], str]:
     except OSError:  # a long text is no path
         is_file = False
     if is_file:
-        return path.read_text(encoding="utf-8").split("\n<|doc|>\n"), path.name
+        try:
+            return path.read_text(encoding="utf-8").split("\n<|doc|>\n"), path.name
+        except UnicodeDecodeError as error:
+            raise CalibrationError(
+                "the file is not UTF-8 text", where=str(data), remedy="Give a text file, texts, or token ids"
+            ) from error
     if isinstance(data, Path) or ("\n" not in str(data) and str(data).endswith((".txt", ".md", ".jsonl"))):
         raise CalibrationError("there is no such file", where=str(data), remedy="Give a text file, texts, or token ids")
     return [str(data)], "a text"
@@ -293,7 +300,7 @@ _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 def _from_ids(ids: torch.Tensor, spec: DiffusionSpec) -> TokenRows:
     if ids.dim() != 2 or ids.dtype not in _INTEGERS or ids.numel() == 0:
         raise CalibrationError(
-            f"token ids must be integers [rows, length], not {str(ids.dtype)}{list(ids.shape)}",
+            f"token ids must be integers [rows, length], not {ids.dtype!s}{list(ids.shape)}",
             where="calibration",
             remedy="Give a tensor of int64 with two dimensions",
         )
@@ -342,7 +349,7 @@ def rollout_rows(
         for step in range(steps):
             out = logits(ids).float()
             out = shift_rows(out) if spec.shift else out
-            out[..., spec.mask_id] = -torch.inf
+            out = out.index_fill(-1, torch.tensor([spec.mask_id]), -torch.inf)
             drawn = torch.multinomial(torch.softmax(out.reshape(-1, out.shape[-1]), -1), 1, generator=generator)
             now = (order >= step * length // steps) & (order < (step + 1) * length // steps)
             ids = torch.where(now, drawn.reshape(ids.shape), ids)

@@ -19,7 +19,20 @@ import torch
 from torch import fx
 
 from dlqc.execute import mask_class
-from dlqc.graph import LINEAR, RMS_NORM, SDPA, arg, aten, call_before, constant_name, is_call, read, replace, sweep
+from dlqc.graph import (
+    LINEAR,
+    RMS_NORM,
+    SDPA,
+    arg,
+    args_of,
+    aten,
+    call_before,
+    constant_name,
+    is_call,
+    read,
+    replace,
+    sweep,
+)
 from dlqc.ops import ROPE
 from dlqc.weights import Constant, Rows, Weights
 
@@ -54,18 +67,18 @@ def drop_no_ops(graph: fx.Graph, weights: Weights) -> int:
     """Calls that return their first argument: dropout in evaluation, clones, casts to the same dtype, x + 0."""
     count = 0
     for node in list(graph.nodes):
-        if not node.all_input_nodes or not isinstance(node.args[0] if node.args else None, fx.Node):
+        if not node.all_input_nodes or not isinstance(args_of(node)[0] if args_of(node) else None, fx.Node):
             continue
-        source: fx.Node = node.args[0]
+        source: fx.Node = args_of(node)[0]
         same_type = _val(node) is not None and _val(source) is not None and _val(node).dtype is _val(source).dtype
         keeps = (
             is_call(node, *_NOTHING)
-            or (is_call(node, *_DROPOUTS) and node.args[2] is False)
+            or (is_call(node, *_DROPOUTS) and args_of(node)[2] is False)
             or (is_call(node, *_CASTS) and same_type)
             or (
                 is_call(node, aten.add.Tensor)
-                and node.args[1] == 0
-                and not isinstance(node.args[1], fx.Node)
+                and args_of(node)[1] == 0
+                and not isinstance(args_of(node)[1], fx.Node)
                 and same_type
             )
             or (
@@ -85,8 +98,8 @@ def drop_empty_cats(graph: fx.Graph, weights: Weights) -> int:
     for node in list(graph.nodes):
         if not is_call(node, aten.cat.default):
             continue
-        parts = [p for p in node.args[0] if not (_val(p) is not None and tuple(_val(p).shape) == (0,))]
-        if len(parts) == 1 and len(node.args[0]) > 1:
+        parts = [p for p in args_of(node)[0] if not (_val(p) is not None and tuple(_val(p).shape) == (0,))]
+        if len(parts) == 1 and len(args_of(node)[0]) > 1:
             replace(node, parts[0])
             count += 1
     return count
@@ -113,21 +126,21 @@ def raise_rms_norm(graph: fx.Graph, weights: Weights) -> int:
 
 
 def _match_rms(rsqrt: fx.Node) -> tuple[fx.Node, float, fx.Node] | None:
-    add = rsqrt.args[0]
-    if not is_call(add, aten.add.Tensor) or not isinstance(add.args[1], float) or add.kwargs:  # type: ignore[union-attr]
+    add = args_of(rsqrt)[0]
+    if not is_call(add, aten.add.Tensor) or not isinstance(args_of(add)[1], float) or add.kwargs:
         return None
-    mean = add.args[0]
-    if not is_call(mean, aten.mean.dim) or list(mean.args[1]) != [-1] or not arg(mean, 2, "keepdim", False):
+    mean = args_of(add)[0]
+    if not is_call(mean, aten.mean.dim) or list(args_of(mean)[1]) != [-1] or not arg(mean, 2, "keepdim", False):
         return None
-    square = mean.args[0]
-    if is_call(square, aten.pow.Tensor_Scalar) and square.args[1] == 2:
-        x = square.args[0]
-    elif is_call(square, aten.mul.Tensor) and square.args[0] is square.args[1]:
-        x = square.args[0]
+    square = args_of(mean)[0]
+    if is_call(square, aten.pow.Tensor_Scalar) and args_of(square)[1] == 2:
+        x = args_of(square)[0]
+    elif is_call(square, aten.mul.Tensor) and args_of(square)[0] is args_of(square)[1]:
+        x = args_of(square)[0]
     else:
         return None
-    users = [u for u in rsqrt.users if is_call(u, aten.mul.Tensor) and x in u.args]
-    return (x, add.args[1], users[0]) if len(users) == 1 and len(rsqrt.users) == 1 else None
+    users = [u for u in rsqrt.users if is_call(u, aten.mul.Tensor) and x in args_of(u)]
+    return (x, args_of(add)[1], users[0]) if len(users) == 1 and len(rsqrt.users) == 1 else None
 
 
 def _gain_of(scaled: fx.Node) -> tuple[fx.Node | None, fx.Node]:
@@ -139,7 +152,7 @@ def _gain_of(scaled: fx.Node) -> tuple[fx.Node | None, fx.Node]:
             node = user
             continue
         if is_call(user, aten.mul.Tensor):
-            other = user.args[1] if user.args[0] is node else user.args[0]
+            other = args_of(user)[1] if args_of(user)[0] is node else args_of(user)[0]
             if constant_name(other) is not None and _val(other).dim() == 1:
                 return other, user
         break
@@ -164,14 +177,14 @@ def raise_rope(graph: fx.Graph, weights: Weights) -> int:
 
 
 def _match_rope(add: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
-    for direct, rotated in ((add.args[0], add.args[1]), (add.args[1], add.args[0])):
+    for direct, rotated in ((args_of(add)[0], args_of(add)[1]), (args_of(add)[1], args_of(add)[0])):
         if not is_call(direct, aten.mul.Tensor) or not is_call(rotated, aten.mul.Tensor):
             continue
-        for cat, sin in ((rotated.args[0], rotated.args[1]), (rotated.args[1], rotated.args[0])):
+        for cat, sin in ((args_of(rotated)[0], args_of(rotated)[1]), (args_of(rotated)[1], args_of(rotated)[0])):
             x = _rotated_half(cat)
-            if x is None or x not in direct.args or not isinstance(sin, fx.Node):
+            if x is None or x not in args_of(direct) or not isinstance(sin, fx.Node):
                 continue
-            cos = direct.args[1] if direct.args[0] is x else direct.args[0]
+            cos = args_of(direct)[1] if args_of(direct)[0] is x else args_of(direct)[0]
             if isinstance(cos, fx.Node):
                 return x, cos, sin
     return None
@@ -179,24 +192,24 @@ def _match_rope(add: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
 
 def _rotated_half(cat: object) -> fx.Node | None:
     """The x of `cat([-x[..., d/2:], x[..., :d/2]], -1)`."""
-    if not is_call(cat, aten.cat.default) or len(cat.args[0]) != 2:  # type: ignore[union-attr,arg-type]
+    if not is_call(cat, aten.cat.default) or len(args_of(cat)[0]) != 2:
         return None
-    neg, low = cat.args[0]  # type: ignore[union-attr,misc]
-    if not is_call(neg, aten.neg.default) or arg(cat, 1, "dim", 0) not in (-1, _val(cat).dim() - 1):  # type: ignore[arg-type]
+    neg, low = args_of(cat)[0]
+    if not is_call(neg, aten.neg.default) or arg(cat, 1, "dim", 0) not in (-1, _val(cat).dim() - 1):
         return None
-    high = neg.args[0]
-    if int(_val(cat).shape[-1]) % 2:  # type: ignore[arg-type]
+    high = args_of(neg)[0]
+    if int(_val(cat).shape[-1]) % 2:
         return None
     if is_call(low, aten.slice.Tensor) and is_call(high, aten.slice.Tensor):
-        x = low.args[0]
+        x = args_of(low)[0]
         half = int(_val(x).shape[-1]) // 2
-        fits = high.args[0] is x and tuple(low.args[2:4]) == (0, half) and high.args[2] == half
-        return x if fits and low.args[1] in (-1, _val(x).dim() - 1) else None
-    if is_call(low, operator.getitem) and is_call(high, operator.getitem) and low.args[0] is high.args[0]:
-        parts = low.args[0]
-        if is_call(parts, aten.chunk.default, aten.split.Tensor) and (low.args[1], high.args[1]) == (0, 1):
-            x = parts.args[0]
-            halves = parts.args[1] == (2 if is_call(parts, aten.chunk.default) else int(_val(x).shape[-1]) // 2)
+        fits = args_of(high)[0] is x and tuple(args_of(low)[2:4]) == (0, half) and args_of(high)[2] == half
+        return x if fits and args_of(low)[1] in (-1, _val(x).dim() - 1) else None
+    if is_call(low, operator.getitem) and is_call(high, operator.getitem) and args_of(low)[0] is args_of(high)[0]:
+        parts = args_of(low)[0]
+        if is_call(parts, aten.chunk.default, aten.split.Tensor) and (args_of(low)[1], args_of(high)[1]) == (0, 1):
+            x = args_of(parts)[0]
+            halves = args_of(parts)[1] == (2 if is_call(parts, aten.chunk.default) else int(_val(x).shape[-1]) // 2)
             return x if halves and arg(parts, 2, "dim", 0) in (-1, _val(x).dim() - 1) else None
     return None
 
@@ -207,11 +220,11 @@ def raise_gqa(graph: fx.Graph, weights: Weights) -> int:
     for node in list(graph.nodes):
         if not is_call(node, SDPA):
             continue
-        k, v = _unrepeated(node.args[1]), _unrepeated(node.args[2])
+        k, v = _unrepeated(args_of(node)[1]), _unrepeated(args_of(node)[2])
         if k is None or v is None:
             continue
         kwargs = {**node.kwargs, "enable_gqa": True}
-        replace(node, call_before(graph, node, SDPA, (node.args[0], k, v, *node.args[3:]), kwargs))
+        replace(node, call_before(graph, node, SDPA, (args_of(node)[0], k, v, *args_of(node)[3:]), kwargs))
         count += 1
     sweep(graph)
     return count
@@ -221,17 +234,17 @@ def _unrepeated(node: object) -> fx.Node | None:
     """The x [B, H, L, D] of `x[:, :, None].expand(B, H, n, L, D).reshape(B, H·n, L, D)`."""
     if not is_call(node, aten.reshape.default, aten.view.default, aten._unsafe_view.default):
         return None
-    expand = node.args[0]  # type: ignore[union-attr]
+    expand = args_of(node)[0]
     if not is_call(expand, aten.expand.default):
         return None
-    unsqueeze = expand.args[0]
-    while is_call(unsqueeze, aten.slice.Tensor) and _same_shape(unsqueeze, unsqueeze.args[0]):
-        unsqueeze = unsqueeze.args[0]
-    if not is_call(unsqueeze, aten.unsqueeze.default) or unsqueeze.args[1] != 2:
+    unsqueeze = args_of(expand)[0]
+    while is_call(unsqueeze, aten.slice.Tensor) and _same_shape(unsqueeze, args_of(unsqueeze)[0]):
+        unsqueeze = args_of(unsqueeze)[0]
+    if not is_call(unsqueeze, aten.unsqueeze.default) or args_of(unsqueeze)[1] != 2:
         return None
-    x = unsqueeze.args[0]
-    while is_call(x, aten.slice.Tensor) and _same_shape(x, x.args[0]):
-        x = x.args[0]
+    x = args_of(unsqueeze)[0]
+    while is_call(x, aten.slice.Tensor) and _same_shape(x, args_of(x)[0]):
+        x = args_of(x)[0]
     return x if _val(x).dim() == 4 else None
 
 
@@ -241,7 +254,7 @@ def drop_open_masks(graph: fx.Graph, weights: Weights) -> int:
     for node in list(graph.nodes):
         mask = arg(node, 3, "attn_mask") if is_call(node, SDPA) else None
         if isinstance(mask, fx.Node) and mask_class(graph, weights, mask) == "full":
-            args = (*node.args[:3], None, *node.args[4:]) if len(node.args) > 3 else node.args
+            args = (*args_of(node)[:3], None, *args_of(node)[4:]) if len(args_of(node)) > 3 else args_of(node)
             kwargs = {k: v for k, v in node.kwargs.items() if k != "attn_mask"}
             replace(node, call_before(graph, node, SDPA, args, kwargs))
             count += 1
@@ -257,11 +270,11 @@ def split_fused(graph: fx.Graph, weights: Weights) -> int:
         if parts is None:
             continue
         pieces, bounds = parts
-        weight, bias = constant_name(node.args[1]), constant_name(arg(node, 2, "bias"))
+        weight, bias = constant_name(args_of(node)[1]), constant_name(arg(node, 2, "bias"))
         if weight is None or (arg(node, 2, "bias") is not None and bias is None):
             continue
         for piece, (start, stop) in zip(pieces, bounds, strict=True):
-            operands: list[Any] = [node.args[0]]
+            operands: list[Any] = [args_of(node)[0]]
             for name in (weight, bias):
                 if name is None:
                     operands.append(None)
@@ -292,15 +305,15 @@ def _parts_of(linear: fx.Node) -> tuple[list[fx.Node], list[tuple[int, int]]] | 
         return None
     n = int(_val(linear).shape[-1])
     if is_call(cut, aten.split_with_sizes.default):
-        sizes = [int(s) for s in cut.args[1]]
+        sizes = [int(s) for s in args_of(cut)[1]]
     else:
-        each = int(cut.args[1]) if is_call(cut, aten.split.Tensor) else -(-n // int(cut.args[1]))
+        each = int(args_of(cut)[1]) if is_call(cut, aten.split.Tensor) else -(-n // int(args_of(cut)[1]))
         sizes = [min(each, n - i) for i in range(0, n, each)]
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     pieces = [u for u in cut.users if is_call(u, operator.getitem)]
     if len(pieces) != len(cut.users):
         return None
-    return pieces, [(starts[p.args[1]], starts[p.args[1]] + sizes[p.args[1]]) for p in pieces]
+    return pieces, [(starts[args_of(p)[1]], starts[args_of(p)[1]] + sizes[args_of(p)[1]]) for p in pieces]
 
 
 def _val(node: fx.Node) -> Any:

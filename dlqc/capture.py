@@ -210,8 +210,8 @@ def _copy_calls(owner: fx.GraphModule, graph: fx.Graph, env: dict[fx.Node, Any])
         if node.op == "get_attr":
             env[node] = getattr(owner, str(node.target))
         elif str(node.target).startswith("wrap_with"):
-            at = next(i for i, a in enumerate(node.args) if isinstance(env.get(a), fx.GraphModule))  # type: ignore[call-overload]
-            inner = env[node.args[at]]  # type: ignore[index]
+            at = next(i for i, a in enumerate(node.args) if isinstance(env.get(a), fx.GraphModule))
+            inner = env[node.args[at]]
             operands = fx.map_arg(list(node.args[at + 1 :]), lambda n: env[n])
             formals = [n for n in inner.graph.nodes if n.op == "placeholder"]
             env[node] = _copy_calls(inner, graph, dict(zip(formals, operands, strict=True)))

@@ -28,7 +28,7 @@ from dlqc.diffusion.spec import DiffusionSpec
 from dlqc.errors import ContractError
 from dlqc.execute import mask_class
 from dlqc.formats.packing import packed_shape
-from dlqc.graph import EMBEDDING, LAYER_NORM, NORMS, SDPA, arg, constant_name, is_call, uses, width
+from dlqc.graph import EMBEDDING, LAYER_NORM, NORMS, SDPA, arg, args_of, constant_name, is_call, uses, width
 from dlqc.motion import can_move_down, is_shared
 from dlqc.ops import LINEAR_PACKED, LINEAR_Q, QUANTIZE_ACT
 from dlqc.weights import Weights
@@ -141,7 +141,7 @@ def _propagation(graph: fx.Graph, weights: Weights) -> Iterator[str]:
         if node.op != "call_function":
             values[node] = said
             continue
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])  # type: ignore[misc]
+        args, kwargs = fx.map_arg((args_of(node), node.kwargs), lambda n: values[n])
         mode = getattr(said, "fake_mode", None)
         try:
             if mode is None:
@@ -203,8 +203,8 @@ def _quantized(graph: fx.Graph, weights: Weights) -> Iterator[str]:
 
 
 def _quantized_linear(node: fx.Node, weights: Weights) -> Iterator[str]:
-    x, codes, scales, zeros, bias, bits, group = node.args
-    k = width(x)  # type: ignore[arg-type]
+    x, codes, scales, zeros, bias, bits, group = args_of(node)
+    k = width(x)
     parts = {"codes": codes, "scales": scales, **({"zeros": zeros} if zeros is not None else {})}
     names = {role: constant_name(part) for role, part in parts.items()}
     for role, name in names.items():
@@ -212,14 +212,14 @@ def _quantized_linear(node: fx.Node, weights: Weights) -> Iterator[str]:
             yield f"%{node.name}: {role} is no constant"
             return
     n = int(weights[str(names["codes"])].shape[-2])
-    groups = 1 if not group else k // int(group)  # type: ignore[call-overload]
-    if group and k % int(group):  # type: ignore[call-overload]
+    groups = 1 if not group else k // int(group)
+    if group and k % int(group):
         yield f"%{node.name}: {k} input features do not divide by group {group}"
     packed = is_call(node, LINEAR_PACKED)
     expected = {
-        "codes": packed_shape(n, k, int(bits)) if packed else (n, k),  # type: ignore[call-overload]
+        "codes": packed_shape(n, k, int(bits)) if packed else (n, k),
         "scales": (n, groups),
-        "zeros": packed_shape(n, groups, int(bits)) if packed else (n, groups),  # type: ignore[call-overload]
+        "zeros": packed_shape(n, groups, int(bits)) if packed else (n, groups),
     }
     for role, name in names.items():
         constant = weights[str(name)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,7 @@ def _fidelity(
     clean = rows[(rows != context.spec.mask_id).all(dim=1)]
     if clean.shape[0] < 2:
         return {}
-    before, after = (lambda ids, pair=pair: forward(*pair, ids) for pair in (original, result))
+    before, after = (partial(forward, *pair) for pair in (original, result))
     table = fidelity(before, after, clean, context.spec, ratios=_MEASURE_RATIOS, seed=context.seed)
     costs = zip(table.ratios, table.kl_by_ratio, table.agreement_by_ratio, strict=True)
     return {f"{ratio:g}": {"kl": kl.mean, "agreement": agreement.mean} for ratio, kl, agreement in costs}
@@ -196,7 +197,7 @@ class _BeforeLowering(Instrument):
 
 def _config_of(model: nn.Module) -> dict[str, Any]:
     config = getattr(model, "config", None)
-    return dict(config.to_dict()) if hasattr(config, "to_dict") else {}
+    return {} if config is None or not hasattr(config, "to_dict") else dict(config.to_dict())
 
 
 @contextmanager

@@ -49,7 +49,7 @@ class Executor:
         self._dtype = dtype
         self._keep = keep_weights
         self._cache: dict[str, torch.Tensor] = {}
-        self.nodes = needed(graph, inputs, outputs)
+        self.nodes = _read_late(needed(graph, inputs, outputs))
         self._dies = _last_uses(self.nodes, keep=set(outputs))
 
     def __call__(self, *values: torch.Tensor, taps: Mapping[fx.Node, Tap] | None = None) -> list[torch.Tensor]:
@@ -73,7 +73,7 @@ class Executor:
             return self._constant(node)
         if node.op != "call_function":
             raise RuntimeError(f"{node.name}: {node.op} node was given no value")
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n])  # type: ignore[misc]
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n])
         if self._dtype is not None:
             args, kwargs = self._retype(args), self._retype(kwargs)
         return node.target(*args, **kwargs)  # type: ignore[operator]
@@ -124,6 +124,19 @@ def needed(graph: fx.Graph, inputs: Sequence[fx.Node], outputs: Sequence[fx.Node
     return [node for node in graph.nodes if node in wanted]
 
 
+def _read_late(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """The same nodes, each constant directly before its first reader."""
+    waiting = {node for node in nodes if node.op == "get_attr"}
+    order: list[fx.Node] = []
+    for node in nodes:
+        if node in waiting:
+            continue
+        constants = [a for a in node.all_input_nodes if a in waiting]
+        waiting.difference_update(constants)
+        order += [*constants, node]
+    return order + [node for node in nodes if node in waiting]
+
+
 def _last_uses(nodes: Sequence[fx.Node], keep: set[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
     last: dict[fx.Node, fx.Node] = {}
     for node in nodes:
@@ -138,7 +151,8 @@ def _last_uses(nodes: Sequence[fx.Node], keep: set[fx.Node]) -> dict[fx.Node, li
 
 def placeholder(graph: fx.Graph) -> fx.Node:
     """The token ids."""
-    return next(node for node in graph.nodes if node.op == "placeholder")
+    found: fx.Node = next(node for node in graph.nodes if node.op == "placeholder")
+    return found
 
 
 def logits_node(graph: fx.Graph) -> fx.Node:
@@ -208,7 +222,7 @@ def _telling_lengths(nodes: Sequence[fx.Node], ids: fx.Node, weights: Weights) -
 def _longest(ids: fx.Node) -> int:
     """The longest row that the graph was captured for."""
     val = ids.meta.get("val")
-    length = val.shape[1] if isinstance(val, torch.Tensor) else _LONGEST_MASK
+    length: Any = val.shape[1] if isinstance(val, torch.Tensor) else _LONGEST_MASK
     if not isinstance(length, torch.SymInt):
         return int(length)
     return int(min(length.node.shape_env.bound_sympy(length.node.expr).upper, 1 << 31))

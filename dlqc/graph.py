@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx
@@ -28,13 +28,19 @@ NORMS = (RMS_NORM, LAYER_NORM)
 QUANTIZED_LINEARS = (LINEAR_Q, LINEAR_PACKED)
 
 
-def is_call(node: object, *targets: object) -> bool:
+def args_of(node: fx.Node) -> tuple[Any, ...]:
+    """Positional arguments. fx types them as a union of all that a graph may hold; what they are depends on the op."""
+    return node.args
+
+
+def is_call(node: object, *targets: object) -> TypeGuard[fx.Node]:
+    """Whether a node (or anything else) is a call of one of the targets."""
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
 
 
 def arg(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
     """An argument of a call by position or keyword, as aten schemas allow both."""
-    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
+    return args_of(node)[index] if len(args_of(node)) > index else node.kwargs.get(name, default)
 
 
 def constant_name(node: object) -> str | None:
@@ -72,8 +78,8 @@ def as_linear(node: fx.Node, weights: Weights) -> Linear | None:
     """The node read as a linear on a constant weight, or None."""
     if not is_call(node, LINEAR):
         return None
-    weight, bias = constant_name(node.args[1]), constant_name(arg(node, 2, "bias"))
-    x = node.args[0]
+    weight, bias = constant_name(args_of(node)[1]), constant_name(arg(node, 2, "bias"))
+    x = args_of(node)[0]
     if weight is None or not isinstance(x, fx.Node) or (arg(node, 2, "bias") is not None and bias is None):
         return None
     if len(weights[weight].shape) != 2:
@@ -139,7 +145,7 @@ def infer(node: fx.Node) -> None:
     """Compute the node's fake value from its arguments' fake values."""
     values: tuple[Any, ...]
     keywords: dict[str, Any]
-    values, keywords = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])  # type: ignore[assignment]
+    values, keywords = fx.map_arg((args_of(node), node.kwargs), lambda n: n.meta["val"])
     mode = next((v.fake_mode for v in _flat((values, keywords)) if hasattr(v, "fake_mode")), None)
     if mode is None:
         node.meta["val"] = node.target(*values, **keywords)  # type: ignore[operator]
@@ -183,7 +189,7 @@ def _line(node: fx.Node) -> str:
     val = node.meta.get("val")
     shape = f"{str(val.dtype).removeprefix('torch.')}{list(val.shape)}" if isinstance(val, torch.Tensor) else ""
     target = node.target if isinstance(node.target, str) else _target_name(node.target)
-    args = ", ".join([*(repr(a) for a in node.args), *(f"{k}={v!r}" for k, v in node.kwargs.items())])
+    args = ", ".join([*(repr(a) for a in args_of(node)), *(f"{k}={v!r}" for k, v in node.kwargs.items())])
     return f"%{node.name} = {node.op} {target}({args}) : {shape}".rstrip(" :")
 
 
@@ -207,5 +213,5 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
 
 def activation_quantizer(node: fx.Node) -> fx.Node | None:
     """The quantize_act node that feeds a quantized linear, if any."""
-    x = node.args[0]
-    return x if is_call(x, QUANTIZE_ACT) else None  # type: ignore[return-value]
+    x = args_of(node)[0]
+    return x if is_call(x, QUANTIZE_ACT) else None

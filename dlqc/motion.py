@@ -27,6 +27,7 @@ from dlqc.graph import (
     NORMS,
     Linear,
     arg,
+    args_of,
     as_linear,
     aten,
     call_before,
@@ -72,7 +73,7 @@ def insert_pair(graph: fx.Graph, weights: Weights, after: fx.Node, transform: Di
 
 
 def _transform(node: fx.Node, weights: Weights) -> torch.Tensor:
-    return weights.value(str(constant_name(node.args[1])), torch.float64)
+    return weights.value(str(constant_name(args_of(node)[1])), torch.float64)
 
 
 def can_move_down(graph: fx.Graph, weights: Weights, value: fx.Node) -> str | None:
@@ -100,7 +101,7 @@ def not_alone(graph: fx.Graph, weights: Weights, site: Linear, members: set[fx.N
 def move_down(graph: fx.Graph, weights: Weights, node: fx.Node) -> None:
     """linear(x·D, W) → linear(x, W·D) in every reader of the transform node, which disappears."""
     v = _transform(node, weights)
-    names = {str(constant_name(user.args[1])) for user in node.users}
+    names = {str(constant_name(args_of(user)[1])) for user in node.users}
     for name in names:
         weights.fold(name, ScaleColumns(v))
     _erase(graph, weights, node)
@@ -128,10 +129,10 @@ def can_move_up(graph: fx.Graph, weights: Weights, producer: fx.Node, reader: fx
             return "its weight is no constant"
         reason = not_alone(graph, weights, site, {producer})
         return f"bias {site.bias!r} is shared" if reason is None and is_shared(graph, site.bias) else reason
-    if is_call(producer, _MUL) and all(isinstance(a, fx.Node) for a in producer.args):
-        if producer.args[0] is producer.args[1]:
+    if is_call(producer, _MUL) and all(isinstance(a, fx.Node) for a in args_of(producer)):
+        if args_of(producer)[0] is args_of(producer)[1]:
             return f"%{producer.name} is a square, in which a diagonal would count twice"
-        reasons = [_can_move_up_factor(graph, weights, factor, producer) for factor in reversed(producer.args)]  # type: ignore[arg-type]
+        reasons = [_can_move_up_factor(graph, weights, factor, producer) for factor in reversed(args_of(producer))]
         return None if None in reasons else reasons[0]
     return f"a diagonal does not move through %{producer.name} ({_short(producer)})"
 
@@ -151,12 +152,10 @@ def is_shared(graph: fx.Graph, name: str | None) -> bool:
 def move_up(graph: fx.Graph, weights: Weights, node: fx.Node) -> None:
     """Fold a transform node into the constants above it; `can_move_up` must have said yes."""
     v = _transform(node, weights)
-    producer, reader = node.args[0], node
+    producer = args_of(node)[0]
     while is_call(producer, _MUL):
-        factors = reversed(producer.args)  # type: ignore[union-attr]
-        reader, producer = producer, next(
-            f for f in factors if _can_move_up_factor(graph, weights, f, producer) is None
-        )  # type: ignore[assignment,arg-type]
+        factors = reversed(args_of(producer))
+        producer = next(f for f in factors if _can_move_up_factor(graph, weights, f, producer) is None)
     assert isinstance(producer, fx.Node)
     if is_call(producer, LINEAR):
         site = as_linear(producer, weights)
@@ -173,9 +172,9 @@ def move_up(graph: fx.Graph, weights: Weights, node: fx.Node) -> None:
 
 
 def _erase(graph: fx.Graph, weights: Weights, node: fx.Node) -> None:
-    constant = node.args[1]
-    assert isinstance(constant, fx.Node) and isinstance(node.args[0], fx.Node)
-    node.replace_all_uses_with(node.args[0])
+    constant = args_of(node)[1]
+    assert isinstance(constant, fx.Node)
+    node.replace_all_uses_with(args_of(node)[0])
     graph.erase_node(node)
     graph.erase_node(constant)
     weights.drop(str(constant.target))

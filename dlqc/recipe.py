@@ -100,7 +100,7 @@ def as_recipe(source: str | Path | Recipe | Pass | Sequence[Pass]) -> Recipe:
                 where="passes",
                 remedy=_ACCEPTED,
             )
-    return Recipe("custom", tuple(source))
+    return Recipe("custom", tuple(p for p in source if isinstance(p, Pass)))
 
 
 def _from_text(source: str | Path) -> Recipe:

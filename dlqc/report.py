@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import fx
 
 from dlqc.contract import Pass, PassReport
-from dlqc.graph import constant_name, is_call, uses
+from dlqc.graph import args_of, constant_name, is_call, uses
 from dlqc.instruments import Record
 from dlqc.ops import LINEAR_PACKED, LINEAR_Q
 from dlqc.weights import Weights
@@ -208,15 +208,15 @@ def measure_storage(original: Weights, graph: fx.Graph, weights: Weights, kept: 
     for node in graph.nodes:
         if not is_call(node, LINEAR_Q, LINEAR_PACKED):
             continue
-        for part in node.args[1:4]:
+        for part in args_of(node)[1:4]:
             name = constant_name(part)
             if name is None or name in seen:
                 continue
             seen.add(name)
             leaf = weights[name].leaf
             bits_quantized += leaf.numel() * leaf.element_size() * 8
-            if part is node.args[1]:
-                quantized += int(leaf.shape[0]) * int(node.args[0].meta["val"].shape[-1])
+            if part is args_of(node)[1]:
+                quantized += int(leaf.shape[0]) * int(args_of(node)[0].meta["val"].shape[-1])
     # What is stored, not the leaf it comes from: a part of a fused projection is smaller, a folded gain is wider.
     total = sum(c.shape.numel() * c.storage_dtype.itemsize * 8 for c in weights.values())
     matrices = {

@@ -185,7 +185,7 @@ def _wrong(what: str) -> ArtifactError:
 
 
 def _ids(mode: FakeTensorMode, spec: DiffusionSpec) -> torch.Tensor:
-    dynamic = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.DYNAMIC])
+    dynamic: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.DYNAMIC])
     real = torch.zeros(2, min(16, spec.max_length), dtype=torch.int64)
     return mode.from_tensor(real, symbolic_context=dynamic)
 

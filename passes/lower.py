@@ -22,6 +22,7 @@ from dlqc.formats.activation import ActFormat
 from dlqc.formats.integer import IntFormat
 from dlqc.graph import (
     activation_quantizer,
+    args_of,
     call_before,
     constant_name,
     is_call,
@@ -84,8 +85,9 @@ class Lower(Pass):
     def _lower(
         self, node: fx.Node, name: str, kernel: Kernel, spec: LinearSpec, ctx: Context
     ) -> tuple[object, list[str | None], tuple[object, ...]]:
-        tensors = [None if part is None else ctx.weights.value(str(constant_name(part))) for part in node.args[1:5]]
-        assert tensors[0] is not None and tensors[1] is not None
+        tensors = [None if part is None else ctx.weights.value(str(constant_name(part))) for part in args_of(node)[1:5]]
+        assert tensors[0] is not None
+        assert tensors[1] is not None
         lowered = kernel.lower(spec, tensors[0], tensors[1], tensors[2], tensors[3])
         names: list[str | None] = []
         for role, tensor in lowered.tensors.items():
@@ -100,25 +102,25 @@ class Lower(Pass):
     ) -> None:
         op, names, scalars = made
         quantizer = activation_quantizer(node)
-        x = node.args[0] if quantizer is None else quantizer.args[0]
+        x = args_of(node)[0] if quantizer is None else args_of(quantizer)[0]
         tensors = [None if name is None else read(graph, ctx.weights, name, node) for name in names]
         replace(node, call_before(graph, node, op, (x, *tensors, *scalars)))  # type: ignore[arg-type]
 
 
 def site_name(node: fx.Node) -> str:
     """The module name of a packed linear."""
-    return module_name(str(constant_name(node.args[1])).removesuffix("_packed"))
+    return module_name(str(constant_name(args_of(node)[1])).removesuffix("_packed"))
 
 
 def spec_of_node(node: fx.Node, ctx: Context) -> LinearSpec:
     """What a packed linear computes."""
-    x, packed, scales, zeros, bias, bits, group = node.args
+    x, packed, scales, zeros, bias, bits, group = args_of(node)
     quantizer = activation_quantizer(node)
     act = None
     if quantizer is not None:
-        _, act_bits, act_group, symmetric = quantizer.args
-        act = ActFormat(act_bits, act_group or None, bool(symmetric))  # type: ignore[arg-type]
+        _, act_bits, act_group, symmetric = args_of(quantizer)
+        act = ActFormat(act_bits, act_group or None, bool(symmetric))
     dtype = str(ctx.weights[str(constant_name(scales))].leaf.dtype).removeprefix("torch.")
-    fmt = IntFormat(bits, group or None, zeros is None, dtype)  # type: ignore[arg-type]
+    fmt = IntFormat(bits, group or None, zeros is None, dtype)
     out_features = int(ctx.weights[str(constant_name(packed))].shape[0])
-    return LinearSpec(width(x), out_features, fmt, act, bias is not None)  # type: ignore[arg-type]
+    return LinearSpec(width(x), out_features, fmt, act, bias is not None)

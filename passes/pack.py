@@ -16,7 +16,7 @@ from torch import fx
 
 from dlqc.contract import Context, Pass, PassReport
 from dlqc.formats.packing import pack
-from dlqc.graph import call_before, constant_name, is_call, read, replace, sweep
+from dlqc.graph import args_of, call_before, constant_name, is_call, read, replace, sweep
 from dlqc.ops import LINEAR_PACKED, LINEAR_Q
 
 
@@ -35,7 +35,7 @@ class Pack(Pass):
         for node in list(graph.nodes):
             if not is_call(node, LINEAR_Q):
                 continue
-            x, codes, scales, zeros, bias, bits, group = node.args
+            x, codes, scales, zeros, bias, bits, group = args_of(node)
             parts: list[fx.Node | None] = []
             for part in (codes, zeros):
                 name = constant_name(part)

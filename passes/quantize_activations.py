@@ -19,7 +19,7 @@ from torch import fx
 
 from dlqc.contract import Context, Pass, PassReport, Plan
 from dlqc.formats.activation import ActFormat
-from dlqc.graph import call_before, is_call
+from dlqc.graph import args_of, call_before, is_call
 from dlqc.ops import LINEAR_Q, QUANTIZE_ACT
 
 
@@ -58,9 +58,9 @@ class QuantizeActivations(Pass):
         report = PassReport()
         quantizers: dict[fx.Node, fx.Node] = {}
         for node in list(graph.nodes):
-            if not is_call(node, LINEAR_Q) or is_call(node.args[0], QUANTIZE_ACT):
+            if not is_call(node, LINEAR_Q) or is_call(args_of(node)[0], QUANTIZE_ACT):
                 continue
-            x = node.args[0]
+            x = args_of(node)[0]
             if x not in quantizers:
                 quantizers[x] = call_before(
                     graph, node, QUANTIZE_ACT, (x, self.bits, self.group_size or 0, self.symmetric)

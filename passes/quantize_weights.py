@@ -25,7 +25,7 @@ from torch import fx
 from dlqc.backend import LinearSpec
 from dlqc.contract import Context, Declined, Pass, PassReport, Plan, matches
 from dlqc.formats.integer import IntFormat
-from dlqc.graph import Linear, call_before, linears, read, replace, sweep
+from dlqc.graph import Linear, arg, call_before, linears, read, replace, sweep
 from dlqc.ops import LINEAR_Q
 from dlqc.rounding.gptq import Gptq
 from dlqc.rounding.rtn import Rtn
@@ -118,13 +118,7 @@ class QuantizeWeights(Pass):
         for site in sites:
             codes, scales = (read(graph, ctx.weights, names[role], site.node) for role in ("codes", "scales"))
             zeros = None if rounded.weight.zeros is None else read(graph, ctx.weights, names["zeros"], site.node)
-            bias = (
-                None
-                if site.bias is None
-                else site.node.args[2]
-                if len(site.node.args) > 2
-                else site.node.kwargs["bias"]
-            )
+            bias = None if site.bias is None else arg(site.node, 2, "bias")
             args = (site.x, codes, scales, zeros, bias, self.bits, self.group_size or 0)
             replace(site.node, call_before(graph, site.node, LINEAR_Q, args))
         bits = self.format.bits_per_weight(sites[0].out_features, sites[0].in_features)

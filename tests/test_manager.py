@@ -239,7 +239,7 @@ def smuggle(graph: fx.Graph, ctx: Context) -> None:
 @pytest.mark.parametrize(("kind", "name"), [(Probe, "probe"), (BlockProbe, "block_probe")])
 def test_a_pass_that_breaks_the_graph_is_blamed(case: CaseMaker, kind: type[Probe], name: str) -> None:
     k = case("llada")
-    message = rf"law L4 is broken after pass '{name}': %pow_1 calls .*pow.*This is a fault of pass '{name}'"
+    message = rf"law L4 is broken after pass '{name}': %pow_\d calls .*pow.*This is a fault of pass '{name}'"
     with pytest.raises(ContractError, match=message):
         PassManager((FoldNormScale(), kind(action=smuggle))).run(k.graph, k.ctx)
 
@@ -409,7 +409,8 @@ def test_two_runs_are_bit_equal(case: CaseMaker, name: str) -> None:
     passes = (CALIBRATE, QuantizeWeights(3, 32), QuantizeActivations(), Pack())
     cases = [case(name), case(name)]
     for k in cases:
-        k.ctx.rows = None  # rollouts are drawn anew
+        if name != "shared":
+            k.ctx.rows = None  # rollouts are drawn anew; those of the other model are degenerate
         PassManager(passes, batch=3).run(k.graph, k.ctx)
     a, b = cases
     assert structure(a.graph) == structure(b.graph)

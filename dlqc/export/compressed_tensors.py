@@ -26,7 +26,16 @@ from dlqc.errors import ExportError
 from dlqc.formats.activation import ActFormat
 from dlqc.formats.integer import IntFormat
 from dlqc.formats.packing import pack, unpack
-from dlqc.graph import QUANTIZED_LINEARS, activation_quantizer, as_linear, constant_name, is_call, module_name, width
+from dlqc.graph import (
+    QUANTIZED_LINEARS,
+    activation_quantizer,
+    args_of,
+    as_linear,
+    constant_name,
+    is_call,
+    module_name,
+    width,
+)
 from dlqc.ops import LINEAR_PACKED
 from dlqc.weights import Weights
 
@@ -53,7 +62,7 @@ def sites_of(graph: fx.Graph, weights: Weights) -> Iterator[Site]:
     for node in graph.nodes:
         if not is_call(node, LINEAR_PACKED):
             continue
-        x, codes, scales, zeros, _, bits, group = node.args
+        x, codes, scales, zeros, _, bits, group = args_of(node)
         names = [constant_name(part) for part in (codes, scales, zeros)]
         name = module_name(str(names[0]).removesuffix("_packed"))
         if name in seen:
@@ -63,11 +72,11 @@ def sites_of(graph: fx.Graph, weights: Weights) -> Iterator[Site]:
         act = (
             None
             if quantizer is None
-            else ActFormat(quantizer.args[1], quantizer.args[2] or None, bool(quantizer.args[3]))
-        )  # type: ignore[arg-type]
+            else ActFormat(args_of(quantizer)[1], args_of(quantizer)[2] or None, bool(args_of(quantizer)[3]))
+        )
         dtype = str(weights[str(names[1])].leaf.dtype).removeprefix("torch.")
-        fmt = IntFormat(bits, group or None, zeros is None, dtype)  # type: ignore[arg-type]
-        yield Site(name, fmt, act, width(x), str(names[0]), str(names[1]), names[2])  # type: ignore[arg-type]
+        fmt = IntFormat(bits, group or None, zeros is None, dtype)
+        yield Site(name, fmt, act, width(x), str(names[0]), str(names[1]), names[2])
 
 
 def check_exportable(model: Compiled) -> list[Site]:

@@ -112,8 +112,8 @@ def gptq(
     """Round `weight` [N, K] to `fmt` against the output error on inputs with second moment `hessian` [K, K].
 
     Args:
-        hessian: H, or its `Factor` (then `damp` is what it was made with). Linears that read the
-            same input can share a factor, or be stacked along N: rows do not depend on each other.
+        hessian: H, or its `Factor` (then `damp` is what that was made with). Linears that read the same input can
+            share a factor.
         dtype: arithmetic of the feedback, float32 or float64.
 
     Metrics: `sqnr_db`; `loss`, tr(E H Eᵀ) without λ; `loss_rtn`, the same for rounding to nearest with scales chosen
