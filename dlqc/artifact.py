@@ -293,7 +293,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
             remedy=f"Install dlqc {found['versions'].get('dlqc', '')} or newer".replace("  ", " a version "),
         )
     for name in found["files"]:
-        if name in (".", "..") or Path(name).name != name or "\\" in name:
+        if name in ("", ".", "..") or Path(name).name != name or "\\" in name:
             raise ArtifactError(
                 f"the manifest lists {name!r}, which is no file of the folder", where=str(path), remedy=_TAMPERED
             )

@@ -9,11 +9,12 @@ from typing import Any
 from torch import nn
 
 from dlqc.backend import choose_kernel, load_backend
+from dlqc.blocks import find_blocks
 from dlqc.compile import plan
+from dlqc.graph import Linear, linears
 from dlqc.recipe import as_recipe
 
-#: Rough cost of GPTQ, for the estimate only: multiply-adds by input feature cubed and by weight · input feature.
-_GPTQ_FLOPS_PER_K3 = 2.0
+#: For the estimate of time only; a server does many times as much.
 _FLOPS_PER_SECOND = 5e10
 
 
@@ -23,7 +24,9 @@ class PlanReport:
 
     Attributes:
         recipe: the passes. blocks: how many. sites: linears to quantize. kernels: how many sites each kernel gets.
-        parameters: of the model. bits: to be stored. peak_bytes: largest block's weights in float64 and its Hessians.
+        parameters: of the model. bits: to be stored. peak_bytes: of the largest block while it is rounded: its Hessians, the
+            factor of one, and one weight in float64 with its working copies.
+        seconds: of rounding by GPTQ: K³/3 flops an input and N·K² a linear.
         problems: what would fail. kept: linears that stay, and why.
     """
 
@@ -47,7 +50,7 @@ class PlanReport:
             f"recipe: {self.recipe}",
             f"graph: {self.nodes} nodes, {self.blocks} blocks, {self.sites} linears to quantize",
             f"size: {self.bits / 8e6:,.1f} MB, {self.bits / self.parameters:.3f} bits per weight, everything counted",
-            f"peak memory beside the calibration states: about {self.peak_bytes / 1e6:,.0f} MB (one linear at a time)",
+            f"peak memory beside the model and the calibration states: about {self.peak_bytes / 1e6:,.0f} MB",
             f"rounding time: about {self.seconds:,.0f} s at {_FLOPS_PER_SECOND / 1e9:.0f} GFLOP/s, forward passes not counted",
         ]
         lines += [f"kernel {name}: {count} sites" for name, count in self.kernels.items()]
@@ -71,27 +74,34 @@ def plan_report(model: nn.Module, recipe: str, *, backend: str = "auto", mask_id
         parameters += constant.leaf.numel()
         if name not in names:
             bits += constant.leaf.numel() * constant.leaf.element_size() * 8
-    widest = 0
-    seconds = 0.0
     for site in found.sites.values():
         n, k = site.out_features, site.in_features
         bits += n * k * site.weight.bits_per_weight(n, k)
-        widest = max(widest, 8 * n * k + 2 * 8 * k * k)
-        seconds += (_GPTQ_FLOPS_PER_K3 * k**3 + 2.0 * n * k * k) / _FLOPS_PER_SECOND
         kernel, _ = choose_kernel(target, site)
         kernels[kernel.name if kernel else "none"] += 1
     rounding = any("hessian" in p.statistics() for p in chosen.passes)
-    blocks = sum(1 for node in captured.graph.nodes if "block_boundary" in node.meta)
+    blocks = find_blocks(captured.graph)
+    costs = [_block_cost(list(linears(b.nodes(captured.graph), captured.weights)), rounding) for b in blocks]
     return PlanReport(
         recipe=f"{chosen.name}: {chosen}",
         nodes=len(captured.graph.nodes),
-        blocks=max(blocks - 1, 0),
+        blocks=len(blocks),
         sites=len(found.sites),
         kernels=dict(kernels),
         parameters=int(parameters),
         bits=bits,
-        peak_bytes=widest,
-        seconds=seconds if rounding else 0.0,
+        peak_bytes=max((peak for peak, _ in costs), default=0),
+        seconds=sum(flops for _, flops in costs) / _FLOPS_PER_SECOND,
         problems=found.problems,
         kept=found.kept,
     )
+
+
+def _block_cost(sites: list[Linear], rounding: bool) -> tuple[int, float]:
+    """(peak bytes, flops) of rounding a block's linears."""
+    widths = list({site.x: site.in_features for site in sites}.values())
+    largest = max((site.in_features * site.out_features for site in sites), default=0)
+    if not rounding:
+        return 3 * 8 * largest, 0.0
+    flops = sum(k**3 / 3 for k in widths) + sum(s.out_features * s.in_features**2 for s in sites)
+    return 8 * sum(k * k for k in widths) + 8 * max(widths, default=0) ** 2 + 17 * largest, float(flops)

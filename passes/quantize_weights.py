@@ -16,8 +16,9 @@ A weight that several calls share is rounded once, on the sum of their statistic
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -27,6 +28,7 @@ from dlqc.contract import Context, Declined, Pass, PassReport, Plan, matches
 from dlqc.formats.integer import IntFormat
 from dlqc.graph import Linear, arg, call_before, linears, read, replace, sweep
 from dlqc.ops import LINEAR_Q
+from dlqc.rounding.contract import Rounded
 from dlqc.rounding.gptq import Gptq
 from dlqc.rounding.rtn import Rtn
 
@@ -94,22 +96,33 @@ class QuantizeWeights(Pass):
         by_weight: dict[str, list[Linear]] = {}
         for site in linears(ctx.nodes(graph), ctx.weights):
             by_weight.setdefault(site.weight, []).append(site)
+        shared: list[torch.Tensor] = []
+        prepared: Mapping[str, Any] = {}
         for weight, sites in by_weight.items():
             if matches(sites[0].name, self.skip):
                 report.declined.append(Declined(sites[0].name, "named by skip="))
                 continue
-            report.details[sites[0].name] = self._quantize(graph, ctx, weight, sites)
+            stats = ctx.stats.get(weight, {})
+            # Linears that read the same value come one after the other and share their statistics, tensor for tensor.
+            if not prepared or [id(t) for t in shared] != [id(t) for t in stats.values()]:
+                shared, prepared = list(stats.values()), self._noted(sites, self.method.prepare, stats)
+            rounded = self._noted(
+                sites, self.method.round, ctx.weights.value(weight, torch.float64), self.format, prepared
+            )
+            report.details[sites[0].name] = self._rewrite(graph, ctx, rounded, sites)
             report.sites += 1
         sweep(graph, ctx.weights)
         return report
 
-    def _quantize(self, graph: fx.Graph, ctx: Context, weight: str, sites: list[Linear]) -> dict[str, float]:
-        value = ctx.weights.value(weight, torch.float64)
+    def _noted(self, sites: list[Linear], work: Callable[..., Any], *args: Any) -> Any:
+        """Call a method; an error says at which linear it happened."""
         try:
-            rounded = self.method.round(value, self.format, ctx.stats.get(weight, {}))
+            return work(*args)
         except Exception as error:
             error.add_note(f"while rounding {sites[0].name}")
             raise
+
+    def _rewrite(self, graph: fx.Graph, ctx: Context, rounded: Rounded, sites: list[Linear]) -> dict[str, float]:
         names = {role: f"{sites[0].name}.{role}" for role in ("codes", "scales", "zeros")}
         ctx.weights.put(names["codes"], rounded.weight.codes)
         ctx.weights.put(names["scales"], rounded.weight.scales)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -37,6 +37,10 @@ class Rounding:
     name: ClassVar[str]
     statistics: ClassVar[frozenset[str]] = frozenset()
 
-    def round(self, weight: torch.Tensor, fmt: IntFormat, stats: Mapping[str, torch.Tensor]) -> Rounded:
+    def prepare(self, stats: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Do the work on the statistics that linears with the same input can share; `round` gets what this returns."""
+        return stats
+
+    def round(self, weight: torch.Tensor, fmt: IntFormat, stats: Mapping[str, Any]) -> Rounded:
         """Round `weight` [N, K] (float64 or float32) to `fmt`. Pure: no argument is changed, no global is read."""
         raise TypeError(f"{type(self).__name__} does not define round()")

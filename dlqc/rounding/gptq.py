@@ -30,7 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -91,7 +91,14 @@ class Gptq(Rounding):
             what = "act_order with static_groups=False scatters a group's columns, and engines do not store g_idx"
             raise FeasibilityError(what, where="static_groups", remedy="Use static_groups=True, or act_order=False")
 
-    def round(self, weight: torch.Tensor, fmt: IntFormat, stats: Mapping[str, torch.Tensor]) -> Rounded:
+    def prepare(self, stats: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Factorize the Hessian once for all linears that read the same input."""
+        hessian = stats.get("hessian")
+        if not isinstance(hessian, torch.Tensor):
+            return stats
+        return {**stats, "hessian": factorize(hessian, act_order=self.act_order, damp=self.damp)}
+
+    def round(self, weight: torch.Tensor, fmt: IntFormat, stats: Mapping[str, Any]) -> Rounded:
         hessian = stats.get("hessian")
         if hessian is None:
             raise CalibrationError("gptq needs the statistic 'hessian'", remedy="Collect it, or use rounding 'rtn'")

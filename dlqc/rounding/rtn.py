@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -32,7 +32,7 @@ class Rtn(Rounding):
         if self.clip not in ("minmax", "mse"):
             raise RecipeError(f"unknown clip {self.clip!r}", where="clip", remedy="Use 'minmax' or 'mse'")
 
-    def round(self, weight: torch.Tensor, fmt: IntFormat, stats: Mapping[str, torch.Tensor]) -> Rounded:
+    def round(self, weight: torch.Tensor, fmt: IntFormat, stats: Mapping[str, Any]) -> Rounded:
         rounded = fmt.quantize(weight, clip=self.clip)
         hessian = stats.get("hessian")
         if hessian is None:

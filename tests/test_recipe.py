@@ -1,0 +1,439 @@
+"""Recipes: Python, YAML, TOML, one line and plain data say the same; names tell the truth; errors can be read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Optional
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dlqc.calibration import SAMPLERS, WEIGHTS, Certainty, Clean, MaskedSimulation, Uniform
+from dlqc.contract import Pass
+from dlqc.errors import RecipeError
+from dlqc.manager import PassManager
+from dlqc.passes.calibrate import Calibrate
+from dlqc.passes.lower import Lower
+from dlqc.passes.pack import Pack
+from dlqc.passes.quantize_activations import QuantizeActivations
+from dlqc.passes.quantize_weights import QuantizeWeights
+from dlqc.passes.smooth import Smooth
+from dlqc.recipe import PASSES, PRESETS, ForeignPass, Recipe, as_recipe, from_plain, parse_line, pass_class
+from dlqc.rounding.gptq import Gptq
+from dlqc.rounding.rtn import Rtn
+
+ROOT = Path(__file__).parent.parent
+
+# ---- any pass with any options -------------------------------------------------------------------------------------
+
+TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=12)
+
+
+def options_of(hint: Any) -> st.SearchStrategy[Any]:
+    """Values of an option, from its annotation alone."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return st.one_of([options_of(a) for a in arguments])
+    if origin is Literal:
+        return st.sampled_from(arguments)
+    if origin is tuple:
+        return st.lists(options_of(arguments[0]), max_size=3).map(tuple)
+    if dataclasses.is_dataclass(hint):
+        return built(hint)
+    simple: dict[Any, st.SearchStrategy[Any]] = {
+        bool: st.booleans(),
+        int: st.integers(-3, 300) | st.sampled_from([2, 3, 4, 8]),
+        float: st.floats(allow_nan=False, allow_infinity=False) | st.floats(0, 1),
+        str: TEXT,
+        type(None): st.none(),
+    }
+    return simple[hint]
+
+
+@st.composite
+def built(draw: st.DrawFn, cls: type[Any]) -> Any:
+    """An instance with some options set; those that its own checks refuse are drawn again."""
+    hints = typing.get_type_hints(cls)
+    chosen = draw(st.sets(st.sampled_from([f.name for f in dataclasses.fields(cls)])))
+    for _ in range(20):
+        try:
+            return cls(**{name: draw(options_of(hints[name])) for name in sorted(chosen)})
+        except RecipeError:
+            continue
+    return cls()
+
+
+def passes() -> st.SearchStrategy[tuple[Pass, ...]]:
+    one = st.one_of([built(pass_class(name)) for name in PASSES])
+    return st.lists(one, min_size=1, max_size=4).map(tuple)
+
+
+@settings(max_examples=150, deadline=None)
+@given(passes(), TEXT)
+def test_plain_and_yaml_round_trip(given_passes: tuple[Pass, ...], name: str) -> None:
+    recipe = Recipe(name, given_passes)
+    assert from_plain(recipe.to_plain()) == recipe
+    assert from_plain(json.loads(json.dumps(recipe.to_plain()))) == recipe
+    assert from_plain(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+@settings(max_examples=150, deadline=None)
+@given(passes())
+def test_the_line_round_trips(given_passes: tuple[Pass, ...]) -> None:
+    assert parse_line(str(Recipe("", given_passes))) == given_passes
+
+
+@settings(max_examples=60, deadline=None)
+@given(passes(), st.from_regex(r"[a-z0-9-]{0,8}", fullmatch=True))
+def test_toml_reads_the_same(
+    tmp_path_factory: pytest.TempPathFactory, given_passes: tuple[Pass, ...], name: str
+) -> None:
+    recipe = Recipe(name, given_passes)
+    path = tmp_path_factory.mktemp("toml") / "recipe.toml"
+    path.write_text(f"name = {toml(name)}\npasses = {toml(recipe.to_plain()['passes'])}\n", encoding="utf-8")
+    assert as_recipe(path) == recipe
+
+
+def toml(value: Any) -> str:
+    """A value in TOML, inline."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {toml(v)}" for key, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(toml, value)) + "]"
+    if value is None:
+        return '"none"'
+    if isinstance(value, bool | int | float):
+        return repr(value).lower()
+    return '"' + "".join(c if c.isalnum() and c.isascii() else f"\\U{ord(c):08x}" for c in value) + '"'
+
+
+def test_the_three_spellings(tmp_path: Path) -> None:
+    python = (Calibrate(sequences=64), QuantizeWeights(bits=3, method=Rtn(clip="mse")), Pack(), Lower())
+    line = "calibrate(sequences=64), quantize_weights(bits=3, method=rtn(clip='mse')), pack, lower"
+    (tmp_path / "r.yaml").write_text(
+        "passes:\n- calibrate: {sequences: 64}\n- quantize_weights: {bits: 3, method: {rtn: {clip: mse}}}\n- pack\n- lower:\n"
+    )
+    (tmp_path / "r.toml").write_text(
+        'passes = [{calibrate = {sequences = 64}}, {quantize_weights = {bits = 3, method = {rtn = {clip = "mse"}}}}, '
+        '"pack", "lower"]'
+    )
+    assert str(Recipe("x", python)) == line
+    for source in (python, list(python), line, str(tmp_path / "r.yaml"), tmp_path / "r.yaml", tmp_path / "r.toml"):
+        assert as_recipe(source) == Recipe("custom", python)
+    assert as_recipe(Pack()) == Recipe("pack", (Pack(),))
+    assert as_recipe(Recipe("x", python)).name == "x"
+
+
+def test_a_name_travels(tmp_path: Path) -> None:
+    (tmp_path / "r.yml").write_text(as_recipe("w4a16-gptq").to_yaml())
+    assert as_recipe(tmp_path / "r.yml") == as_recipe("w4a16-gptq")
+
+
+def test_yaml_spells_every_option_out() -> None:
+    (data,) = Recipe("x", (QuantizeWeights(),)).to_plain()["passes"]
+    assert data["quantize_weights"] == {
+        "required": True,
+        "bits": 4,
+        "group_size": 128,
+        "symmetric": False,
+        "method": {"gptq": {f.name: f.default for f in dataclasses.fields(Gptq)}},
+        "skip": [],
+    }
+
+
+# ---- presets -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*PRESETS, "w3a16-g64-rtn", "w4a8-channel-gptq-clean", "w8a16-g128-smoothquant"])
+def test_a_preset_s_name_tells_the_truth(name: str) -> None:
+    recipe = as_recipe(name)
+    assert recipe.name == name
+    PassManager(recipe.passes).check_order()
+    by_name = {p.name: p for p in recipe.passes}
+    assert len(by_name) == len(recipe.passes)
+    words = name.split("-")
+    bits, act = map(int, re.fullmatch(r"w(\d)a(\d+)", words[0]).groups())  # type: ignore[union-attr]
+
+    weights = by_name["quantize_weights"]
+    assert isinstance(weights, QuantizeWeights)
+    assert weights.bits == bits
+    groups = {None} if "channel" in words else {int(w[1:]) for w in words if re.fullmatch(r"g\d+", w)}
+    assert weights.group_size == (groups.pop() if groups else None if bits == 8 else 128)
+    assert weights.symmetric == (bits == 8)
+    assert weights.skip == ()
+    assert isinstance(weights.method, Gptq if "gptq" in words else Rtn)
+
+    assert ("quantize_activations" in by_name) == (act != 16)
+    if act != 16:
+        assert by_name["quantize_activations"] == QuantizeActivations(bits=act, group_size=None, symmetric=True)
+    assert ("smooth" in by_name) == bool({"smooth", "smoothquant"} & set(words))
+    assert ("calibrate" in by_name) == ("rtn" not in words)
+    if "calibrate" in by_name:
+        calibrate = by_name["calibrate"]
+        assert isinstance(calibrate, Calibrate)
+        assert isinstance(calibrate.sampler, Clean if "clean" in words else MaskedSimulation)
+        assert isinstance(calibrate.weight, Certainty if "cgq" in words else Uniform)
+    assert [p.name for p in recipe.passes[-2:]] == ["pack", "lower"]
+
+
+@pytest.mark.parametrize(("name", "words"), PRESETS.items())
+def test_a_preset_s_description_tells_the_truth(name: str, words: str) -> None:
+    if words.startswith("as "):
+        assert words.split()[1] in PRESETS
+        return
+    weights = next(p for p in as_recipe(name).passes if isinstance(p, QuantizeWeights))
+    group = "per channel" if weights.group_size is None else f"g{weights.group_size}"
+    assert words.startswith(f"{weights.bits}-bit weights {group}")
+    assert ("8-bit activations per token" in words) == ("a8" in name)
+    assert ("GPTQ" in words) == ("gptq" in name)
+    assert ("nearest rounding" in words) == ("gptq" not in name)
+
+
+def test_every_pass_is_named_by_its_file() -> None:
+    files = {p.stem for p in (ROOT / "passes").glob("*.py")} - {"__init__"}
+    assert files == set(PASSES)
+    for name in PASSES:
+        assert pass_class(name).name == name
+        assert pass_class(name).__module__ == f"dlqc.passes.{name}"
+
+
+def test_samplers_and_weights_can_be_named() -> None:
+    for cls in SAMPLERS:
+        assert parse_line(f"calibrate(sampler={cls.name})") == (Calibrate(sampler=cls()),)
+    for weight in WEIGHTS:
+        assert parse_line(f"calibrate(weight={weight.name})") == (Calibrate(weight=weight()),)
+
+
+def preset_table() -> str:
+    rows = [f"| `{name}` | {words} | `{as_recipe(name)}` |" for name, words in PRESETS.items()]
+    return "\n".join(["| name | what it makes | passes |", "|---|---|---|", *rows])
+
+
+def test_the_table_of_the_documentation() -> None:
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    found = page.split("<!-- presets -->\n")[1].strip()
+    assert found == preset_table(), f"put this into docs/recipes.md:\n{preset_table()}"
+
+
+def test_the_examples_of_the_documentation(tmp_path: Path) -> None:
+    """The page shows one recipe in four spellings."""
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    block = dict(re.findall(r"```(\w+)\n(.*?)```", page, flags=re.DOTALL))
+    scope: dict[str, Any] = {}
+    exec(block["python"], scope)
+    expected = as_recipe(scope["passes"]).passes
+    for suffix in ("yaml", "toml"):
+        (tmp_path / f"r.{suffix}").write_text(block[suffix])
+        assert as_recipe(tmp_path / f"r.{suffix}").passes == expected
+    assert parse_line(block["text"].strip()) == expected
+    assert str(Recipe("", expected)) == block["text"].strip()
+
+
+# ---- passes of the user's own --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mine(Pass):
+    """As a user writes one."""
+
+    name: ClassVar[str] = "mine"
+    depth: int
+    ratio: Optional[float] = None  # noqa: UP045  the older spelling must work, too
+    method: Rtn | Gptq | None = None
+    names: tuple[str, ...] = ("a",)
+    free: dict[str, int] = field(default_factory=dict)
+
+
+@pytest.fixture
+def mine(monkeypatch: pytest.MonkeyPatch) -> str:
+    module = types.ModuleType("some_package.passes")
+    module.Mine, module.NoPass = Mine, dict  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "some_package", types.ModuleType("some_package"))
+    monkeypatch.setitem(sys.modules, "some_package.passes", module)
+    monkeypatch.setattr(Mine, "__module__", "some_package.passes")
+    return "some_package.passes.Mine"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"depth": 3},
+        {"depth": 3, "ratio": 0.5, "method": Rtn(clip="mse"), "names": ("x", "y"), "required": False},
+        {"depth": -1, "method": Gptq(damp=0.1), "free": {"a": 1}},
+    ],
+)
+def test_a_user_s_pass(mine: str, options: dict[str, Any], tmp_path: Path) -> None:
+    recipe = Recipe("mine", (Mine(**options), Pack()))
+    assert list(recipe.to_plain()["passes"][0]) == [mine]
+    (tmp_path / "r.yaml").write_text(recipe.to_yaml())
+    assert as_recipe(tmp_path / "r.yaml") == recipe
+    assert as_recipe(str(recipe)).passes == recipe.passes
+
+
+def test_a_user_s_pass_is_not_imported_where_that_is_asked(mine: str) -> None:
+    sys.modules.pop("some_package.passes")
+    recipe = Recipe("mine", (Mine(depth=3, method=Rtn()), Pack()))
+    kept = from_plain(recipe.to_plain(), imports=False)
+    assert kept.passes[1] == Pack()
+    assert isinstance(kept.passes[0], ForeignPass)
+    assert kept.to_plain() == recipe.to_plain()
+    assert from_plain(kept.to_plain(), imports=False) == kept
+
+
+# ---- errors --------------------------------------------------------------------------------------------------------
+
+
+def message(call: Callable[[], object]) -> str:
+    with pytest.raises(RecipeError) as caught:
+        call()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("w4a16-gtpq", "passes: unknown recipe 'w4a16-gtpq'. Did you mean 'w4a16-gptq'?"),
+        ("w5a16-rtn", "passes: unknown recipe 'w5a16-rtn'. Did you mean 'w8a16-rtn'?"),
+        ("quantise_weights", "passes: unknown recipe 'quantise_weights'. Did you mean 'quantize_weights'?"),
+        ("quantise_weights(bits=3)", "passes: unknown pass 'quantise_weights'. Did you mean 'quantize_weights'?"),
+        ("quantize_weights(bit=3)", "quantize_weights: unknown option 'bit'. Did you mean 'bits'?"),
+        ("quantize_weights(3)", "passes: options need names in 'quantize_weights(3)'. Write option=value"),
+        ("quantize_weights(**{})", "passes: options need names in 'quantize_weights(**{})'. Write option=value"),
+        (
+            "quantize_weights(bits=four)",
+            "quantize_weights.bits: 'four' does not fit (Input should be a valid integer, unable to parse string as an "
+            "integer). Expected int",
+        ),
+        ("quantize_weights(bits=True)", "quantize_weights.bits: True does not fit (True is no number or text). Expected int"),
+        ("quantize_weights(bits=5)", "bits: 5 is not a width of an integer weight. Use 2, 3, 4 or 8"),
+        (
+            "quantize_weights(group_size=1.5)",
+            "quantize_weights.group_size: 1.5 does not fit (Input should be a valid integer, got a number with a "
+            "fractional part). Expected int | None",
+        ),
+        (
+            "quantize_weights(method=gpqt)",
+            "quantize_weights.method: unknown choice 'gpqt'. Did you mean 'gptq'?",
+        ),
+        (
+            "quantize_weights(method=rtn(speed=1))",
+            "quantize_weights.method: unknown option 'speed'. Known: clip",
+        ),
+        ("quantize_weights(method=3)", "quantize_weights.method: 3 is neither a name nor {name: options}. See docs/"),
+        ("smooth(sites=edge)", "smooth.sites: 'edge' does not fit (Input should be 'norm' or 'product'). Expected Literal"),
+        ("smooth(alpha=2)", "smooth.alpha: 2.0 is outside [0, 1]. 0.5 is the usual value"),
+        ("calibrate(sequences=open('x'))", "passes: options need names in"),
+        ("calibrate(sequences=1+1)", "passes: '1 + 1' is no plain value. Use numbers and names"),
+        ("calibrate(sequences={[]: 1})", "passes: '{[]: 1}' is no plain value. Use numbers and names"),
+        ("calibrate(sequences=(lambda: 3)())", "passes: 'lambda: 3' is no plain value"),
+        ("calibrate(, pack", "passes: cannot read 'calibrate(, pack'. Write it like: calibrate(sequences=64), pack, lower"),
+        ("pack) or (lower", "passes: cannot read 'pack) or (lower'. Write it like"),
+        ("pack, \0", "passes: cannot read"),
+        ("pack," + "-" * 100_000 + "1", "passes: cannot read"),
+        ("3, 4", "passes: 3 is neither a name nor {name: options}. See docs/recipes.md"),
+        ("pack[0],", "passes: "),
+        ("no_such_module.Pass", "no_such_module.Pass: cannot import the pass (No module named 'no_such_module'). Check"),
+        ("dlqc.contract.Past", "dlqc.contract.Past: cannot import the pass (module 'dlqc.contract' has no attribute"),
+        ("json.loads", "json.loads: not a subclass of dlqc.Pass. Derive it from dlqc.Pass"),
+        ("w4a16-rtn-clean", "w4a16-rtn-clean: -clean goes with gptq only. Use 'w4a16-rtn'"),
+        ("w4a16-g0-rtn", "group_size: a group of 0 input features is impossible"),
+        ("", "passes: unknown recipe ''. Known: calibrate"),
+    ],
+)
+def test_a_text_that_is_no_recipe(text: str, expected: str) -> None:
+    assert message(lambda: as_recipe(text)).startswith(expected)
+
+
+def test_code_in_a_line_is_not_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for line in (
+        "__import__('os').system('touch pwned'), pack",
+        "calibrate(sequences=__import__('os').system('touch pwned'))",
+        "calibrate(sequences=[open(p, 'w') for p in ['pwned']])",
+        "pack) or open('pwned', 'w') or (pack",
+    ):
+        message(lambda line=line: as_recipe(line))  # type: ignore[misc]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ([], "recipe: a recipe is a mapping with a list 'passes'. See docs/recipes.md for the shape"),
+        ({}, "recipe: a recipe is a mapping with a list 'passes'"),
+        ({"passes": "pack"}, "recipe: a recipe is a mapping with a list 'passes'"),
+        ({"passes": [], "nam": "x"}, "recipe: unknown key 'nam'. Did you mean 'name'?"),
+        ({"passes": [3]}, "recipe: 3 is neither a name nor {name: options}"),
+        ({"passes": [{"pack": {}, "lower": {}}]}, "recipe: {'pack': {}, 'lower': {}} is neither a name nor"),
+        ({"passes": [{"pack": [1]}]}, "recipe: {'pack': [1]} is neither a name nor"),
+        ({"passes": [{"pack": {1: 2}}]}, "pack: unknown option 1. Known: required"),
+        ({"passes": ["..x"]}, "passes: unknown pass '..x'. Known: calibrate"),
+        ({"passes": [""]}, "passes: unknown pass ''. Known: calibrate"),
+    ],
+)
+def test_data_that_is_no_recipe(data: Any, expected: str) -> None:
+    assert message(lambda: from_plain(data)).startswith(expected)
+
+
+def test_an_option_that_is_missing(mine: str) -> None:
+    assert message(lambda: as_recipe(mine)) == f"{mine}: option 'depth' is missing. Write depth=…"
+
+
+def test_a_module_that_fails_on_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_pass.py").write_text("1/0")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert message(lambda: as_recipe("broken_pass.Pass")).startswith(
+        "broken_pass.Pass: cannot import the pass (division by zero). Check the import path"
+    )
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        (5, "passes: 5 is no recipe. Give Pass objects, a preset name, a file, or one line of text"),
+        (None, "passes: None is no recipe. Give"),
+        ([Pack(), "lower"], "passes: 'lower' is no pass. Give Pass objects"),
+        ([Pack], "passes: <class 'dlqc.passes.pack.Pack'> is no pass. Give Pass objects"),
+    ],
+)
+def test_an_object_that_is_no_recipe(source: Any, expected: str) -> None:
+    assert message(lambda: as_recipe(source)).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("r.yaml", None, "r.yaml: the recipe cannot be read. Check the path"),
+        ("r.yaml", "passes: [", "r.yaml: not valid: while parsing"),
+        ("r.yaml", "!!python/object/apply:os.system ['true']", "r.yaml: not valid: could not determine a constructor"),
+        ("r.toml", "passes = [", "r.toml: not valid: "),
+        ("r.toml", "passes = 3", "r.toml: a recipe is a mapping with a list 'passes'"),
+        ("r.json", "{}", "r.json: is no recipe file. Recipe files end in .yaml, .yml or .toml"),
+    ],
+)
+def test_a_file_that_is_no_recipe(name: str, text: str | None, expected: str, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    assert message(lambda: as_recipe(tmp_path / name)).startswith(f"{tmp_path}/{expected}")
+
+
+def test_a_file_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_bytes(b"\xff\xfe\xff")
+    assert "r.yaml: the recipe cannot be read" in message(lambda: as_recipe(tmp_path / "r.yaml"))
+
+
+def test_recipes_may_be_compared_and_are_frozen() -> None:
+    assert as_recipe("w4a16-gptq") != as_recipe("w4a16-gptq-clean")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        as_recipe("w4a16-gptq").name = "x"  # type: ignore[misc]
+    assert Smooth(alpha=0.5) == Smooth()
