@@ -65,7 +65,8 @@ def main(
     after = [gflops(torch.float32), gflops(torch.float64)]
     steps = {step.name: step.seconds for step in compiled.report.steps}
     result = {
-        "command": f"python benchmarks/compile_block.py --out {out.name} --recipe {recipe} --scale {scale} --sequences {sequences}",
+        "command": "python benchmarks/compile_block.py "
+        f"--out {out.name} --recipe {recipe} --scale {scale} --sequences {sequences}",
         "machine": {
             "processor": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),

@@ -141,19 +141,21 @@ def measure(subject: Subject) -> dict[str, Any]:
             try:
                 compiled = dlqc.compile(subject.model, recipe, calibration=subject.calibration, **options)
             except DlqcError as error:
-                result["arms"].setdefault(bits, {})[method] = {"recipe": recipe, "refused": str(error)}
+                result["arms"].setdefault(bits, {})[method] = {"recipe": recipe, "refused": str(error).split(" (")[0]}
                 typer.echo(f"{subject.name} {bits} {method}: {error}")
                 continue
             seconds = time.perf_counter() - started
             found = scores(subject, compiled, original)
-            kept[method] = found["nll"].mean(1)
+            kept[method] = {"nll": found["nll"].mean(1), "kl": found["kl"]}
             storage = compiled.report.storage
             entry = {"recipe": recipe, "seconds": seconds, "bits": storage.bits_per_quantized_weight}
             result["arms"].setdefault(bits, {})[method] = entry | summary(found, base["nll"])
             typer.echo(f"{subject.name} {bits} {method}: {mean_interval((found['nll'] - base['nll']).mean(1))}")
         masked, clean = "GPTQ, masked states (MCS)", "GPTQ, clean text"
         if masked in kept and clean in kept:
-            result.setdefault("masked_minus_clean", {})[bits] = plain(mean_interval(kept[masked] - kept[clean]))
+            result.setdefault("masked_minus_clean", {})[bits] = {
+                name: plain(mean_interval(kept[masked][name] - kept[clean][name])) for name in ("nll", "kl")
+            }
     return result
 
 
@@ -168,12 +170,9 @@ def markdown(results: dict[str, Any], command: str) -> str:
     ]
     for name, found in results["models"].items():
         fp = found["fp32"]["nll"]
-        lines += [
-            f"## {name}",
-            "",
-            f"Full precision: masked NLL {_interval(fp, 4)} nats ({found['rows']} rows, mask ratios ",
-        ]
-        lines[-1] += f"{', '.join(f'{r:g}' for r in RATIOS)}). Differences are paired; brackets are 95 % intervals.", ""
+        ratios = ", ".join(f"{r:g}" for r in RATIOS)
+        head = f"Full precision: masked NLL {_interval(fp, 4)} nats ({found['rows']} rows, mask ratios {ratios})."
+        lines += [f"## {name}", "", f"{head} Differences are paired; brackets are 95 % intervals.", ""]
         lines += [
             "| bits | method | bits per weight | NLL difference | at 6 % masked | KL | top-1 agreement |",
             "|---|---|--:|--:|--:|--:|--:|",
@@ -196,8 +195,9 @@ def markdown(results: dict[str, Any], command: str) -> str:
             "GPTQ on masked states minus GPTQ on clean text, paired (negative: masking the calibration helps):",
             "",
         ]
-        for bits, interval in found.get("masked_minus_clean", {}).items():
-            lines.append(f"- {bits}: {_interval(interval, 4)}")
+        lines += ["| bits | NLL | KL |", "|---|--:|--:|"]
+        for bits, pair in found.get("masked_minus_clean", {}).items():
+            lines.append(f"| {bits} | {_interval(pair['nll'], 4)} | {_interval(pair['kl'], 4)} |")
         lines.append("")
     return "\n".join(lines)
 

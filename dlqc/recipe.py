@@ -240,7 +240,12 @@ def pass_class(name: str) -> type[Pass]:
 
 def _build(cls: type[Any], options: Mapping[str, Any], where: str) -> Any:
     """Make a frozen dataclass from plain options, checking names and types."""
-    hints = typing.get_type_hints(cls)
+    try:
+        hints = typing.get_type_hints(cls)
+    except NameError as error:
+        raise RecipeError(
+            f"the type of an option is unknown ({error})", where=where, remedy="Import it in the pass's module"
+        ) from error
     fields = {f.name: f for f in dataclasses.fields(cls)}
     values = {}
     for key, value in options.items():

@@ -8,10 +8,9 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Optional
+from typing import Any, Literal
 
 import pytest
 import yaml
@@ -242,26 +241,39 @@ def test_the_examples_of_the_documentation(tmp_path: Path) -> None:
 # ---- passes of the user's own --------------------------------------------------------------------------------------
 
 
+SOURCE = """
+from __future__ import annotations
+from dataclasses import dataclass, field
+from typing import ClassVar, Optional
+from dlqc.contract import Pass
+from dlqc.rounding.gptq import Gptq
+from dlqc.rounding.rtn import Rtn
+
 @dataclass(frozen=True)
 class Mine(Pass):
-    """As a user writes one."""
-
     name: ClassVar[str] = "mine"
     depth: int
-    ratio: Optional[float] = None  # noqa: UP045  the older spelling must work, too
+    ratio: Optional[float] = None
     method: Rtn | Gptq | None = None
     names: tuple[str, ...] = ("a",)
     free: dict[str, int] = field(default_factory=dict)
 
+@dataclass(frozen=True)
+class Nameless(Pass):
+    name: ClassVar[str] = "nameless"
+    option: Forgotten = None
+"""
+
 
 @pytest.fixture
-def mine(monkeypatch: pytest.MonkeyPatch) -> str:
-    module = types.ModuleType("some_package.passes")
-    module.Mine, module.NoPass = Mine, dict  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "some_package", types.ModuleType("some_package"))
-    monkeypatch.setitem(sys.modules, "some_package.passes", module)
-    monkeypatch.setattr(Mine, "__module__", "some_package.passes")
-    return "some_package.passes.Mine"
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The import path of a pass as a user writes one."""
+    (tmp_path / "their_package").mkdir()
+    (tmp_path / "their_package" / "passes.py").write_text(SOURCE)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "their_package.passes.Mine"
+    for name in ("their_package", "their_package.passes"):
+        sys.modules.pop(name, None)
 
 
 @pytest.mark.parametrize(
@@ -273,7 +285,7 @@ def mine(monkeypatch: pytest.MonkeyPatch) -> str:
     ],
 )
 def test_a_user_s_pass(mine: str, options: dict[str, Any], tmp_path: Path) -> None:
-    recipe = Recipe("mine", (Mine(**options), Pack()))
+    recipe = Recipe("mine", (pass_class(mine)(**options), Pack()))
     assert list(recipe.to_plain()["passes"][0]) == [mine]
     (tmp_path / "r.yaml").write_text(recipe.to_yaml())
     assert as_recipe(tmp_path / "r.yaml") == recipe
@@ -281,9 +293,10 @@ def test_a_user_s_pass(mine: str, options: dict[str, Any], tmp_path: Path) -> No
 
 
 def test_a_user_s_pass_is_not_imported_where_that_is_asked(mine: str) -> None:
-    sys.modules.pop("some_package.passes")
-    recipe = Recipe("mine", (Mine(depth=3, method=Rtn()), Pack()))
+    recipe = Recipe("mine", (pass_class(mine)(depth=3, method=Rtn()), Pack()))
+    sys.modules.pop("their_package.passes")
     kept = from_plain(recipe.to_plain(), imports=False)
+    assert "their_package.passes" not in sys.modules
     assert kept.passes[1] == Pack()
     assert isinstance(kept.passes[0], ForeignPass)
     assert kept.to_plain() == recipe.to_plain()
@@ -387,6 +400,13 @@ def test_data_that_is_no_recipe(data: Any, expected: str) -> None:
 
 def test_an_option_that_is_missing(mine: str) -> None:
     assert message(lambda: as_recipe(mine)) == f"{mine}: option 'depth' is missing. Write depth=…"
+
+
+def test_an_option_whose_type_is_unknown(mine: str) -> None:
+    nameless = mine.replace("Mine", "Nameless")
+    assert message(lambda: as_recipe(nameless)) == (
+        f"{nameless}: the type of an option is unknown (name 'Forgotten' is not defined). Import it in the pass's module"
+    )
 
 
 def test_a_module_that_fails_on_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
