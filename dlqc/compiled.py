@@ -94,7 +94,8 @@ def build_module(graph: fx.Graph, weights: Weights) -> fx.GraphModule:
             # spelled out in generated code.
             buffers[key] = f"{re.sub(r'[^0-9A-Za-z]', '_', name)}_{len(buffers)}"
             value = weights.value(name, dtype)
-            # A checkpoint tensor may be a view of a memory-mapped file that is read-only: own what will run.
-            root.register_buffer(buffers[key], value.clone() if value is constant.leaf else value)
+            # A checkpoint tensor is the user's, or a view of a file mapped read-only: own what will run.
+            shared = value.untyped_storage().data_ptr() == constant.leaf.untyped_storage().data_ptr()
+            root.register_buffer(buffers[key], value.clone() if shared else value)
         node.target = buffers[key]
     return fx.GraphModule(root, graph, class_name="DlqcModule")

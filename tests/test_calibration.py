@@ -259,7 +259,9 @@ def test_too_short() -> None:
 
 @pytest.mark.parametrize("data", [Path("nowhere"), Path("nowhere.bin"), "nowhere.txt", "folder/nowhere.jsonl"])
 def test_no_such_file(data: Any) -> None:
-    with pytest.raises(CalibrationError, match=r"nowhere\S*: there is no such file\. Give a text file, texts, or token"):
+    with pytest.raises(
+        CalibrationError, match=r"nowhere\S*: there is no such file\. Give a text file, texts, or token"
+    ):
         take(data)
 
 
@@ -283,7 +285,9 @@ def test_the_tokenizer_of_another_model() -> None:
 
 @pytest.mark.parametrize("length", [0, -3])
 def test_rows_of_nothing(length: int) -> None:
-    with pytest.raises(CalibrationError, match=rf"^calibration: rows of {length} tokens hold nothing\. Use length=128$"):
+    with pytest.raises(
+        CalibrationError, match=rf"^calibration: rows of {length} tokens hold nothing\. Use length=128$"
+    ):
         take("some text", length=length)
 
 
@@ -299,7 +303,9 @@ def test_rows_of_nothing(length: int) -> None:
     ],
 )
 def test_ids_of_the_wrong_type_or_shape(ids: torch.Tensor, said: str) -> None:
-    message = rf"^calibration: token ids must be integers \[rows, length\], not {said}\. Give a tensor of int64 with two"
+    message = (
+        rf"^calibration: token ids must be integers \[rows, length\], not {said}\. Give a tensor of int64 with two"
+    )
     with pytest.raises(CalibrationError, match=message):
         take(ids)
 

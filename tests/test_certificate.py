@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -103,8 +104,6 @@ def test_block_probes_are_plain_spiky_and_alike(case: CaseMaker) -> None:
 
 
 def test_probes_fit_a_short_model(case: CaseMaker) -> None:
-    import dataclasses
-
     k = case("llada")
     k.ctx.spec = dataclasses.replace(k.ctx.spec, max_length=4)
     assert certificate._probes(k.graph, k.ctx)[0].shape == (5, 4)

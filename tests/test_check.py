@@ -133,7 +133,13 @@ def test_l3_a_shape_that_is_not_the_constants(case: CaseMaker) -> None:
 
 @pytest.mark.parametrize(
     ("target", "name"),
-    [(os.system, "system"), (math.sin, "sin"), (torch.nn.functional.linear, "linear"), (aten.relu, "relu"), (eval, "eval")],
+    [
+        (os.system, "system"),
+        (math.sin, "sin"),
+        (torch.nn.functional.linear, "linear"),
+        (aten.relu, "relu"),
+        (eval, "eval"),
+    ],
 )
 def test_l4_a_function_outside_the_allowed_ops(case: CaseMaker, target: Any, name: str) -> None:
     k = case("llada")
@@ -224,7 +230,12 @@ def swap(k: Any, role: int, tensor: torch.Tensor) -> None:
         (False, 1, torch.zeros(64, 60, dtype=torch.uint8), r"codes 'planted' is \[64, 60\], must be \[64, 64\]"),
         (False, 1, torch.zeros(64, 64, dtype=torch.int8), r"codes 'planted' is torch\.int8, must be torch\.uint8"),
         (False, 2, torch.ones(64, 3, dtype=torch.bfloat16), r"scales 'planted' is \[64, 3\], must be \[64, 2\]"),
-        (False, 2, torch.ones(64, 2, dtype=torch.float64), r"scales 'planted' is torch\.float64, must be torch\.bfloat16"),
+        (
+            False,
+            2,
+            torch.ones(64, 2, dtype=torch.float64),
+            r"scales 'planted' is torch\.float64, must be torch\.bfloat16",
+        ),
         (False, 3, torch.zeros(2, 64, dtype=torch.uint8), r"zeros 'planted' is \[2, 64\], must be \[64, 2\]"),
         (False, 3, torch.zeros(64, 2), r"zeros 'planted' is torch\.float32, must be torch\.uint8"),
         (False, 4, torch.zeros(63), r"bias is not a constant of shape \[64\]"),
@@ -330,7 +341,9 @@ def test_l9_packed_and_lowered(case: CaseMaker) -> None:
 @pytest.mark.parametrize("name", ["llada", "layer norm"])
 def test_l9_unit_gain(case: CaseMaker, name: str) -> None:
     k = case(name)
-    message = r"law L9 .*: fact 'unit-gain' does not hold: the gain '\S+' of %\w+ is not one, though linears alone read it"
+    message = (
+        r"law L9 .*: fact 'unit-gain' does not hold: the gain '\S+' of %\w+ is not one, though linears alone read it"
+    )
     refused(k, message, {"unit-gain"})
     k.apply(FoldNormScale())
     judge(k, {"unit-gain"})

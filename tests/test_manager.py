@@ -101,9 +101,7 @@ def untouched(k: Any, mark: str) -> None:
         ),
     ],
 )
-def test_a_wrong_order_is_refused_with_the_remedy(
-    case: CaseMaker, passes: tuple[Pass, ...], message: str
-) -> None:
+def test_a_wrong_order_is_refused_with_the_remedy(case: CaseMaker, passes: tuple[Pass, ...], message: str) -> None:
     k = case("llada")
     mark = fingerprint(k.graph, k.ctx.weights)
     with pytest.raises(ContractError, match=message):
@@ -139,7 +137,9 @@ def test_all_offenders_are_listed_at_once_and_nothing_is_changed(case: CaseMaker
 
 def test_a_long_list_is_cut(case: CaseMaker) -> None:
     k = case("llada")
-    with pytest.raises(FeasibilityError, match=r"do not divide by group 40 \(use 32, 64.* \(and 6 more\)\. Nothing was"):
+    with pytest.raises(
+        FeasibilityError, match=r"do not divide by group 40 \(use 32, 64.* \(and 6 more\)\. Nothing was"
+    ):
         PassManager((CALIBRATE, QuantizeWeights(4, 40))).check_feasibility(k.graph, k.ctx)
 
 

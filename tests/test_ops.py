@@ -34,9 +34,7 @@ def operands(fmt: IntFormat, *, bias: bool) -> tuple[torch.Tensor, ...]:
 def test_linear_q_is_its_formula(fmt: IntFormat, shape: tuple[int, ...], bias: bool) -> None:
     codes, scales, zeros, b = operands(fmt, bias=bias)
     x = torch.randn(shape, dtype=torch.float64)
-    points = (
-        torch.full_like(scales, fmt.midpoint).double() if zeros is None else zeros.double()
-    )
+    points = torch.full_like(scales, fmt.midpoint).double() if zeros is None else zeros.double()
     each = 24 // scales.shape[1]
     weight = (codes.double() - points.repeat_interleave(each, 1)) * scales.double().repeat_interleave(each, 1)
     expected = x @ weight.T + (0 if b is None else b.double())

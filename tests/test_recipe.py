@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from dlqc.calibration import SAMPLERS, WEIGHTS, Certainty, Clean, MaskedSimulation, Uniform
 from dlqc.contract import Pass
-from dlqc.errors import RecipeError
+from dlqc.errors import DlqcError, RecipeError
 from dlqc.manager import PassManager
 from dlqc.passes.calibrate import Calibrate
 from dlqc.passes.lower import Lower
@@ -63,11 +63,12 @@ def options_of(hint: Any) -> st.SearchStrategy[Any]:
 def built(draw: st.DrawFn, cls: type[Any]) -> Any:
     """An instance with some options set; those that its own checks refuse are drawn again."""
     hints = typing.get_type_hints(cls)
-    chosen = draw(st.sets(st.sampled_from([f.name for f in dataclasses.fields(cls)])))
+    names = [f.name for f in dataclasses.fields(cls)]
+    chosen = draw(st.sets(st.sampled_from(names))) if names else set()
     for _ in range(20):
         try:
             return cls(**{name: draw(options_of(hints[name])) for name in sorted(chosen)})
-        except RecipeError:
+        except DlqcError:
             continue
     return cls()
 

@@ -43,7 +43,7 @@ class Odd(nn.Module):
         x = x.masked_fill(self.blocked, -math.inf).softmax(-1)
         x = x + torch.zeros(8, device="cpu", layout=torch.strided) + torch.arange(8).to(torch.float64).float()
         x = x + torch.div(x, 3, rounding_mode="floor") + torch.nn.functional.gelu(x, approximate="tanh")
-        x = torch.cat([x[:, :1], x[:, 1:]], dim=1).reshape(-1, ids.shape[1], 8)
+        x = torch.cat([x[..., :3], x[..., 3:]], dim=2).reshape(-1, ids.shape[1], 8)
         return self.head(x)
 
 

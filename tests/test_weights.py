@@ -64,7 +64,9 @@ def test_modified_vectors_are_stored_in_float32_and_matrices_as_they_were(
 
 
 def test_arithmetic_uses_the_stored_value_and_float64_the_exact_one() -> None:
-    weights = make(torch.ones(2, 2, dtype=torch.bfloat16), ScaleColumns(torch.tensor([1 / 3, 1.0], dtype=torch.float64)))
+    weights = make(
+        torch.ones(2, 2, dtype=torch.bfloat16), ScaleColumns(torch.tensor([1 / 3, 1.0], dtype=torch.float64))
+    )
     third = weights.value("w", torch.float32)[0, 0]
     assert third == torch.tensor(1 / 3).to(torch.bfloat16).float()
     assert weights.value("w", torch.float64)[0, 0] == 1 / 3

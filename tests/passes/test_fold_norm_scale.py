@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from dlqc.certificate import deviation
 from dlqc.check import check
 from dlqc.contract import Declined
 from dlqc.graph import fingerprint, structure
+from dlqc.passes import fold_norm_scale
 from dlqc.passes.fold_norm_scale import FoldNormScale
 
 CaseMaker = Callable[..., Any]
@@ -101,8 +103,6 @@ def test_declines_a_weight_that_the_embedding_reads(case: CaseMaker) -> None:
 
 
 def test_declines_a_declared_tie(case: CaseMaker) -> None:
-    import dataclasses
-
     k = case("layer norm")
     old = k.ctx.weights["layers.1.up.weight"]
     k.ctx.weights.define("layers.1.up.weight", dataclasses.replace(old, aliases=("layers.1.up.weight", "other.weight")))
@@ -170,8 +170,6 @@ def test_twice_is_once(case: CaseMaker, name: str) -> None:
 
 
 def test_a_planted_error_is_seen(case: CaseMaker, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dlqc.passes import fold_norm_scale
-
     monkeypatch.setattr(fold_norm_scale, "Ones", lambda: fold_norm_scale.ScaleColumns(torch.ones(1)))
     k = case("llada")
     before = k.forward(k.ids(), torch.float64)

@@ -1,0 +1,254 @@
+"""quantize_weights: codes are the method's, sites are the blocks' linears, the rest stays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dlqc.check import check
+from dlqc.contract import Declined
+from dlqc.errors import CalibrationError, ContractError, FeasibilityError, RecipeError
+from dlqc.execute import Executor, placeholder
+from dlqc.formats.integer import IntFormat, QuantizedWeight
+from dlqc.graph import LINEAR, fingerprint, is_call, linears
+from dlqc.manager import PassManager
+from dlqc.ops import LINEAR_Q
+from dlqc.passes.calibrate import Calibrate
+from dlqc.passes.fold_norm_scale import FoldNormScale
+from dlqc.passes.quantize_weights import QuantizeWeights
+from dlqc.rounding.gptq import Gptq
+from dlqc.rounding.rtn import Rtn
+
+CaseMaker = Callable[..., Any]
+CALIBRATE = Calibrate(sequences=6, length=16)
+
+
+def dequantized(k: Any, name: str, fmt: IntFormat) -> torch.Tensor:
+    parts = [k.ctx.weights.value(f"{name}.{role}") for role in ("codes", "scales")]
+    zeros = None if fmt.symmetric else k.ctx.weights.value(f"{name}.zeros")
+    return QuantizedWeight(*parts, zeros, fmt).dequantize()
+
+
+def quantize(k: Any, *passes: Any) -> Any:
+    """Run the passes; gives the report of the last."""
+    return PassManager(passes).run(k.graph, k.ctx)[-1][1]
+
+
+@pytest.mark.parametrize("name", ["llada", "llada bf16", "llada grouped bias", "dream", "layer norm"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_rtn_is_the_format_applied_to_every_weight(case: CaseMaker, name: str, symmetric: bool) -> None:
+    k = case(name)
+    state = k.model.state_dict()
+    fmt = IntFormat(4, 32, symmetric)
+    inside = [s.name for b in k.ctx.blocks for s in linears(b.nodes(k.graph), k.ctx.weights)]
+    everything = [n for n, m in k.model.named_modules() if isinstance(m, nn.Linear)]
+    report = quantize(k, QuantizeWeights(4, 32, symmetric, Rtn()))
+    assert report.sites == len(inside)
+    assert sorted(report.details) == sorted(inside)
+    for site in inside:
+        expected = fmt.quantize(state[f"{site}.weight"])
+        assert torch.equal(k.ctx.weights.value(f"{site}.codes"), expected.codes)
+        assert torch.equal(k.ctx.weights.value(f"{site}.scales"), expected.scales)
+        assert (f"{site}.zeros" in k.ctx.weights) == (not symmetric)
+        assert f"{site}.weight" not in k.ctx.weights
+        n, features = state[f"{site}.weight"].shape
+        assert report.details[site] == {"bits_per_weight": fmt.bits_per_weight(n, features)}
+    left = [s.name for s in linears(k.graph.nodes, k.ctx.weights)]
+    assert left == [n for n in everything if n not in inside]
+    assert len(left) == 1  # the head
+
+
+@pytest.mark.parametrize("name", ["llada", "dream", "layer norm", "shared"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_graph_computes_with_the_dequantized_weights(case: CaseMaker, name: str, dtype: torch.dtype) -> None:
+    """Equal to the captured graph with dequantized weights in place of the originals."""
+    k, plain = case(name), case(name)
+    fmt = IntFormat(3, 32, False)
+    report = quantize(k, QuantizeWeights(3, 32, False, Rtn()))
+    for site in report.details:
+        plain.ctx.weights.put(f"{site}.weight", dequantized(k, site, fmt))
+    found, expected = k.forward(k.ids(), dtype), plain.forward(k.ids(), dtype)
+    # The same products in the same order.
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12 if dtype is torch.float64 else 1e-4)
+    assert not torch.allclose(expected, case(name).forward(k.ids(), dtype), atol=1e-2)
+
+
+def test_folds_come_in_before_rounding(case: CaseMaker) -> None:
+    k = case("llada")
+    quantize(k, FoldNormScale(), QuantizeWeights(4, 32, method=Rtn()))
+    state, name = k.model.state_dict(), "model.transformer.blocks.1.up_proj"
+    exact = state[f"{name}.weight"].double() * state["model.transformer.blocks.1.ff_norm.weight"].double()
+    assert torch.equal(k.ctx.weights.value(f"{name}.codes"), IntFormat(4, 32, False).quantize(exact).codes)
+
+
+def test_gptq_is_better_than_rtn_in_its_own_loss(case: CaseMaker) -> None:
+    k = case("llada")
+    report = quantize(k, CALIBRATE, QuantizeWeights(3, 32))
+    assert len(report.details) == 14
+    for name, numbers in report.details.items():
+        assert numbers["loss"] < numbers["loss_rtn"], name
+        assert 0 < numbers["sqnr_db"] < 60
+    # The same loss, written out for a linear of the first block, whose inputs no rounding has changed.
+    name = "model.transformer.blocks.0.v_proj"
+    clean = case("llada")
+    site = next(s for s in linears(clean.graph.nodes, clean.ctx.weights) if s.name == name)
+    run = Executor(clean.graph, clean.ctx.weights, [placeholder(clean.graph)], [site.x])
+    x = run(k.ctx.states.ids)[0].reshape(-1, 64).double()
+    weight, fmt = clean.model.state_dict()[f"{name}.weight"].double(), IntFormat(3, 32, False)
+    loss = (x @ (weight - dequantized(k, name, fmt).double()).T).square().sum()
+    rtn = (x @ (weight - fmt.quantize(weight).dequantize().double()).T).square().sum()
+    assert report.details[name]["loss"] == pytest.approx(float(loss), rel=1e-3)
+    assert loss < 0.8 * rtn
+
+
+def test_gptq_is_better_than_rtn_at_the_logits(case: CaseMaker) -> None:
+    clean = case("llada")
+    expected = clean.forward(clean.ctx.rows.ids).softmax(-1)
+    errors = []
+    for method in (Gptq(), Rtn()):
+        k = case("llada")
+        quantize(k, Calibrate(sequences=64, length=16), QuantizeWeights(3, 32, method=method))
+        errors.append(float((k.forward(k.ctx.rows.ids).softmax(-1) - expected).abs().mean()))
+    assert errors[0] < errors[1]
+
+
+# Declines
+
+
+@pytest.mark.parametrize(
+    ("skip", "kept"),
+    [
+        (("*.q_proj",), 2),
+        (("*.blocks.1.*",), 7),
+        (("*.q_proj", "*.k_proj", "model.transformer.blocks.0.ff_out"), 5),
+        (("nothing",), 0),
+    ],
+)
+def test_declines_what_skip_names(case: CaseMaker, skip: tuple[str, ...], kept: int) -> None:
+    k = case("llada")
+    p = QuantizeWeights(4, 32, method=Rtn(), skip=skip)
+    plan = PassManager((p,)).plan(k.graph, k.ctx)
+    report = quantize(k, p)
+    assert report.sites == 14 - kept == len(plan.sites)
+    assert len(report.declined) == kept
+    assert {d.reason for d in report.declined} <= {"named by skip="}
+    for declined in report.declined:
+        assert plan.kept[declined.site] == "named by skip="
+        assert torch.equal(
+            k.ctx.weights.value(f"{declined.site}.weight"), k.model.state_dict()[f"{declined.site}.weight"]
+        )
+    if "*.q_proj" in skip:
+        assert Declined("model.transformer.blocks.0.q_proj", "named by skip=") in report.declined
+
+
+def test_outside_the_blocks_nothing_is_a_site(case: CaseMaker) -> None:
+    k = case("llada tied")
+    p = QuantizeWeights(4, 32, method=Rtn())
+    plan = PassManager((p,)).plan(k.graph, k.ctx)
+    assert plan.kept == {"model.transformer.wte": "outside the repeated blocks"}
+    assert quantize(k, p).sites == 14
+    assert "model.transformer.wte.weight" in k.ctx.weights
+
+
+def test_everything_skipped_leaves_the_graph_identical(case: CaseMaker) -> None:
+    k = case("llada")
+    mark = fingerprint(k.graph, k.ctx.weights)
+    k.ctx.block = k.ctx.blocks[0]
+    report = k.apply(QuantizeWeights(4, 32, method=Rtn(), skip=("*",)))
+    assert (report.sites, len(report.declined)) == (0, 7)
+    assert fingerprint(k.graph, k.ctx.weights) == mark
+
+
+# Shared weights
+
+
+@pytest.mark.parametrize("method", [Rtn(), Gptq()])
+def test_a_shared_weight_is_rounded_once(case: CaseMaker, method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    k = case("shared")
+    rounded: list[torch.Tensor] = []
+    original = type(method).round
+
+    def spy(self: Any, weight: torch.Tensor, *args: Any) -> Any:
+        rounded.append(weight)
+        return original(self, weight, *args)
+
+    monkeypatch.setattr(type(method), "round", spy)
+    report = quantize(k, CALIBRATE, QuantizeWeights(4, 32, method=method))
+    assert len(rounded) == 2
+    assert report.sites == 2
+    calls = [n for n in k.graph.nodes if is_call(n, LINEAR_Q)]
+    assert len(calls) == 6
+    assert len({str(n.args[1].target) for n in calls}) == 2
+    assert sum(is_call(n, LINEAR) for n in k.graph.nodes) == 1
+
+
+# Options, errors, law
+
+
+def test_groups_that_do_not_divide_are_listed_with_what_would(case: CaseMaker) -> None:
+    k = case("llada")
+    mark = fingerprint(k.graph, k.ctx.weights)
+    message = (
+        r"^model\.transformer\.blocks\.0\.ff_out: 96 input features do not divide by group 64 "
+        r"\(use 32, or exclude it with skip=\); model\.transformer\.blocks\.1\.ff_out: .*Nothing was changed or written$"
+    )
+    with pytest.raises(FeasibilityError, match=message):
+        quantize(k, QuantizeWeights(4, 64, method=Rtn()))
+    assert fingerprint(k.graph, k.ctx.weights) == mark
+    assert quantize(k, QuantizeWeights(4, 64, method=Rtn(), skip=("*.ff_out",))).sites == 12
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bits": 5}, r"^bits: 5 is not a width of an integer weight\. Use 2, 3, 4 or 8$"),
+        ({"group_size": 0}, r"^group_size: a group of 0 input features is impossible"),
+    ],
+)
+def test_impossible_options(options: dict[str, int], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        QuantizeWeights(**options)
+
+
+def test_gptq_asks_for_states_and_rtn_does_not() -> None:
+    assert QuantizeWeights().needed_facts() - QuantizeWeights(method=Rtn()).needed_facts() == {"states"}
+    assert QuantizeWeights().statistics() == {"hessian"}
+    assert QuantizeWeights(method=Rtn()).statistics() == frozenset()
+
+
+def test_an_error_names_the_layer(case: CaseMaker) -> None:
+    k = case("llada")
+    k.ctx.block = k.ctx.blocks[1]
+    with pytest.raises(CalibrationError, match="gptq needs the statistic 'hessian'") as caught:
+        k.apply(QuantizeWeights(4, 32))
+    assert caught.value.__notes__ == ["while rounding model.transformer.blocks.1.q_proj"]
+
+
+@pytest.mark.parametrize("group", [None, 32])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_law_holds_and_more_bits_are_closer(case: CaseMaker, bits: int, group: int | None) -> None:
+    k = case("dream")
+    quantize(k, QuantizeWeights(bits, group, False, Rtn()))
+    check(k.graph, k.ctx.weights, k.ctx.spec, {"quantized-weights", "float-activations"}, after="quantize_weights")
+    state = k.model.state_dict()
+    for name in ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"):
+        weight = state[f"{name}.weight"]
+        # Half a step of the widest group, and the rounding of the scale to bfloat16.
+        bound = float(weight.max() - weight.min()) / (2**bits - 1) * (0.5 + 2**bits * 2.0**-8)
+        error = (dequantized(k, name, IntFormat(bits, group, False)) - weight).abs().max()
+        assert float(error) <= bound
+        assert float(error) > bound / 100
+
+
+def test_running_it_twice_is_refused_by_its_facts(case: CaseMaker) -> None:
+    k = case("llada")
+    p = QuantizeWeights(4, 32, method=Rtn())
+    with pytest.raises(
+        ContractError, match=r"needs 'float-weights', which does not hold here\. Move 'quantize_weights'"
+    ):
+        PassManager((p, p)).run(k.graph, k.ctx)
+    assert not any(is_call(n, LINEAR_Q) for n in k.graph.nodes)
