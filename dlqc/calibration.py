@@ -15,6 +15,7 @@ sampler goes with any weight and any method.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +107,7 @@ class ForwardProcess(StateSampler):
         order = torch.randperm(count, generator=generator)
         t = (order + torch.rand(count, generator=generator)) / count
         masked = torch.rand(count, length, generator=generator) < t[:, None]
-        masked[:, : int(self.prompt * length)] = False
+        masked[:, : math.floor(self.prompt * length + 1e-9)] = False
         return masked, t
 
 
@@ -140,7 +141,7 @@ class MaskedSimulation(StateSampler):
         level = ((order + offset) * self.timesteps / count).floor().clamp(max=self.timesteps - 1)
         t = ((level + 1) / self.timesteps).float()
         masked = torch.rand(count, length, generator=generator) < t[:, None]
-        masked[:, : int(self.prefix * length)] = False
+        masked[:, : math.floor(self.prefix * length + 1e-9)] = False
         return masked, t
 
 

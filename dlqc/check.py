@@ -277,7 +277,7 @@ def _unit_gain(graph: fx.Graph, weights: Weights) -> Iterator[str]:
             yield f"the gain {gain!r} of %{node.name} is not one, though linears alone read it"
 
 
-def _no_float_linear_left(graph: fx.Graph, weights: Weights) -> Iterator[str]:
+def _some_quantized(graph: fx.Graph, weights: Weights) -> Iterator[str]:
     if not any(is_call(node, LINEAR_Q, LINEAR_PACKED) or _is_kernel(node) for node in graph.nodes):
         yield "no linear is quantized"
 
@@ -291,7 +291,7 @@ FACT_CHECKS: dict[str, Callable[[fx.Graph, Weights], Iterator[str]]] = {
     "float-weights": _no_call(LINEAR_Q),
     "float-activations": _no_call(QUANTIZE_ACT),
     "unit-gain": _unit_gain,
-    "quantized-weights": _no_float_linear_left,
+    "quantized-weights": _some_quantized,
     "packed": _no_call(LINEAR_Q),
     "lowered": _no_call(LINEAR_PACKED),
 }

@@ -209,11 +209,11 @@ def _telling_lengths(nodes: Sequence[fx.Node], ids: fx.Node, weights: Weights) -
             if leaf.is_meta:
                 return None
             numbers.extend(leaf.shape)
-            if leaf.numel() == 1:
+            if leaf.numel() == 1 and not leaf.is_floating_point():
                 numbers.append(int(leaf.abs().clamp(max=1 << 31)))
         leaves = torch.utils._pytree.tree_leaves((node.args, node.kwargs))
-        # 2**31 and beyond stand for "to the end" in slices, or for minus infinity in additive masks.
-        numbers.extend(int(abs(n)) for n in leaves if isinstance(n, int | float) and abs(n) < 1 << 31)
+        # Positions are integers; 2**31 and beyond stand for "to the end" in slices. Floats are what a mask adds.
+        numbers.extend(abs(n) for n in leaves if isinstance(n, int) and abs(n) < 1 << 31)
     longest = _longest(ids)
     far = min(max(numbers, default=0) + 2, longest)
     return sorted({min(5, longest), min(12, longest), far}) if far <= _LONGEST_MASK else None

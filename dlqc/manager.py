@@ -26,7 +26,7 @@ from dlqc.check import check
 from dlqc.contract import FACTS_OF_CAPTURE, Context, Pass, PassReport, Plan
 from dlqc.errors import ContractError, FeasibilityError
 from dlqc.execute import Executor, placeholder
-from dlqc.graph import linears
+from dlqc.graph import fingerprint, linears
 from dlqc.stats import Collector
 
 Progress = Callable[[str, int, int], None]
@@ -59,9 +59,9 @@ class PassManager:
     progress: Progress | None = None
     reports: list[tuple[Pass, PassReport]] = field(default_factory=list)
 
-    def check_order(self) -> None:
+    def check_order(self, holding: Iterable[str] = FACTS_OF_CAPTURE) -> None:
         """Refuse a pipeline in which a pass needs a fact that does not hold, and say what to do."""
-        facts: set[str] = set(FACTS_OF_CAPTURE)
+        facts: set[str] = set(holding)
         broken_by: dict[str, str] = {}
         for p in self.passes:
             for fact in sorted(p.needed_facts() - facts):
@@ -100,7 +100,7 @@ class PassManager:
 
     def run(self, graph: fx.Graph, ctx: Context) -> list[tuple[Pass, PassReport]]:
         """Run all passes; gives their reports in order."""
-        self.check_order()
+        self.check_order(ctx.facts)
         self.check_feasibility(graph, ctx)
         for scope, group in itertools.groupby(self.passes, key=lambda p: p.scope):
             members = list(group)
@@ -115,7 +115,7 @@ class PassManager:
         for instrument in self.instruments:
             instrument.before(p, graph, ctx)
         try:
-            report = certified(p, graph, ctx)
+            report = self._apply(p, graph, ctx)
             ctx.facts = (ctx.facts - p.invalidates) | p.gives
             self._settle(p, graph, ctx, report)
         except Exception as error:
@@ -124,6 +124,17 @@ class PassManager:
         for instrument in self.instruments:
             instrument.after(p, graph, ctx, report)
         self.reports.append((p, report))
+
+    def _apply(self, p: Pass, graph: fx.Graph, ctx: Context) -> PassReport:
+        """Apply a pass and hold it to what it says: a certificate if it claims to be exact, no change if it reports none."""
+        before = fingerprint(graph, ctx.weights)
+        report = certified(p, graph, ctx)
+        if report.sites == 0 and fingerprint(graph, ctx.weights) != before:
+            raise ContractError(
+                f"pass {p.name!r} reports that it changed nothing, but the graph or its constants changed",
+                remedy=f"This is a fault of {p.name!r}: count every site that it rewrites",
+            )
+        return report
 
     def _settle(self, p: Pass, graph: fx.Graph, ctx: Context, report: PassReport) -> None:
         """The law, and the rule that a pass which was asked to rewrite something did."""
@@ -165,7 +176,7 @@ class PassManager:
                     started = time.perf_counter()
                     ctx.stats = flow.collect(block, p.statistics()) if flow and p.statistics() else {}
                     try:
-                        total.merge(certified(p, graph, ctx))
+                        total.merge(self._apply(p, graph, ctx))
                         check(graph, ctx.weights, ctx.spec, lasting, after=f"pass {p.name!r}", propagate=False)
                     except Exception as error:
                         error.add_note(f"in block {block.index} of {len(ctx.blocks)}")

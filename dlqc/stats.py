@@ -51,7 +51,7 @@ class Collector:
                 where=site.name,
                 remedy="Check the weights before this layer and the calibration text",
             )
-        c = self._row_weights if self._row_weights.numel() == x.shape[0] else torch.ones(x.shape[0])
+        c = self._weights_for(node, x.shape[0])
         k = x.shape[1]
         sums = self._sums.setdefault(node, {})
         if "count" in self.wanted:
@@ -71,6 +71,20 @@ class Collector:
                 sums["hessian"] += product
             else:
                 sums["hessian"] = product.double()
+
+    def _weights_for(self, node: fx.Node, rows: int) -> torch.Tensor:
+        """c [rows]; a linear that reads other rows than the tokens can only be weighed evenly."""
+        c = self._row_weights
+        if c.numel() == rows:
+            return c
+        if bool((c == c[0]).all()):
+            return torch.ones(rows)
+        site = next(s for s in self._sites if s.x is node)
+        raise CalibrationError(
+            f"reads {rows} rows where the states have {c.numel()} tokens, so token weights do not apply",
+            where=site.name,
+            remedy="Use weight=uniform, or exclude it with skip=",
+        )
 
     def result(self) -> dict[str, dict[str, torch.Tensor]]:
         """Statistics by weight name. Linears that read the same value share the tensors."""

@@ -13,8 +13,9 @@ one, so a saved and reloaded model computes what the model in memory computes.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -67,12 +68,14 @@ Fold = ScaleColumns | ScaleRows | Ones | Rows
 class Constant:
     """One named constant: `leaf` as it lies in the checkpoint, then `folds` in order.
 
-    `aliases` are other names of the same tensor in the checkpoint (declared ties).
+    `aliases` are other names of the same tensor in the checkpoint (declared ties). `serial` tells one expression from
+    another without looking at numbers.
     """
 
     leaf: torch.Tensor
     folds: tuple[Fold, ...] = ()
     aliases: tuple[str, ...] = ()
+    serial: int = field(default_factory=itertools.count().__next__, init=False)
 
     @property
     def shape(self) -> torch.Size:
@@ -147,9 +150,9 @@ class Weights(Mapping[str, Constant]):
         return value.to(dtype) if dtype is not None and value.is_floating_point() else value
 
     def fingerprint(self) -> str:
-        """Hash of what the constants are made of: names, leaves by identity, folds by identity."""
+        """Hash of which expression each name stands for."""
         digest = hashlib.sha256()
         for name in sorted(self._constants):
             constant = self._constants[name]
-            digest.update(repr((name, id(constant.leaf), tuple(id(f) for f in constant.folds))).encode())
+            digest.update(repr((name, constant.serial)).encode())
         return digest.hexdigest()

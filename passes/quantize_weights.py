@@ -25,6 +25,7 @@ from torch import fx
 
 from dlqc.backend import LinearSpec
 from dlqc.contract import Context, Declined, Pass, PassReport, Plan, matches
+from dlqc.errors import nearest
 from dlqc.formats.integer import IntFormat
 from dlqc.graph import Linear, arg, call_before, linears, read, replace, sweep
 from dlqc.ops import LINEAR_Q
@@ -72,6 +73,9 @@ class QuantizeWeights(Pass):
         return self.method.statistics
 
     def plan(self, graph: fx.Graph, ctx: Context, plan: Plan) -> None:
+        names = [site.name for site in linears(graph.nodes, ctx.weights)]
+        for pattern in (p for p in self.skip if not any(matches(name, [p]) for name in names)):
+            plan.problems.append(f"skip pattern {pattern!r} matches no linear; {nearest(pattern, names[:8])}, …")
         inside = {node for block in ctx.blocks for node in block.nodes(graph)}
         for site in linears(graph.nodes, ctx.weights):
             if site.node not in inside:

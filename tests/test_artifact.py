@@ -265,6 +265,49 @@ class TestRoundTrip:
         assert torch.equal(loaded(given), q(given))
 
 
+def test_the_format_is_what_its_page_says(originals: Path, models: dict[str, dlqc.Compiled]) -> None:
+    """A reader written from docs/format.md alone, without safetensors, dlqc or torch's packing."""
+    folder, site = originals / "w3", "model.transformer.blocks.1.up_proj"
+    assert json.loads((folder / "manifest.json").read_text())["format"] == 1
+    page = (Path(__file__).parent.parent / "docs" / "format.md").read_text(encoding="utf-8")
+    assert f"# The artifact, format {FORMAT}\n" in page
+    raw = (folder / "weights.safetensors").read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+
+    def stored(role: str) -> tuple[list[int], str, bytes]:
+        entry = header[f"{site}.{role}"]
+        start, end = entry["data_offsets"]
+        return entry["shape"], entry["dtype"], raw[8 + size :][start:end]
+
+    def codes(role: str, count: int, bits: int) -> list[list[int]]:
+        (rows, width), dtype, data = stored(role)
+        assert (width, dtype) == (4 * -(-count * bits // 32), "U8")
+        streams = [int.from_bytes(data[r * width : (r + 1) * width], "little") for r in range(rows)]
+        return [[(s >> (k * bits)) & (2**bits - 1) for k in range(count)] for s in streams]
+
+    graph = json.loads((folder / "graph.json").read_text())
+    constants = {n["target"]: n["name"] for n in graph["nodes"] if n["op"] == "get_attr"}
+    (node,) = (
+        n
+        for n in graph["nodes"]
+        if n.get("target") == "dlqc.linear_packed.default"
+        and n["args"][1] == {"node": constants[f"{site}.codes_packed"]}
+    )
+    *_, bits, group = node["args"]
+    assert (bits, group, node["module"].endswith("up_proj")) == (3, 64, True)
+    (rows, groups), dtype, data = stored("scales")
+    assert dtype == "BF16"
+    words = [int.from_bytes(data[i : i + 2], "little") << 16 for i in range(0, len(data), 2)]
+    scales = torch.tensor(words, dtype=torch.int64).to(torch.int32).view(torch.float32).reshape(rows, groups)
+    zeros = torch.tensor(codes("zeros_packed", groups, bits))
+    values = torch.tensor(codes("codes_packed", 64, bits)).reshape(rows, groups, -1)
+    found = ((values - zeros[..., None]) * scales[..., None]).reshape(rows, 64)
+
+    expected = QuantizeWeights(bits=3, group_size=64).format.quantize(llada().get_parameter(f"{site}.weight").data)
+    assert torch.equal(found, expected.dequantize())
+
+
 class TestSaving:
     def test_reports_a_fresh_process(self, models: dict[str, dlqc.Compiled], tmp_path: Path) -> None:
         saved = models["w2"].save(tmp_path / "new" / "folder")
@@ -356,9 +399,7 @@ class TestFullDisk:
         assert torch.equal(dlqc.load(artifact, backend="reference")(ids()), models["w4a16"](ids()))
 
     @pytest.mark.parametrize("limit", [100, 20_000, 200_000])
-    def test_the_system_refuses_to_write_on(
-        self, limit: int, models: dict[str, dlqc.Compiled], artifact: Path
-    ) -> None:
+    def test_the_system_refuses_to_write_on(self, limit: int, models: dict[str, dlqc.Compiled], artifact: Path) -> None:
         """A real limit on file size: the weights (with 200,000 all but the last bytes) or nothing fits."""
         old = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
@@ -509,7 +550,9 @@ class TestFolders:
         path = artifact / "weights.safetensors"
         size = path.stat().st_size
         path.write_bytes(path.read_bytes()[:-10])
-        refused(artifact, f"weights.safetensors: has {size - 10} bytes, the manifest says {size}. The file is truncated")
+        refused(
+            artifact, f"weights.safetensors: has {size - 10} bytes, the manifest says {size}. The file is truncated"
+        )
         sign(artifact)
         refused(artifact, "weights.safetensors: cannot be read")
 

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 import dlqc
 from dlqc.contract import Plan
 from dlqc.diffusion.spec import DiffusionSpec
-from dlqc.errors import CalibrationError, ContractError, DlqcError, FeasibilityError, LoweringError, ModelError, RecipeError
+from dlqc.errors import (
+    CalibrationError,
+    ContractError,
+    DlqcError,
+    FeasibilityError,
+    LoweringError,
+    ModelError,
+    RecipeError,
+)
 from dlqc.instruments import Dump
 from dlqc.models.llada import LLaDAConfig, LLaDAModelLM
 from dlqc.passes.lower import Lower
@@ -55,7 +63,9 @@ class TestResult:
                 module.weight.data = fmt.quantize(module.weight.data).dequantize()
         expected = rounded(rows()).logits.detach()
         assert torch.allclose(q(rows()), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
-        assert not torch.allclose(q(rows()), model(rows()).logits.detach(), rtol=0, atol=1e-2 * float(expected.abs().max()))
+        assert not torch.allclose(
+            q(rows()), model(rows()).logits.detach(), rtol=0, atol=1e-2 * float(expected.abs().max())
+        )
 
     def test_the_model_is_not_changed(self) -> None:
         model = llada()
@@ -198,7 +208,9 @@ class TestRefusedBeforeWork:
 
         model = llada()
         model.tokenizer = Tokenizer()  # type: ignore[assignment]
-        words = "the text has 5 tokens, which do not fill one row of 32. Give at least 32 tokens, or set a smaller length="
+        words = (
+            "the text has 5 tokens, which do not fill one row of 32. Give at least 32 tokens, or set a smaller length="
+        )
         self.refused(CalibrationError, words, model, passes="w4a16-g32-gptq", calibration="short")
 
 

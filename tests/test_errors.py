@@ -88,7 +88,11 @@ def test_messages_are_clauses_and_remedies_are_sentences() -> None:
         what, remedy = parts.get("what", "{}"), parts.get("remedy", "{}")
         if what.rstrip().endswith(".") or what != what.strip() or "\n" in what:
             wrong.append(f"{place}: {what!r}")
-        if remedy.endswith(".") or remedy != remedy.strip() or not (remedy[:1].isupper() or remedy[:1] in "{0123456789"):
+        if (
+            remedy.endswith(".")
+            or remedy != remedy.strip()
+            or not (remedy[:1].isupper() or remedy[:1] in "{0123456789")
+        ):
             wrong.append(f"{place}: {remedy!r}")
         if {k.arg for k in call.keywords} - {"where", "remedy"}:
             wrong.append(f"{place}: unknown keyword")

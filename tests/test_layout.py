@@ -75,11 +75,7 @@ def test_every_pass_has_a_test() -> None:
 @pytest.fixture(scope="module")
 def loaded() -> dict[str, object]:
     """What a fresh process has after importing every module, with the root on the path."""
-    modules = [
-        ".".join(p.relative_to(ROOT if p.is_relative_to(ROOT / "dlqc") else ROOT).with_suffix("").parts)
-        for p in files("dlqc")
-        if not linked(p)
-    ]
+    modules = [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in files("dlqc") if not linked(p)]
     modules += ["dlqc." + ".".join(p.relative_to(ROOT).with_suffix("").parts) for p in files(*LINKED)]
     names = [m.removesuffix(".__init__") for m in modules if not m.endswith("__main__")]
     script = (

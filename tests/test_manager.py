@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import fx
 
-from dlqc.contract import Context, Declined, Pass, PassReport, Plan
+from dlqc.contract import FACTS_OF_CAPTURE, Context, Declined, Pass, PassReport, Plan
 from dlqc.errors import ContractError, FeasibilityError
 from dlqc.execute import Executor, forward, placeholder
 from dlqc.graph import LINEAR, aten, fingerprint, is_call, linears, structure
@@ -103,10 +103,31 @@ def untouched(k: Any, mark: str) -> None:
 )
 def test_a_wrong_order_is_refused_with_the_remedy(case: CaseMaker, passes: tuple[Pass, ...], message: str) -> None:
     k = case("llada")
+    k.ctx.facts = set(FACTS_OF_CAPTURE)
     mark = fingerprint(k.graph, k.ctx.weights)
     with pytest.raises(ContractError, match=message):
         PassManager(passes).run(k.graph, k.ctx)
     untouched(k, mark)
+
+
+def test_a_context_that_has_states_can_run_smooth_alone(case: CaseMaker) -> None:
+    k = case("llada")
+    (only,) = PassManager((Smooth(),)).run(k.graph, k.ctx)
+    assert only[1].sites == 4
+
+
+def test_a_pass_that_reports_no_change_must_not_have_changed_anything(case: CaseMaker) -> None:
+    @dataclass(frozen=True)
+    class Secretive(Pass):
+        name: ClassVar[str] = "secretive"
+
+        def apply(self, graph: fx.Graph, ctx: Context) -> PassReport:
+            ctx.weights.fold(next(iter(ctx.weights)), ScaleColumns(torch.ones(1)))
+            return PassReport()
+
+    k = case("llada")
+    with pytest.raises(ContractError, match=r"pass 'secretive' reports that it changed nothing, but .* changed"):
+        PassManager((Secretive(required=False),)).run(k.graph, k.ctx)
 
 
 def test_the_right_order_is_taken() -> None:

@@ -328,7 +328,10 @@ def message(call: Callable[[], object]) -> str:
             "quantize_weights.bits: 'four' does not fit (Input should be a valid integer, unable to parse string as an "
             "integer). Expected int",
         ),
-        ("quantize_weights(bits=True)", "quantize_weights.bits: True does not fit (True is no number or text). Expected int"),
+        (
+            "quantize_weights(bits=True)",
+            "quantize_weights.bits: True does not fit (True is no number or text). Expected int",
+        ),
         ("quantize_weights(bits=5)", "bits: 5 is not a width of an integer weight. Use 2, 3, 4 or 8"),
         (
             "quantize_weights(group_size=1.5)",
@@ -344,19 +347,28 @@ def message(call: Callable[[], object]) -> str:
             "quantize_weights.method: unknown option 'speed'. Known: clip",
         ),
         ("quantize_weights(method=3)", "quantize_weights.method: 3 is neither a name nor {name: options}. See docs/"),
-        ("smooth(sites=edge)", "smooth.sites: 'edge' does not fit (Input should be 'norm' or 'product'). Expected Literal"),
+        (
+            "smooth(sites=edge)",
+            "smooth.sites: 'edge' does not fit (Input should be 'norm' or 'product'). Expected Literal",
+        ),
         ("smooth(alpha=2)", "smooth.alpha: 2.0 is outside [0, 1]. 0.5 is the usual value"),
         ("calibrate(sequences=open('x'))", "passes: options need names in"),
         ("calibrate(sequences=1+1)", "passes: '1 + 1' is no plain value. Use numbers and names"),
         ("calibrate(sequences={[]: 1})", "passes: '{[]: 1}' is no plain value. Use numbers and names"),
         ("calibrate(sequences=(lambda: 3)())", "passes: 'lambda: 3' is no plain value"),
-        ("calibrate(, pack", "passes: cannot read 'calibrate(, pack'. Write it like: calibrate(sequences=64), pack, lower"),
+        (
+            "calibrate(, pack",
+            "passes: cannot read 'calibrate(, pack'. Write it like: calibrate(sequences=64), pack, lower",
+        ),
         ("pack) or (lower", "passes: cannot read 'pack) or (lower'. Write it like"),
         ("pack, \0", "passes: cannot read"),
         ("pack," + "-" * 100_000 + "1", "passes: cannot read"),
         ("3, 4", "passes: 3 is neither a name nor {name: options}. See docs/recipes.md"),
         ("pack[0],", "passes: "),
-        ("no_such_module.Pass", "no_such_module.Pass: cannot import the pass (No module named 'no_such_module'). Check"),
+        (
+            "no_such_module.Pass",
+            "no_such_module.Pass: cannot import the pass (No module named 'no_such_module'). Check",
+        ),
         ("dlqc.contract.Past", "dlqc.contract.Past: cannot import the pass (module 'dlqc.contract' has no attribute"),
         ("json.loads", "json.loads: not a subclass of dlqc.Pass. Derive it from dlqc.Pass"),
         ("w4a16-rtn-clean", "w4a16-rtn-clean: -clean goes with gptq only. Use 'w4a16-rtn'"),

@@ -17,7 +17,9 @@ from dlqc.contract import PassReport
 from dlqc.models.llada import LLaDAConfig, LLaDAModelLM
 from dlqc.report import Report, Step, Storage
 
-SMOOTHED = "calibrate(sequences=4, length=16), smooth, quantize_weights(group_size=32, skip=('*.up_proj',)), pack, lower"
+SMOOTHED = (
+    "calibrate(sequences=4, length=16), smooth, quantize_weights(group_size=32, skip=('*.up_proj',)), pack, lower"
+)
 
 
 def compiled(recipe: object, dtype: torch.dtype = torch.float32, **options: object) -> dlqc.Compiled:
@@ -101,7 +103,9 @@ class TestRender:
     def test_tells_what_each_pass_did(self, smoothed: dlqc.Compiled) -> None:
         text = smoothed.explain()
         lines = text.splitlines()
-        assert lines[0].startswith("LLaDAModelLM → custom: calibrate(sequences=4, length=16), smooth, quantize_weights(")
+        assert lines[0].startswith(
+            "LLaDAModelLM → custom: calibrate(sequences=4, length=16), smooth, quantize_weights("
+        )
         assert "backend reference" in text
         assert "captured " in text
         head = next(i for i, line in enumerate(lines) if line.startswith("pass "))

@@ -125,7 +125,6 @@ def test_gptq_is_better_than_rtn_at_the_logits(case: CaseMaker) -> None:
         (("*.q_proj",), 2),
         (("*.blocks.1.*",), 7),
         (("*.q_proj", "*.k_proj", "model.transformer.blocks.0.ff_out"), 5),
-        (("nothing",), 0),
     ],
 )
 def test_declines_what_skip_names(case: CaseMaker, skip: tuple[str, ...], kept: int) -> None:
@@ -252,3 +251,10 @@ def test_running_it_twice_is_refused_by_its_facts(case: CaseMaker) -> None:
     ):
         PassManager((p, p)).run(k.graph, k.ctx)
     assert not any(is_call(n, LINEAR_Q) for n in k.graph.nodes)
+
+
+def test_a_skip_pattern_that_names_nothing_is_a_problem_before_any_work(case: CaseMaker) -> None:
+    k = case("llada")
+    passes = (QuantizeWeights(4, 32, method=Rtn(), skip=("*.q_porj",)),)
+    with pytest.raises(FeasibilityError, match=r"skip pattern '\*\.q_porj' matches no linear; "):
+        PassManager(passes).run(k.graph, k.ctx)
