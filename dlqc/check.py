@@ -9,7 +9,7 @@ A legal dlqc graph is well formed, typed, and tells the truth about itself:
     L5  every value has a fake `val`, and propagating shapes again gives the same rank, static sizes and dtype
     L6  a matrix is read by one module only, unless it is a declared tie or an embedding that is the head, too
     L7  each quantized linear has codes, scales and zero points of the right shape and dtype
-    L8  attention masks are of the class that the model declares
+    L8  where the model declares full attention, no attention is causal (masks are classified by computing them)
     L9  the facts that passes claim hold
 
 `check` raises a ContractError that names the law's number, the node, and what is wrong.
@@ -282,6 +282,12 @@ def _some_quantized(graph: fx.Graph, weights: Weights) -> Iterator[str]:
         yield "no linear is quantized"
 
 
+def _activations_quantized(graph: fx.Graph, weights: Weights) -> Iterator[str]:
+    for node in graph.nodes:
+        if is_call(node, LINEAR_Q, LINEAR_PACKED) and not is_call(args_of(node)[0], QUANTIZE_ACT):
+            yield f"%{node.name} reads activations that are not quantized"
+
+
 def _is_kernel(node: fx.Node) -> bool:
     target = node.target
     return isinstance(target, torch._ops.OpOverload) and target.namespace not in ("aten", "dlqc")
@@ -292,6 +298,7 @@ FACT_CHECKS: dict[str, Callable[[fx.Graph, Weights], Iterator[str]]] = {
     "float-activations": _no_call(QUANTIZE_ACT),
     "unit-gain": _unit_gain,
     "quantized-weights": _some_quantized,
+    "quantized-activations": _activations_quantized,
     "packed": _no_call(LINEAR_Q),
     "lowered": _no_call(LINEAR_PACKED),
 }

@@ -77,13 +77,16 @@ def plan(
     recipe: RecipeOption = "w4a16-gptq",
     backend: Backend = "auto",
     mask_id: MaskId = None,
+    trust_remote_code: Trust = False,
     bidirectional: Bidirectional = False,
     as_json: Json = False,
 ) -> None:
     """Say what compiling would do, without touching a weight: sites, sizes, kernels, problems."""
     from dlqc.planning import plan_report
 
-    found = plan_report(_model(model, False, bidirectional, meta=True), recipe, backend=backend, mask_id=mask_id)
+    found = plan_report(
+        _model(model, trust_remote_code, bidirectional, meta=True), recipe, backend=backend, mask_id=mask_id
+    )
     if as_json:
         _print_json(found.to_plain())
     else:
@@ -103,17 +106,19 @@ def generate(
     seed: Annotated[int, typer.Option(help="of all noise")] = 0,
     backend: Backend = "auto",
     mask_id: MaskId = None,
+    trust_remote_code: Trust = False,
+    bidirectional: Bidirectional = False,
     as_json: Json = False,
 ) -> None:
     """Write text by denoising."""
     from dlqc.diffusion.generate import generate as run
     from dlqc.models.describe import spec_of
 
-    loaded = _any(model, backend)
+    loaded = _any(model, backend, trust_remote_code, bidirectional)
     spec = spec_of(loaded, mask_id=mask_id)
     options: dict[str, Any] = {"gen_length": length, "steps": steps, "temperature": temperature}
-    if not spec.shift:
-        options["block_length"] = block or length
+    if block is not None or not spec.shift:
+        options["block_length"] = block or length  # refused by name where the sampler has no blocks
     made = run(loaded, prompt, spec=spec, seed=seed, progress=not as_json and sys.stderr.isatty(), **options)
     if as_json:
         facts = {"nfe": made.nfe, "tokens_per_forward": made.tokens_per_forward, "seconds": made.seconds}
@@ -136,6 +141,8 @@ def eval_command(
     seed: Annotated[int, typer.Option(help="of masks and items")] = 0,
     backend: Backend = "auto",
     mask_id: MaskId = None,
+    trust_remote_code: Trust = False,
+    bidirectional: Bidirectional = False,
     as_json: Json = False,
 ) -> None:
     """Masked NLL by mask ratio, with intervals; with --against also KL and agreement."""
@@ -143,11 +150,11 @@ def eval_command(
     from dlqc.models.describe import spec_of
     from dlqc.models.load import load_tokenizer
 
-    loaded = _any(model, backend)
+    loaded = _any(model, backend, trust_remote_code, bidirectional)
     spec, tokenizer = spec_of(loaded, mask_id=mask_id), load_tokenizer(loaded)
     ids = rows_to_measure(tokenizer, spec, text, length=length)[:rows]
     columns = {}
-    reference = _any(against, backend) if against else None
+    reference = _any(against, backend, trust_remote_code, bidirectional) if against else None
     options: dict[str, Any] = {"tokenizer": tokenizer, "task_items": tasks, "seed": seed}
     if reference is not None and against is not None:
         columns[against] = evaluate(reference, ids, spec, **options)
@@ -224,13 +231,13 @@ def _model(source: str, trust_remote_code: bool, bidirectional: bool, meta: bool
     return load_model(source, trust_remote_code=trust_remote_code, bidirectional=both, meta=meta)
 
 
-def _any(source: str, backend: str) -> nn.Module:
+def _any(source: str, backend: str, trust_remote_code: bool = False, bidirectional: bool = False) -> nn.Module:
     """An artifact if the folder holds one, else a model."""
     if (Path(source) / "manifest.json").is_file():
         from dlqc.artifact import load
 
         return load(source, backend=backend)
-    return _model(source, False, False)
+    return _model(source, trust_remote_code, bidirectional)
 
 
 def _print_json(data: Any) -> None:

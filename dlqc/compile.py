@@ -26,12 +26,13 @@ from dlqc.contract import FACTS_OF_CAPTURE, Context, Pass, Plan
 from dlqc.diffusion.fidelity import fidelity
 from dlqc.diffusion.spec import DiffusionSpec
 from dlqc.execute import forward
-from dlqc.graph import copy_graph
+from dlqc.graph import copy_graph, is_call
 from dlqc.instruments import Timing
 from dlqc.manager import Instrument, PassManager
 from dlqc.manager import Progress as Tick
 from dlqc.models.describe import spec_of
 from dlqc.models.load import check_finite, load_tokenizer
+from dlqc.ops import QUANTIZE_ACT
 from dlqc.recipe import Recipe, _line, as_recipe
 from dlqc.report import Report, Step, measure_storage, versions
 from dlqc.weights import Weights
@@ -82,6 +83,7 @@ def compile(
         plan = manager.plan(captured.graph, context)
         reports = manager.run(captured.graph, context)
     graph, weights = stored.kept or (copy_graph(captured.graph), context.weights.clone())
+    cost = _fidelity(original, (captured.graph, context.weights), context)
     steps = [Step.of(p, _line(p), r, record) for (p, r), record in zip(reports, timing.records, strict=True)]
     report = Report(
         model=getattr(model, "dlqc_source", type(model).__name__).rstrip("/").split("/")[-1],
@@ -92,7 +94,8 @@ def compile(
         capture=outcome,
         steps=steps,
         storage=measure_storage(original[1], graph, weights, plan.kept),
-        fidelity=_fidelity(original, (captured.graph, context.weights), context),
+        fidelity=cost,
+        notes=_notes(cost, captured.graph),
         versions=versions(),
     )
     return Compiled(
@@ -162,13 +165,25 @@ def _fidelity(
     before, after = (partial(forward, *pair) for pair in (original, result))
     table = fidelity(before, after, clean, context.spec, ratios=_MEASURE_RATIOS, seed=context.seed)
     costs = zip(table.ratios, table.kl_by_ratio, table.agreement_by_ratio, strict=True)
-    return {f"{ratio:g}": {"kl": kl.mean, "agreement": agreement.mean} for ratio, kl, agreement in costs}
+    return {
+        f"{ratio:g}": {"kl": kl.mean, "agreement": agreement.mean, "rows": kl.count} for ratio, kl, agreement in costs
+    }
+
+
+def _notes(cost: dict[str, dict[str, float]], graph: fx.Graph) -> list[str]:
+    """What the reader should not have to find out alone."""
+    notes = []
+    if not cost:
+        notes.append("KL and agreement were not measured (no calibration rows, or too large): use dlqc eval --against")
+    if any(is_call(node, QUANTIZE_ACT) for node in graph.nodes):
+        notes.append("activation quantization is simulated at sites that no kernel took over")
+    return notes
 
 
 def _rows(calibration: Text | None, model: nn.Module, spec: DiffusionSpec, recipe: Recipe) -> TokenRows | None:
     if calibration is None:
         return None
-    length = next((p.length for p in recipe.passes if hasattr(p, "length")), 128)
+    length = next((int(getattr(p, "length", 128)) for p in recipe.passes if p.name == "calibrate"), 128)
     return rows_from(calibration, tokenizer=load_tokenizer(model), spec=spec, length=length)
 
 

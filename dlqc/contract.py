@@ -108,7 +108,7 @@ class Context:
         block: the block at hand while a block-scoped pass runs, else None.
         stats: statistics of the inputs of the block's linears: weight name → statistic → tensor.
         facts: what holds now.
-        notes: sentences for the report.
+        blocks: the stack of blocks, in order.
     """
 
     weights: Weights

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dlqc.backend import BACKENDS, LinearSpec, load_backend
+from dlqc.backend import BACKENDS, LinearSpec, choose_kernel, load_backend
 from dlqc.errors import DlqcError
 from dlqc.formats.activation import ActFormat
 from dlqc.formats.integer import IntFormat
@@ -59,14 +59,7 @@ def _backend(name: str) -> dict[str, str]:
         return {"not available": str(error)}
     rows = {}
     for scheme, spec in _PROBES.items():
-        refusals = {}
-        for kernel in backend.kernels:
-            reason = kernel.supports(spec)
-            if reason is None:
-                note = kernel.note(spec)
-                rows[scheme] = f"{kernel.name}{f' ({note})' if note else ''}"
-                break
-            refusals[kernel.name] = reason
-        else:
-            rows[scheme] = f"none: {refusals}"
+        kernel, refusals = choose_kernel(backend, spec)
+        note = kernel.note(spec) if kernel else f"{refusals}"
+        rows[scheme] = f"{kernel.name if kernel else 'none'}{f' ({note})' if note else ''}"
     return rows

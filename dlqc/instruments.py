@@ -46,30 +46,44 @@ class Timing(Instrument):
 
     def after(self, p: Pass, graph: fx.Graph, ctx: Context, report: PassReport) -> None:
         self.records.append(
-            Record(report.metrics.pop("seconds", time.perf_counter() - self._start[id(p)]), peak_memory())
+            Record(report.metrics.get("seconds", time.perf_counter() - self._start[id(p)]), peak_memory())
         )
 
 
 class Dump(Instrument):
-    """Writes `NN-pass.txt` and `NN-pass.diff` after every pass, and `error-pass.txt` where one fails."""
+    """Writes `NN-pass.txt` and `NN-pass.diff` after every pass, and `error-pass.txt` where one fails.
+
+    For a pass of a nested pipeline the difference has one part a block, under a line that names it.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         self._folder = Path(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
         self._last: list[str] = []
         self._count = 0
+        self._parts: dict[int, list[str]] = {}
 
     def before(self, p: Pass, graph: fx.Graph, ctx: Context) -> None:
         if not self._last:
             self._last = self._write("00-capture.txt", graph)
 
+    def after_block(self, p: Pass, graph: fx.Graph, ctx: Context, report: PassReport) -> None:
+        block = "" if ctx.block is None else f"# block {ctx.block.index}\n"
+        self._parts.setdefault(id(p), []).append(block + self._difference(graph))
+
     def after(self, p: Pass, graph: fx.Graph, ctx: Context, report: PassReport) -> None:
         self._count += 1
         name = f"{self._count:02d}-{p.name}"
-        lines = self._write(f"{name}.txt", graph)
-        diff = difflib.unified_diff(self._last, lines, "before", "after", lineterm="", n=1)
-        (self._folder / f"{name}.diff").write_text("\n".join(diff) + "\n")
+        parts = self._parts.pop(id(p), None) or [self._difference(graph)]
+        self._write(f"{name}.txt", graph)
+        (self._folder / f"{name}.diff").write_text("\n".join(parts) + "\n")
+
+    def _difference(self, graph: fx.Graph) -> str:
+        """What changed since the last look."""
+        lines = structure(graph).splitlines()
+        diff = list(difflib.unified_diff(self._last, lines, "before", "after", lineterm="", n=1))
         self._last = lines
+        return "\n".join(diff)
 
     def on_error(self, p: Pass, graph: fx.Graph, ctx: Context, error: Exception) -> None:
         self._write(f"error-{p.name}.txt", graph)

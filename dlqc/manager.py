@@ -37,6 +37,8 @@ class Instrument:
 
     def before(self, p: Pass, graph: fx.Graph, ctx: Context) -> None: ...
 
+    def after_block(self, p: Pass, graph: fx.Graph, ctx: Context, report: PassReport) -> None: ...
+
     def after(self, p: Pass, graph: fx.Graph, ctx: Context, report: PassReport) -> None: ...
 
     def on_error(self, p: Pass, graph: fx.Graph, ctx: Context, error: Exception) -> None: ...
@@ -64,6 +66,12 @@ class PassManager:
         facts: set[str] = set(holding)
         broken_by: dict[str, str] = {}
         for p in self.passes:
+            if "lowered" in facts:
+                raise ContractError(
+                    f"pass {p.name!r} comes after the graph is lowered, and an artifact holds the graph before that",
+                    where="passes",
+                    remedy=f"Move {p.name!r} before 'lower'",
+                )
             for fact in sorted(p.needed_facts() - facts):
                 raise ContractError(
                     f"pass {p.name!r} needs {fact!r}, which does not hold here",
@@ -129,7 +137,13 @@ class PassManager:
         """Apply a pass and hold it to what it says: a certificate if it claims to be exact, no change if it reports none."""
         before = fingerprint(graph, ctx.weights)
         report = certified(p, graph, ctx)
-        if report.sites == 0 and fingerprint(graph, ctx.weights) != before:
+        changed = fingerprint(graph, ctx.weights) != before
+        if report.sites and not changed and p.gives - {"states"}:
+            raise ContractError(
+                f"pass {p.name!r} reports {report.sites} sites, but nothing changed",
+                remedy=f"This is a fault of {p.name!r}: count only what it rewrites",
+            )
+        if report.sites == 0 and changed:
             raise ContractError(
                 f"pass {p.name!r} reports that it changed nothing, but the graph or its constants changed",
                 remedy=f"This is a fault of {p.name!r}: count every site that it rewrites",
@@ -174,14 +188,17 @@ class PassManager:
                 for p, total in zip(passes, totals, strict=True):
                     self._tick(f"{p.name} block {block.index + 1}", block.index, len(ctx.blocks))
                     started = time.perf_counter()
-                    ctx.stats = flow.collect(block, p.statistics()) if flow and p.statistics() else {}
                     try:
-                        total.merge(self._apply(p, graph, ctx))
+                        ctx.stats = flow.collect(block, p.statistics()) if flow and p.statistics() else {}
+                        report = self._apply(p, graph, ctx)
                         check(graph, ctx.weights, ctx.spec, lasting, after=f"pass {p.name!r}", propagate=False)
                     except Exception as error:
                         error.add_note(f"in block {block.index} of {len(ctx.blocks)}")
                         self._failed(p, graph, ctx, error)
                         raise
+                    total.merge(report)
+                    for instrument in self.instruments:
+                        instrument.after_block(p, graph, ctx, report)
                     ctx.stats = {}
                     # The share of the pass in the nested pipeline, its statistics included.
                     total.metrics["seconds"] = total.metrics.get("seconds", 0.0) + time.perf_counter() - started

@@ -146,7 +146,8 @@ class Report:
         console.print(self._storage_lines())
         for ratio, cost in self.fidelity.items():
             console.print(
-                f"at {float(ratio):.0%} masked: KL {cost['kl']:.4f} nats, top-1 agreement {cost['agreement']:.1%}"
+                f"on {int(cost['rows'])} calibration rows, {float(ratio):.0%} masked: KL {cost['kl']:.4f} nats, "
+                f"top-1 agreement {cost['agreement']:.1%}"
             )
         for kernel, names in self._kernels().items():
             console.print(f"kernel {kernel}: {len(names)} sites ({names[0]}{', …' if len(names) > 1 else ''})")
@@ -158,11 +159,21 @@ class Report:
 
     def _pass_table(self) -> Table:
         table = Table(box=None, pad_edge=False, header_style="bold")
-        for name in ("pass", "sites", "declined", "seconds", "peak MB", "certificate", "output SQNR dB (min / median)"):
+        for name in (
+            "pass",
+            "sites",
+            "declined",
+            "seconds",
+            "peak MB so far",
+            "certificate",
+            "output SQNR dB, min / median",
+        ):
             table.add_column(name, justify="left" if name == "pass" else "right")
         for s in self.steps:
-            ratios = [d["sqnr_db"] for d in s.details.values() if "sqnr_db" in d]
+            key = "sqnr_db" if any("sqnr_db" in d for d in s.details.values()) else "weight_sqnr_db"
+            ratios = [d[key] for d in s.details.values() if key in d]
             quality = f"{min(ratios):.1f} / {statistics.median(ratios):.1f}" if ratios else ""
+            quality += " (of the weights)" if ratios and key == "weight_sqnr_db" else ""
             certificate = "" if s.certificate is None else f"{s.certificate:.1e}"
             row = (
                 s.name,

@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from dlqc.errors import CalibrationError, ContractError, nearest
+from dlqc.execute import placeholder
 from dlqc.graph import Linear
 
 STATISTICS = ("absmax", "count", "hessian", "meanabs")
@@ -34,11 +35,11 @@ class Collector:
         self._sites = sites
         self._sums: dict[fx.Node, dict[str, torch.Tensor]] = {}
         self._weight_sum: dict[fx.Node, float] = {}
-        self._row_weights = torch.empty(0)
+        self._row_weights = torch.empty(0, 0)
 
     def taps(self, row_weights: torch.Tensor) -> Mapping[fx.Node, object]:
         """Callbacks for one batch; `row_weights` c is [B, L], one weight a row of x."""
-        self._row_weights = row_weights.reshape(-1)
+        self._row_weights = row_weights
         return {site.x: self._add for site in self._sites}
 
     def _add(self, node: fx.Node, value: torch.Tensor) -> None:
@@ -74,8 +75,12 @@ class Collector:
 
     def _weights_for(self, node: fx.Node, rows: int) -> torch.Tensor:
         """c [rows]; a linear that reads other rows than the tokens can only be weighed evenly."""
-        c = self._row_weights
-        if c.numel() == rows:
+        c = self._row_weights.reshape(-1)
+        batch, length = (str(size) for size in placeholder(node.graph).meta["val"].shape)
+        dims = [str(size) for size in node.meta["val"].shape[:-1]]
+        if dims == [length, batch]:
+            return self._row_weights.T.reshape(-1)
+        if c.numel() == rows and (dims == [batch, length] or len(dims) == 1):
             return c
         if bool((c == c[0]).all()):
             return torch.ones(rows)

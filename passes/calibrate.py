@@ -67,7 +67,9 @@ class Calibrate(Pass):
         ctx.states = draw_states(rows, self.sampler, self.weight, ctx.spec, seed=ctx.seed, logits=logits)
         masked = float((ctx.states.ids == ctx.spec.mask_id).float().mean())
         metrics = {"states": ctx.states.ids.shape[0], "tokens": ctx.states.tokens, "masked_share": masked}
-        note = f"{ctx.states.ids.shape[0]} states of {ctx.states.ids.shape[1]} tokens from {rows.source}"
+        distinct = min(ctx.rows.ids.shape[0], self.sequences)
+        size = f"{ctx.states.ids.shape[0]} states of {ctx.states.ids.shape[1]} tokens"
+        note = f"{size} from {distinct} rows of {rows.source}, {masked:.0%} masked"
         return PassReport(sites=ctx.states.ids.shape[0], metrics=metrics, notes=[note])
 
     def _pick(self, rows: TokenRows, seed: int) -> TokenRows:

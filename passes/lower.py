@@ -64,15 +64,18 @@ class Lower(Pass):
                 f"no kernel of backend {ctx.backend.name!r} supports {'; '.join(failed)}",
                 remedy="Use backend='auto' or another scheme",
             )
-        made: dict[str, tuple[object, list[str | None], tuple[object, ...]]] = {}
+        # Calls that share a weight share its layout only if they also agree on the bias and on how x is quantized.
+        made: dict[tuple[str, LinearSpec, str | None], tuple[object, list[str | None], tuple[object, ...]]] = {}
         for node, (name, kernel, spec, refusals) in zip(sites, chosen, strict=True):
             assert kernel is not None
-            if name not in made:
-                made[name] = self._lower(node, name, kernel, spec, ctx)
+            key = (name, spec, constant_name(args_of(node)[4]))
+            if key not in made:
+                same = sum(1 for other in made if other[0] == name)
+                made[key] = self._lower(node, f"{name}.{same}" if same else name, kernel, spec, ctx)
                 passed = "".join(f"; not {k}: {why}" for k, why in refusals.items())
                 note = kernel.note(spec)
                 report.choices[name] = f"{kernel.name}{f' ({note})' if note else ''}{passed}"
-            self._rewrite(node, made[name], graph, ctx)
+            self._rewrite(node, made[key], graph, ctx)
             report.sites += 1
         sweep(graph, ctx.weights)
         return report

@@ -28,11 +28,12 @@ class Pack(Pass):
     needs: ClassVar[frozenset[str]] = frozenset({"quantized-weights"})
     gives: ClassVar[frozenset[str]] = frozenset({"packed"})
     preserves: ClassVar = "exact"
+    scope: ClassVar = "block"
 
     def apply(self, graph: fx.Graph, ctx: Context) -> PassReport:
         report = PassReport()
         before = after = 0
-        for node in list(graph.nodes):
+        for node in ctx.nodes(graph):
             if not is_call(node, LINEAR_Q):
                 continue
             x, codes, scales, zeros, bias, bits, group = args_of(node)

@@ -35,6 +35,7 @@ class QuantizeActivations(Pass):
     needs: ClassVar[frozenset[str]] = frozenset({"quantized-weights", "float-activations"})
     gives: ClassVar[frozenset[str]] = frozenset({"quantized-activations"})
     invalidates: ClassVar[frozenset[str]] = frozenset({"float-activations"})
+    scope: ClassVar = "block"
 
     bits: int = 8
     group_size: int | None = None
@@ -57,7 +58,7 @@ class QuantizeActivations(Pass):
     def apply(self, graph: fx.Graph, ctx: Context) -> PassReport:
         report = PassReport()
         quantizers: dict[fx.Node, fx.Node] = {}
-        for node in list(graph.nodes):
+        for node in ctx.nodes(graph):
             if not is_call(node, LINEAR_Q) or is_call(args_of(node)[0], QUANTIZE_ACT):
                 continue
             x = args_of(node)[0]

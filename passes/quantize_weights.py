@@ -31,6 +31,7 @@ from dlqc.graph import Linear, arg, call_before, linears, read, replace, sweep
 from dlqc.ops import LINEAR_Q
 from dlqc.rounding.contract import Rounded
 from dlqc.rounding.gptq import Gptq
+from dlqc.rounding.hessian import sqnr_db
 from dlqc.rounding.rtn import Rtn
 
 Method = Rtn | Gptq
@@ -110,10 +111,9 @@ class QuantizeWeights(Pass):
             # Linears that read the same value come one after the other and share their statistics, tensor for tensor.
             if not prepared or [id(t) for t in shared] != [id(t) for t in stats.values()]:
                 shared, prepared = list(stats.values()), self._noted(sites, self.method.prepare, stats)
-            rounded = self._noted(
-                sites, self.method.round, ctx.weights.value(weight, torch.float64), self.format, prepared
-            )
-            report.details[sites[0].name] = self._rewrite(graph, ctx, rounded, sites)
+            exact = ctx.weights.value(weight, torch.float64)
+            rounded = self._noted(sites, self.method.round, exact, self.format, prepared)
+            report.details[sites[0].name] = self._rewrite(graph, ctx, rounded, sites) | weight_noise(exact, rounded)
             report.sites += 1
         sweep(graph, ctx.weights)
         return report
@@ -140,3 +140,10 @@ class QuantizeWeights(Pass):
             replace(site.node, call_before(graph, site.node, LINEAR_Q, args))
         bits = self.format.bits_per_weight(sites[0].out_features, sites[0].in_features)
         return {"bits_per_weight": bits, **rounded.metrics}
+
+
+def weight_noise(exact: torch.Tensor, rounded: Rounded) -> dict[str, float]:
+    """Signal to noise of the weight itself, 10·log10(‖W‖² / ‖W - Ŵ‖²), which every method has."""
+    signal = float(exact.square().sum())
+    noise = float((exact - rounded.weight.dequantize()).square().sum())
+    return {"weight_sqnr_db": sqnr_db(signal, noise)}

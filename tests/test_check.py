@@ -331,6 +331,11 @@ def test_l9_quantized_weights(case: CaseMaker) -> None:
     refused(case("llada"), message, {"quantized-weights"})
 
 
+def test_l9_quantized_activations(case: CaseMaker) -> None:
+    message = r"fact 'quantized-activations' does not hold: %linear_q\w* reads activations that are not quantized"
+    refused(quantized(case), message, {"quantized-activations"})
+
+
 def test_l9_packed_and_lowered(case: CaseMaker) -> None:
     refused(quantized(case), r"law L9 .*: fact 'packed' does not hold: %linear_q_default", {"packed"})
     k = quantized(case, packed=True)
@@ -373,6 +378,7 @@ def test_every_checked_fact_has_a_test_here() -> None:
         "float-activations",
         "unit-gain",
         "quantized-weights",
+        "quantized-activations",
         "packed",
         "lowered",
     }

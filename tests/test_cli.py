@@ -40,7 +40,10 @@ def test_compile_prints_the_pass_table(
     assert "quantize_activations" in text
     assert "3,407,872 of 4,458,752 parameters quantized (76.4%)" in text
     assert "reloaded in a fresh process" in text
-    assert (tmp_path / "d" / "03-pack.diff").read_text().count("linear_packed") >= 28
+    diff = (tmp_path / "d" / "03-pack.diff").read_text()
+    added = [line for line in diff.splitlines() if line.startswith("+%") and "dlqc.linear_packed" in line]
+    assert len(added) == 28
+    assert [line for line in diff.splitlines() if line.startswith("# block")] == [f"# block {i}" for i in range(4)]
 
 
 def test_plan_counts_sites_and_sizes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -151,3 +154,18 @@ def test_foreign_folder_is_refused_before_any_work(
     assert run(monkeypatch, "compile", "no/such/model", "-o", str(tmp_path)) == 2
     assert "the folder holds something that is no dlqc artifact" in capsys.readouterr().err
     assert (tmp_path / "mine.txt").read_text() == "precious"
+
+
+def test_verify_refuses_a_backend_that_computes_something_else(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], artifact: Path
+) -> None:
+    from dlqc.kernels.cpu.int4pack import Int4Pack
+
+    right = Int4Pack.lower
+
+    def wrong(self: Any, spec: Any, packed: Any, scales: Any, zeros: Any, bias: Any) -> Any:
+        return right(self, spec, packed, scales * 0, zeros, bias)
+
+    monkeypatch.setattr(Int4Pack, "lower", wrong)
+    assert run(monkeypatch, "verify", str(artifact), "--backend", "cpu") == 2
+    assert "the logits differ from the reference by" in capsys.readouterr().err

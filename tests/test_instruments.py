@@ -29,7 +29,6 @@ def test_timing_has_one_record_a_pass_in_order(case: CaseMaker) -> None:
     reports = PassManager(PASSES, (timing,)).run(k.graph, k.ctx)
     assert len(timing.records) == len(reports) == 5
     assert all(record.seconds > 0 for record in timing.records)
-    assert all("seconds" not in report.metrics for _, report in reports)
     assert timing.records[-1].peak_mb == pytest.approx(peak_memory(), rel=0.2)
     assert 30 < peak_memory() < 1e5
 
@@ -42,7 +41,7 @@ def test_in_a_nested_pipeline_each_pass_has_its_own_share(case: CaseMaker) -> No
     report = PassReport(metrics={"seconds": 123.0, "other": 1.0})
     timing.after(p, k.graph, k.ctx, report)
     assert timing.records[0].seconds == 123.0
-    assert report.metrics == {"other": 1.0}
+    assert report.metrics == {"seconds": 123.0, "other": 1.0}  # the next instrument wants to see it too
 
 
 def test_dump_writes_graph_and_difference(case: CaseMaker, tmp_path: Path) -> None:

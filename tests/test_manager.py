@@ -18,6 +18,7 @@ from dlqc.graph import LINEAR, aten, fingerprint, is_call, linears, structure
 from dlqc.manager import Instrument, PassManager
 from dlqc.passes.calibrate import Calibrate
 from dlqc.passes.fold_norm_scale import FoldNormScale
+from dlqc.passes.lower import Lower
 from dlqc.passes.pack import Pack
 from dlqc.passes.quantize_activations import QuantizeActivations
 from dlqc.passes.quantize_weights import QuantizeWeights
@@ -471,3 +472,23 @@ def test_reports_of_blocks_add_up(case: CaseMaker) -> None:
     assert 0 < max(report.certificate for _, report in reports if report.certificate is not None) < 1e-12
     assert len(reports[-1][1].details) == 14
     assert aten.linear.default in {n.target for n in k.graph.nodes}
+
+
+def test_a_pass_that_claims_sites_must_have_changed_something(case: CaseMaker) -> None:
+    @dataclass(frozen=True)
+    class Boastful(Pass):
+        name: ClassVar[str] = "boastful"
+        gives: ClassVar[frozenset[str]] = frozenset({"unit-gain"})
+
+        def apply(self, graph: fx.Graph, ctx: Context) -> PassReport:
+            return PassReport(sites=3)
+
+    k = case("llada")
+    with pytest.raises(ContractError, match=r"pass 'boastful' reports 3 sites, but nothing changed"):
+        PassManager((Boastful(),)).run(k.graph, k.ctx)
+
+
+def test_nothing_comes_after_lowering() -> None:
+    passes = (QuantizeWeights(4, 32, method=Rtn()), Pack(), Lower(), FoldNormScale())
+    with pytest.raises(ContractError, match=r"comes after the graph is lowered.*Move 'fold_norm_scale' before 'lower'"):
+        PassManager(passes).check_order()

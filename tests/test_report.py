@@ -141,7 +141,7 @@ class TestRender:
     def test_tells_the_cost(self, smoothed: dlqc.Compiled) -> None:
         assert smoothed.report.fidelity
         for ratio, cost in smoothed.report.fidelity.items():
-            assert f"at {float(ratio):.0%} masked: KL {cost['kl']:.4f} nats" in smoothed.explain()
+            assert f"calibration rows, {float(ratio):.0%} masked: KL {cost['kl']:.4f} nats" in smoothed.explain()
 
     def test_names_are_not_markup(self, smoothed: dlqc.Compiled) -> None:
         """rich would swallow [words in brackets] and turn :colons: into pictures."""

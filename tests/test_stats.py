@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from dlqc.capture import capture
+from dlqc.diffusion.spec import DiffusionSpec
 from dlqc.errors import CalibrationError, ContractError
 from dlqc.execute import Executor, logits_node, placeholder
 from dlqc.graph import linears
@@ -117,3 +119,44 @@ def test_bad_activations_name_the_layer(case: CaseMaker, bad: float) -> None:
 def test_an_unknown_statistic_is_named() -> None:
     with pytest.raises(ContractError, match=r"no statistic is called 'hesian'\. Did you mean 'hessian'\?"):
         Collector({"hesian"}, [])
+
+
+class SequenceFirst(torch.nn.Module):
+    """One layer on tokens, computed on [B, L, d] or on [L, B, d]."""
+
+    def __init__(self, swap: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.swap = swap
+        self.embed = torch.nn.Embedding(32, 16)
+        self.inner = torch.nn.Linear(16, 16)
+        self.head = torch.nn.Linear(16, 32)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        x = x.transpose(0, 1) if self.swap else x
+        x = torch.relu(self.inner(x))
+        return self.head(x.transpose(0, 1) if self.swap else x)
+
+
+def test_token_weights_follow_the_tokens_in_sequence_first_models() -> None:
+    ids, c = torch.randint(0, 31, (3, 7)), torch.rand(3, 7)
+    hessians = []
+    for swap in (False, True):
+        captured = capture(SequenceFirst(swap).eval(), DiffusionSpec(mask_id=31, vocab_size=32, max_length=16))
+        sites = list(linears(captured.graph.nodes, captured.weights))
+        collector = Collector({"hessian"}, sites)
+        ends = [placeholder(captured.graph)], [logits_node(captured.graph)]
+        Executor(captured.graph, captured.weights, *ends)(ids, taps=collector.taps(c))
+        hessians.append(collector.result()["inner.weight"]["hessian"])
+    torch.testing.assert_close(hessians[0], hessians[1], rtol=1e-5, atol=1e-5)
+
+
+def test_token_weights_on_other_rows_than_tokens_are_refused(case: CaseMaker) -> None:
+    k = case("llada")
+    sites = list(linears(k.graph.nodes, k.ctx.weights))
+    collector = Collector({"hessian"}, sites)
+    run = Executor(k.graph, k.ctx.weights, [placeholder(k.graph)], [logits_node(k.graph)])
+    message = r"reads 10 rows where the states have 8 tokens, so token weights do not apply\. Use weight=uniform"
+    with pytest.raises(CalibrationError, match=message):
+        run(k.ids(rows=2, length=5), taps=collector.taps(torch.rand(2, 4)))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
+
+from dlqc.errors import ModelError, nearest
 
 AttentionClass = Literal["full", "block-causal", "prefix"]
 
@@ -30,3 +32,12 @@ class DiffusionSpec:
     pad_id: int | None = None
     shift: bool = False
     attention: AttentionClass = "full"
+
+    def __post_init__(self) -> None:
+        known = get_args(AttentionClass)
+        if self.attention not in known:
+            raise ModelError(
+                f"{self.attention!r} is no class of attention",
+                where="spec.attention",
+                remedy=nearest(self.attention, known),
+            )

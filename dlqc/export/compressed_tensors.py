@@ -86,7 +86,7 @@ def check_exportable(model: Compiled) -> list[Site]:
     sites = list(sites_of(model.graph, model.weights))
     if not sites:
         raise ExportError("no linear is quantized", where="graph", remedy="Compile with a recipe that quantizes")
-    problems = [f"{s.name} is a part of a fused projection" for s in sites if ".rows_" in s.name]
+    problems = [f"{name} is a part of a fused projection" for name in model.weights if ".rows_" in name]
     problems += [f"{s.name} has activations in groups" for s in sites if s.act and s.act.group_size is not None]
     problems += [f"constant {n!r} is a transform" for n in model.weights if n.startswith("transform.")]
     if problems:

@@ -40,7 +40,7 @@ def test_states_are_those_of_the_sampler_and_the_weight(case: CaseMaker, sampler
     assert k.ctx.spec.shift == (name == "dream")
     masked = float((expected.ids == k.ctx.spec.mask_id).float().mean())
     assert report.metrics == {"states": 6, "tokens": 96, "masked_share": masked}
-    assert report.notes == ["6 states of 16 tokens from random"]
+    assert report.notes == [f"6 states of 16 tokens from 6 rows of random, {masked:.0%} masked"]
     assert report.sites == 6
 
 
@@ -72,7 +72,9 @@ def test_without_text_the_model_gives_its_own(case: CaseMaker) -> None:
     expected = rollout_rows(k.forward, k.ctx.spec, rows=64, length=12, seed=0)
     assert torch.equal(k.ctx.states.ids[:64], expected.ids)
     assert torch.equal(k.ctx.states.ids[64:], expected.ids[:6])
-    assert report.notes == ["70 states of 12 tokens from the model's own rollouts (64 rows, data-free)"]
+    assert report.notes == [
+        "70 states of 12 tokens from 64 rows of the model's own rollouts (64 rows, data-free), 0% masked"
+    ]
     assert k.ctx.rows is not None
 
 

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+import dlqc
 from dlqc.backend import LinearSpec, Lowered
 from dlqc.check import check
 from dlqc.errors import ContractError, FeasibilityError, LoweringError
@@ -26,6 +28,7 @@ from dlqc.passes.quantize_weights import QuantizeWeights
 from dlqc.rounding.rtn import Rtn
 
 CaseMaker = Callable[..., Any]
+VOCAB = 61
 
 SCHEMES = {
     "w4a16 g32": (QuantizeWeights(4, 32, method=Rtn()),),
@@ -191,3 +194,31 @@ def test_the_whole_pipeline_gives_the_facts(case: CaseMaker) -> None:
     PassManager((*SCHEMES["w8a8"], Pack(), Lower())).run(k.graph, k.ctx)
     assert {"packed", "lowered", "quantized-weights", "quantized-activations"} <= k.ctx.facts
     assert torch.isfinite(k.forward(k.ids())).all()
+
+
+class TwoBiases(nn.Module):
+    """One weight, two biases: what the second call adds must not come from the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, 64)
+        self.weight = nn.Parameter(torch.randn(64, 64) / 8)
+        self.first = nn.Parameter(torch.linspace(3, -3, 64))
+        self.second = nn.Parameter(torch.linspace(-3, 3, 64))
+        self.head = nn.Linear(64, VOCAB, bias=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        x = torch.tanh(nn.functional.linear(x, self.weight, self.first))
+        x = torch.tanh(nn.functional.linear(x, self.weight, self.second))
+        return self.head(x)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_calls_that_share_a_weight_keep_their_own_bias(backend: str) -> None:
+    torch.manual_seed(0)
+    model = TwoBiases().eval()
+    rows = torch.randint(0, VOCAB - 1, (4, 16))
+    q = dlqc.compile(model, "w8a16-rtn", calibration=rows, mask_id=VOCAB - 1, backend=backend, progress=False)
+    expected = model(rows).detach()
+    assert float((q(rows) - expected).norm() / expected.norm()) < 0.03

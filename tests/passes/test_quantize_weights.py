@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -56,7 +57,12 @@ def test_rtn_is_the_format_applied_to_every_weight(case: CaseMaker, name: str, s
         assert (f"{site}.zeros" in k.ctx.weights) == (not symmetric)
         assert f"{site}.weight" not in k.ctx.weights
         n, features = state[f"{site}.weight"].shape
-        assert report.details[site] == {"bits_per_weight": fmt.bits_per_weight(n, features)}
+        exact = state[f"{site}.weight"].double()
+        noise = (exact - expected.dequantize()).square().sum()
+        assert report.details[site] == {
+            "bits_per_weight": fmt.bits_per_weight(n, features),
+            "weight_sqnr_db": pytest.approx(10 * math.log10(exact.square().sum() / noise)),
+        }
     left = [s.name for s in linears(k.graph.nodes, k.ctx.weights)]
     assert left == [n for n in everything if n not in inside]
     assert len(left) == 1  # the head
