@@ -27,6 +27,7 @@ test: install lint types unit doctest examples
 lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/python docs/make_passes.py --check
 
 # mypy reads the package as a user gets it: from the wheel, where the links are real folders.
 types: install

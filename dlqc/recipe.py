@@ -7,7 +7,7 @@
 The three round-trip exactly. A pass is named by its file name under `passes/`, a pass of the user's own by its dotted
 import path. TOML files of the same shape are read too; TOML has no null, so there it is `group_size = "none"`. Preset
 names say what they make: `w4a16-gptq` is 4-bit weights in groups of 128 with zero points, 16-bit activations, GPTQ on
-masked states; `-g64` and `-channel` change the groups.
+masked states; `-g64` and `-channel` change the groups, `-sym` leaves the zero points out.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ PRESETS = {
     "w8a8-gptq": "8-bit weights per channel by GPTQ, 8-bit activations per token",
     "w4a8-gptq": "4-bit weights g128 by GPTQ, 8-bit activations per token",
     "w4a16-gptq": "4-bit weights g128 by GPTQ on masked states",
+    "w4a16-sym-gptq": "as w4a16-gptq without zero points, for engines that take none",
     "w4a16-gptq-clean": "as w4a16-gptq on clean text, as tools for autoregressive models calibrate",
     "w4a16-gptq-cgq": "as w4a16-gptq with certainty-weighted statistics",
     "w4a16-smooth": "4-bit weights g128 after smoothing on masked states, nearest rounding",
@@ -58,6 +59,7 @@ PRESETS = {
 
 _PRESET = re.compile(
     r"w(?P<w>[2348])a(?P<a>8|16)(?:-(?:g(?P<g>\d+)|(?P<channel>channel)))?"
+    r"(?P<sym>-sym)?"
     r"-(?P<method>rtn|gptq|smoothquant|smooth)(?:-(?P<variant>clean|cgq))?"
 )
 
@@ -335,7 +337,9 @@ def _preset(name: str, found: re.Match[str]) -> Recipe:
         steps.append(pass_class("smooth")())
     rounding = Gptq() if method == "gptq" else Rtn()
     steps.append(
-        pass_class("quantize_weights")(bits=bits, group_size=group, symmetric=bits == 8, method=rounding)  # type: ignore[call-arg]
+        pass_class("quantize_weights")(
+            bits=bits, group_size=group, symmetric=bits == 8 or found["sym"] is not None, method=rounding
+        )  # type: ignore[call-arg]
     )
     if found["a"] == "8":
         steps.append(pass_class("quantize_activations")())

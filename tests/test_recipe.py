@@ -154,7 +154,9 @@ def test_yaml_spells_every_option_out() -> None:
 # ---- presets -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*PRESETS, "w3a16-g64-rtn", "w4a8-channel-gptq-clean", "w8a16-g128-smoothquant"])
+@pytest.mark.parametrize(
+    "name", [*PRESETS, "w3a16-g64-rtn", "w4a8-channel-gptq-clean", "w8a16-g128-smoothquant", "w3a16-channel-sym-rtn"]
+)
 def test_a_preset_s_name_tells_the_truth(name: str) -> None:
     recipe = as_recipe(name)
     assert recipe.name == name
@@ -169,7 +171,7 @@ def test_a_preset_s_name_tells_the_truth(name: str) -> None:
     assert weights.bits == bits
     groups = {None} if "channel" in words else {int(w[1:]) for w in words if re.fullmatch(r"g\d+", w)}
     assert weights.group_size == (groups.pop() if groups else None if bits == 8 else 128)
-    assert weights.symmetric == (bits == 8)
+    assert weights.symmetric == (bits == 8 or "sym" in words)
     assert weights.skip == ()
     assert isinstance(weights.method, Gptq if "gptq" in words else Rtn)
 
