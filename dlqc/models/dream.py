@@ -18,7 +18,8 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
-from dlqc.models.llada import apply_rotary, check_heads, plain_rope, refuse, rotary_tables
+from dlqc.models.llada import check_heads, plain_rope, refuse
+from dlqc.models.rotary import rotary_attention, rotary_tables
 
 
 class DreamConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
@@ -65,24 +66,18 @@ class _Attention(nn.Module):
     def __init__(self, config: DreamConfig) -> None:
         super().__init__()
         d = config.hidden_size
-        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim = d // self.heads
+        self.head_dim = d // config.num_attention_heads
+        d_kv = config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(d, d)
-        self.k_proj = nn.Linear(d, self.kv_heads * self.head_dim)
-        self.v_proj = nn.Linear(d, self.kv_heads * self.head_dim)
+        self.k_proj = nn.Linear(d, d_kv)
+        self.v_proj = nn.Linear(d, d_kv)
         self.o_proj = nn.Linear(d, d, bias=False)
 
     def forward(
         self, y_BLD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        batch, length, d = y_BLD.shape
-        q = self.q_proj(y_BLD).view(batch, length, self.heads, self.head_dim).transpose(1, 2)
-        k = self.k_proj(y_BLD).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
-        v = self.v_proj(y_BLD).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
-        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
-        grouped = self.kv_heads != self.heads
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
-        mixed: torch.Tensor = self.o_proj(out.transpose(1, 2).reshape(batch, length, d))
+        q, k, v = self.q_proj(y_BLD), self.k_proj(y_BLD), self.v_proj(y_BLD)
+        mixed: torch.Tensor = self.o_proj(rotary_attention(q, k, v, self.head_dim, cos, sin, mask))
         return mixed
 
 

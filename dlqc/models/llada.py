@@ -24,6 +24,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
 from dlqc.errors import ModelError
+from dlqc.models.rotary import rotary_attention, rotary_tables
 
 #: Keys that change the mathematics, and the values that are implemented here.
 _IMPLEMENTED: dict[str, tuple[Any, ...]] = {
@@ -132,12 +133,13 @@ class _Block(nn.Module):
     def __init__(self, config: LLaDAConfig) -> None:
         super().__init__()
         d, f, bias = config.d_model, config.mlp_hidden_size, config.include_bias
-        self.heads, self.kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, d // config.n_heads
+        self.head_dim = d // config.n_heads
+        d_kv = config.n_kv_heads * self.head_dim
         qkv_bias = bias or config.include_qkv_bias
         self.attn_norm = nn.RMSNorm(d, eps=config.rms_norm_eps)
         self.q_proj = nn.Linear(d, d, bias=qkv_bias)
-        self.k_proj = nn.Linear(d, self.kv_heads * self.head_dim, bias=qkv_bias)
-        self.v_proj = nn.Linear(d, self.kv_heads * self.head_dim, bias=qkv_bias)
+        self.k_proj = nn.Linear(d, d_kv, bias=qkv_bias)
+        self.v_proj = nn.Linear(d, d_kv, bias=qkv_bias)
         self.attn_out = nn.Linear(d, d, bias=bias)
         self.ff_norm = nn.RMSNorm(d, eps=config.rms_norm_eps)
         self.ff_proj = nn.Linear(d, f, bias=bias)
@@ -155,31 +157,9 @@ class _Block(nn.Module):
     def _attention(
         self, y_BLD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        batch, length, d = y_BLD.shape
-        q = self.q_proj(y_BLD).view(batch, length, self.heads, self.head_dim).transpose(1, 2)
-        k = self.k_proj(y_BLD).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
-        v = self.v_proj(y_BLD).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
-        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
-        grouped = self.kv_heads != self.heads
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
-        mixed: torch.Tensor = self.attn_out(out.transpose(1, 2).reshape(batch, length, d))
+        q, k, v = self.q_proj(y_BLD), self.k_proj(y_BLD), self.v_proj(y_BLD)
+        mixed: torch.Tensor = self.attn_out(rotary_attention(q, k, v, self.head_dim, cos, sin, mask))
         return mixed
-
-
-def rotary_tables(length: int, head_dim: int, theta: float, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin [L, head_dim] in float32, rotate-half order."""
-    exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
-    angles = torch.arange(length, device=device, dtype=torch.float32)[:, None] / theta**exponents
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
-
-
-def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate x [B, H, L, D] in float32 or wider, as `rope_full_precision` asks; the result has x's dtype."""
-    half = x.shape[-1] // 2
-    wide = x.to(torch.promote_types(x.dtype, cos.dtype))
-    rotated = torch.cat((-wide[..., half:], wide[..., :half]), dim=-1)
-    return (wide * cos + rotated * sin).to(x.dtype)
 
 
 class _Model(nn.Module):
