@@ -165,7 +165,7 @@ def markdown(results: dict[str, Any], command: str) -> str:
         "# Quality of the spine's methods",
         "",
         f"Made by `{command}`;",
-        "all numbers are in `spine.json` beside this file.",
+        "all numbers are in `spine.json` beside this file; what they say is in `README.md`.",
         "",
     ]
     for name, found in results["models"].items():
