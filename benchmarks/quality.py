@@ -218,9 +218,8 @@ def main(
     started = time.perf_counter()
     subjects = [tiny_llada(text, calibration, rows), rxnmapper(reactions, count)]
     files = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in (text, calibration, reactions)}
-    command = (
-        f"python benchmarks/quality.py --text {text.name} --calibration {calibration.name} --reactions {reactions.name}"
-    )
+    inputs = f"--text {text.name} --calibration {calibration.name} --reactions {reactions.name}"
+    command = f"python benchmarks/quality.py {inputs} --rows {rows} --count {count}"
     results = {
         "command": command,
         "files": files,
