@@ -22,7 +22,7 @@ def rotary_attention(
         cos, sin: rotary tables [L, head_dim]. mask: broadcasts to [B, heads, L, L], true where a key may be seen.
     """
     batch, length, d = q_BLd.shape
-    q, k, v = (t.view(batch, length, -1, head_dim).transpose(1, 2) for t in (q_BLd, k_BLd, v_BLd))
+    q, k, v = (t.view(batch, length, t.shape[-1] // head_dim, head_dim).transpose(1, 2) for t in (q_BLd, k_BLd, v_BLd))
     q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
     grouped = k_BLd.shape[-1] != d
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
