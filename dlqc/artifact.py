@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -97,7 +98,7 @@ class Saved:
 
 def save(model: Compiled, folder: str | Path, *, verify_reload: bool = True) -> Saved:
     """Write an artifact; one that is there already is replaced, a folder that holds anything else is refused."""
-    target = Path(folder)
+    target = Path(os.path.abspath(folder))
     try:
         refuse_foreign(target)
         with whole_folder(target) as staging:

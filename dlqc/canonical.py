@@ -63,6 +63,14 @@ def drop_asserts(graph: fx.Graph, weights: Weights) -> int:
     return len(found)
 
 
+def views_are_reshapes(graph: fx.Graph, weights: Weights) -> int:
+    """A view demands strides that a `.contiguous()` before it may have made; a reshape asks for nothing."""
+    found = [node for node in graph.nodes if is_call(node, aten.view.default)]
+    for node in found:
+        node.target = aten.reshape.default
+    return len(found)
+
+
 def drop_no_ops(graph: fx.Graph, weights: Weights) -> int:
     """Calls that return their first argument: dropout in evaluation, clones, casts to the same dtype, x + 0."""
     count = 0
@@ -331,6 +339,7 @@ def _same_shape(node: fx.Node, source: fx.Node) -> bool:
 Rule = Callable[[fx.Graph, Weights], int]
 RULES: tuple[Rule, ...] = (
     drop_asserts,
+    views_are_reshapes,
     drop_no_ops,
     drop_empty_cats,
     split_fused,

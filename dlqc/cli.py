@@ -20,6 +20,7 @@ from dlqc.errors import DlqcError
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 screen = Console(soft_wrap=True)
 
+Original = Annotated[str, typer.Argument(help="a model folder, a Hub id, or tiny-llada")]
 Source = Annotated[str, typer.Argument(help="a model folder, a Hub id, tiny-llada, or an artifact that dlqc saved")]
 Folder = Annotated[Path, typer.Argument(help="an artifact folder that dlqc saved")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
@@ -32,7 +33,7 @@ Bidirectional = Annotated[bool, typer.Option(help="make a causal decoder see eve
 
 @app.command("compile")
 def compile_command(
-    model: Source,
+    model: Original,
     out: Annotated[Path, typer.Option("--out", "-o", help="folder to write")],
     recipe: RecipeOption = "w4a16-gptq",
     text: Annotated[str | None, typer.Option(help="calibration text file; without it the model's own rollouts")] = None,
@@ -73,7 +74,7 @@ def compile_command(
 
 @app.command()
 def plan(
-    model: Source,
+    model: Original,
     recipe: RecipeOption = "w4a16-gptq",
     backend: Backend = "auto",
     mask_id: MaskId = None,
@@ -135,8 +136,8 @@ def eval_command(
     model: Source,
     against: Annotated[str | None, typer.Option(help="reference model for paired differences and KL")] = None,
     text: Annotated[Path | None, typer.Option(help="text file; the bundled evaluation tales where absent")] = None,
-    rows: Annotated[int, typer.Option(help="rows of text at most")] = 64,
-    length: Annotated[int, typer.Option(help="tokens a row")] = 128,
+    rows: Annotated[int, typer.Option(min=2, help="rows of text at most")] = 64,
+    length: Annotated[int, typer.Option(min=8, help="tokens a row, the model's maximum at most")] = 128,
     tasks: Annotated[int, typer.Option(help="items per generated task, 0 for none")] = 0,
     seed: Annotated[int, typer.Option(help="of masks and items")] = 0,
     backend: Backend = "auto",

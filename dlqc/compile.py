@@ -25,13 +25,14 @@ from dlqc.compiled import Compiled
 from dlqc.contract import FACTS_OF_CAPTURE, Context, Pass, Plan
 from dlqc.diffusion.fidelity import fidelity
 from dlqc.diffusion.spec import DiffusionSpec
+from dlqc.errors import ModelError
 from dlqc.execute import forward
 from dlqc.graph import copy_graph, is_call
 from dlqc.instruments import Timing
 from dlqc.manager import Instrument, PassManager
 from dlqc.manager import Progress as Tick
 from dlqc.models.describe import spec_of
-from dlqc.models.load import check_finite, load_tokenizer
+from dlqc.models.load import check_finite, load_model, load_tokenizer
 from dlqc.ops import QUANTIZE_ACT
 from dlqc.recipe import Recipe, _line, as_recipe
 from dlqc.report import Report, Step, measure_storage, versions
@@ -46,7 +47,7 @@ Text = str | Path | Sequence[str] | torch.Tensor
 
 
 def compile(
-    model: nn.Module,
+    model: nn.Module | str | Path,
     passes: str | Path | Recipe | Pass | Sequence[Pass] = "w4a16-gptq",
     *,
     calibration: Text | None = None,
@@ -59,7 +60,7 @@ def compile(
     """Compile a masked diffusion model.
 
     Args:
-        model: takes token ids int64 [B, L], gives logits [B, L, V]. It is not changed.
+        model: takes token ids int64 [B, L], gives logits [B, L, V]; or what `load_model` takes. It is not changed.
         passes: a preset name (`dlqc.recipe.PRESETS`), a recipe file, one line of text, or Pass objects.
         calibration: a text file, texts, or token ids [R, L]; without it the model's own rollouts are used.
         backend: "auto", "reference" or "cpu".
@@ -71,6 +72,7 @@ def compile(
     Raises:
         DlqcError: one of its subclasses, naming place, reason and remedy; before any long work where it can.
     """
+    model = _original(model)
     recipe = as_recipe(passes)
     target = load_backend(backend)
     captured, outcome, context = prepare(
@@ -149,6 +151,19 @@ def prepare(
     check_finite((name, c.leaf) for name, c in captured.weights.items())
     outcome = _summary(captured, verify(model, captured, spec, seed=seed, ids=rows.ids if rows else None), seconds)
     return captured, outcome, context
+
+
+def _original(model: nn.Module | str | Path) -> nn.Module:
+    """The module to compile, loaded where a name or folder was given."""
+    if isinstance(model, Compiled):
+        raise ModelError(
+            "is compiled already", where="model", remedy="Compile the original model with the passes you want"
+        )
+    if not isinstance(model, nn.Module | str | Path):
+        raise ModelError(
+            f"a {type(model).__name__} is no model", where="model", remedy="Give a module, a folder or a name"
+        )
+    return load_model(model)
 
 
 def _fidelity(

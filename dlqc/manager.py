@@ -137,6 +137,10 @@ class PassManager:
         """Apply a pass and hold it to what it says: a certificate if it claims to be exact, no change if it reports none."""
         before = fingerprint(graph, ctx.weights)
         report = certified(p, graph, ctx)
+        if not isinstance(report, PassReport):
+            raise ContractError(
+                f"apply() of pass {p.name!r} returned {type(report).__name__}", remedy="Return a dlqc.PassReport"
+            )
         changed = fingerprint(graph, ctx.weights) != before
         if report.sites and not changed and p.gives - {"states"}:
             raise ContractError(
@@ -162,8 +166,8 @@ class PassManager:
             )
 
     def _failed(self, p: Pass, graph: fx.Graph, ctx: Context, error: Exception) -> None:
-        done = [q.name for q, _ in self.reports]
-        error.add_note(f"in pass {p.name!r}, after {done}")
+        done = ", ".join(q.name for q, _ in self.reports)
+        error.add_note(f"in pass {p.name!r}, {f'after {done}' if done else 'before any other has finished'}")
         for instrument in self.instruments:
             instrument.on_error(p, graph, ctx, error)
 

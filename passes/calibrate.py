@@ -56,6 +56,8 @@ class Calibrate(Pass):
     def plan(self, graph: fx.Graph, ctx: Context, plan: Plan) -> None:
         if self.sequences < 1 or self.length < 2:
             plan.problems.append(f"calibrate: {self.sequences} sequences of {self.length} tokens hold nothing")
+        if self.length > max(ctx.spec.max_length, 128):  # the default is cut to a shorter model without a word
+            plan.problems.append(f"calibrate: rows of {self.length} tokens, but the model takes {ctx.spec.max_length}")
 
     def apply(self, graph: fx.Graph, ctx: Context) -> PassReport:
         def logits(ids: torch.Tensor) -> torch.Tensor:

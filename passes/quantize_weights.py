@@ -86,6 +86,11 @@ class QuantizeWeights(Pass):
             else:
                 self._plan_site(site, plan)
 
+        if self.required and not plan.sites and not plan.problems:
+            plan.problems.append(
+                "quantize_weights: the repeated blocks hold no linear on a constant weight that is not skipped"
+            )
+
     def _plan_site(self, site: Linear, plan: Plan) -> None:
         reason = self.format.check(site.in_features)
         if reason is not None:

@@ -223,11 +223,11 @@ def test_notes_name_the_pass_and_the_block(case: CaseMaker) -> None:
     k = case("llada")
     with pytest.raises(ZeroDivisionError, match="boom") as caught:
         PassManager((FoldNormScale(), Probe(action=explode))).run(k.graph, k.ctx)
-    assert caught.value.__notes__ == ["in pass 'probe', after ['fold_norm_scale']"]
+    assert caught.value.__notes__ == ["in pass 'probe', after fold_norm_scale"]
     k = case("llada")
     with pytest.raises(ZeroDivisionError, match="boom") as caught:
         PassManager((FoldNormScale(), BlockProbe(), BlockProbe(action=explode))).run(k.graph, k.ctx)
-    assert caught.value.__notes__ == ["in block 1 of 2", "in pass 'block_probe', after ['fold_norm_scale']"]
+    assert caught.value.__notes__ == ["in block 1 of 2", "in pass 'block_probe', after fold_norm_scale"]
     assert k.ctx.block is None
 
 

@@ -32,7 +32,7 @@ class Generation:
     """What `generate` made; prints as its text.
 
     Attributes:
-        text: the answer up to the end-of-text token, special tokens left out.
+        text: the answer up to the end-of-text token, special tokens left out; the ids where there is no tokenizer.
         ids: all generated ids, G of them, those after the end included.
         prompt_ids: the prompt as the model saw it.
         nfe: network evaluations; a guided step counts two.
@@ -75,8 +75,12 @@ def generate(
         **options: fields of the sampler (steps, gen_length, temperature, …), over those of `sampler`.
     """
     chosen = spec if spec is not None else _spec(model)
-    words = tokenizer if tokenizer is not None else _tokenizer(model)
+    words = tokenizer if tokenizer is not None else _tokenizer(model, needed=isinstance(prompt, str))
     configured = _configure(sampler or (DreamSampler() if chosen.shift else LLaDASampler()), options)
+    if prompt is None or (isinstance(prompt, list | tuple) and any(isinstance(part, str) for part in prompt)):
+        raise FeasibilityError(
+            "a list of texts is not one prompt", where="prompt", remedy="Call generate once for each text"
+        )
     ids = words.encode(prompt) if isinstance(prompt, str) else prompt
     batch = torch.as_tensor(ids, device=device_of(model))
     if batch.numel() == 0:
@@ -95,7 +99,7 @@ def generate(
     made = result.generated[0].tolist()
     shown = made[: made.index(chosen.eos_id)] if chosen.eos_id in made else made
     return Generation(
-        text=str(words.decode(shown, skip_special_tokens=True)),
+        text=" ".join(map(str, shown)) if words is None else str(words.decode(shown, skip_special_tokens=True)),
         ids=tuple(made),
         prompt_ids=tuple(batch[0].tolist()),
         nfe=result.nfe,
@@ -121,18 +125,18 @@ def _spec(model: Any) -> DiffusionSpec:
     return spec_of(model)
 
 
-def _tokenizer(model: Any) -> Any:
+def _tokenizer(model: Any, *, needed: bool) -> Any:
     held = getattr(model, "tokenizer", None)
     if held is not None:
         return held
     from dlqc.models.load import load_tokenizer
 
     found = load_tokenizer(model)
-    if found is None:
+    if found is None and needed:
         raise ModelError(
             "the model brings no tokenizer",
             where="tokenizer",
-            remedy="Give tokenizer=, or call the sampler's .run on ids",
+            remedy="Give tokenizer=, or a prompt of token ids",
         )
     return found
 

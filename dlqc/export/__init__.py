@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,7 +34,7 @@ def export(model: Compiled, folder: str | Path, *, format: str = "compressed-ten
         raise ExportError(f"unknown format {format!r}", where="format", remedy=nearest(format, FORMATS))
     from dlqc.export import compressed_tensors
 
-    target = Path(folder)
+    target = Path(os.path.abspath(folder))
     try:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise ExportError("the folder holds something", where=str(target), remedy="Choose an empty or new folder")

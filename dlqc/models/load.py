@@ -69,6 +69,12 @@ def load_model(
     if isinstance(source, nn.Module):
         return source
     folder = find_folder(source, code=trust_remote_code)
+    if (folder / "manifest.json").is_file() and (folder / "graph.json").is_file():
+        raise ModelError(
+            "is an artifact, compiled already",
+            where=str(folder),
+            remedy="Open it with dlqc.load; compile the original model",
+        )
     config = read_config(folder)
     kind = str(config.get("model_type", ""))
     if config.get("quantization_config"):
@@ -101,9 +107,15 @@ def load_tokenizer(source: str | Path | nn.Module) -> Any:
         return None
     from transformers import AutoTokenizer
 
-    with _quiet():
-        register()
-        return AutoTokenizer.from_pretrained(folder)
+    try:
+        with _quiet():
+            register()
+            return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # the tokenizers library raises plain Exceptions
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"the tokenizer cannot be read ({first})", where=str(folder), remedy="Copy the tokenizer files again"
+        ) from error
 
 
 def find_folder(source: str | Path, *, code: bool = False) -> Path:

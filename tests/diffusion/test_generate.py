@@ -106,7 +106,7 @@ def test_refusals(toy: Callable[..., Model], spec: DiffusionSpec) -> None:
         generate(model, torch.zeros(2, 3, dtype=torch.long))
     with pytest.raises(FeasibilityError, match=r"1 with 128 to generate are 129 tokens.*Use gen_length=63 or less"):
         generate(model, "a")
-    with pytest.raises(ModelError, match=r"tokenizer: the model brings no tokenizer. Give tokenizer=, or call"):
+    with pytest.raises(ModelError, match=r"tokenizer: the model brings no tokenizer. Give tokenizer=, or a prompt"):
         generate(torch.nn.Linear(2, 2), "a", spec=spec)
 
 
