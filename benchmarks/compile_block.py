@@ -1,6 +1,6 @@
 """Compile one LLaDA-8B-sized block with GPTQ: seconds and peak memory, and the share of every pass.
 
-    python benchmarks/compile_block.py --out docs/results/compile_block.json            # full size: minutes, about 8 GB
+    python benchmarks/compile_block.py --out docs/results/compile_block.json            # full size: two minutes, 6 GB
     python benchmarks/compile_block.py --out quarter.json --scale 4                     # a quarter of every width: seconds
 
 The model is one block with random bfloat16 weights (d 4096, 32 heads, SwiGLU 12288, 218 M weights), a small vocabulary, and

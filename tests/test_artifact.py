@@ -1,4 +1,7 @@
-"""Artifacts: what is saved comes back bit for bit, and nothing else than what was saved is accepted."""
+"""Artifacts: what is saved comes back bit for bit, and nothing else than what was saved is accepted.
+
+One long file, because every case starts from the same few models, compiled and saved once for the whole of it.
+"""
 
 from __future__ import annotations
 
