@@ -3,6 +3,8 @@
     x.float() ** 2 → mean → + eps → rsqrt → * x → * gain        →  aten.rms_norm(x, [d], gain, eps)
     x * cos + cat(-x₂, x₁) * sin                                 →  dlqc.rope(x, cos, sin)
     k[:, :, None].expand(…).reshape(…)  into attention           →  sdpa(…, enable_gqa=True) on k
+    1 + w, w a constant vector                                   →  the constant w.plus_one
+    addmm(b, x, W), W [K, N]                                     →  aten.linear(x, Wᵀ, b), the constant W.transposed
     casts to the dtype a value has, dropout, clone, asserts, …   →  nothing
 
 Each rule is a function `(graph, weights) -> number of rewrites`; `RULES` is the order. The result computes the same
@@ -12,7 +14,7 @@ function up to floating-point association; `capture.verify` checks it against th
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,7 +36,7 @@ from dlqc.graph import (
     sweep,
 )
 from dlqc.ops import ROPE
-from dlqc.weights import Constant, Rows, Weights
+from dlqc.weights import Constant, Plus, Rows, Weights
 
 _NOTHING = (
     aten.clone.default,
@@ -72,7 +74,7 @@ def views_are_reshapes(graph: fx.Graph, weights: Weights) -> int:
 
 
 def drop_no_ops(graph: fx.Graph, weights: Weights) -> int:
-    """Calls that return their first argument: dropout in evaluation, clones, casts to the same dtype, x + 0."""
+    """Calls that return their first argument: dropout in evaluation, clones, casts to the same dtype, x + 0, x · 1."""
     count = 0
     for node in list(graph.nodes):
         if not node.all_input_nodes or not isinstance(args_of(node)[0] if args_of(node) else None, fx.Node):
@@ -83,12 +85,8 @@ def drop_no_ops(graph: fx.Graph, weights: Weights) -> int:
             is_call(node, *_NOTHING)
             or (is_call(node, *_DROPOUTS) and args_of(node)[2] is False)
             or (is_call(node, *_CASTS) and same_type)
-            or (
-                is_call(node, aten.add.Tensor)
-                and args_of(node)[1] == 0
-                and not isinstance(args_of(node)[1], fx.Node)
-                and same_type
-            )
+            or (is_call(node, aten.add.Tensor) and _is_number(args_of(node)[1], 0) and same_type)
+            or (is_call(node, aten.mul.Tensor) and _is_number(args_of(node)[1], 1) and same_type)
             or (
                 is_call(node, aten.expand.default, aten.view.default, aten.reshape.default)
                 and _same_shape(node, source)
@@ -98,6 +96,21 @@ def drop_no_ops(graph: fx.Graph, weights: Weights) -> int:
             replace(node, source)
             count += 1
     return count
+
+
+def merge_reshapes(graph: fx.Graph, weights: Weights) -> int:
+    """A reshape of a reshape is the last of them."""
+    count = 0
+    for node in graph.nodes:
+        if is_call(node, aten.reshape.default) and is_call(args_of(node)[0], aten.reshape.default):
+            node.update_arg(0, args_of(args_of(node)[0])[0])
+            count += 1
+    sweep(graph)
+    return count
+
+
+def _is_number(operand: object, number: float) -> bool:
+    return isinstance(operand, int | float) and operand == number
 
 
 def drop_empty_cats(graph: fx.Graph, weights: Weights) -> int:
@@ -110,6 +123,68 @@ def drop_empty_cats(graph: fx.Graph, weights: Weights) -> int:
         if len(parts) == 1 and len(args_of(node)[0]) > 1:
             replace(node, parts[0])
             count += 1
+    return count
+
+
+def raise_addmm(graph: fx.Graph, weights: Weights) -> int:
+    """A product with a constant [K, N] and a constant bias, on rows flattened for it, becomes a linear on [N, K]."""
+    count = 0
+    for node in list(graph.nodes):
+        if not is_call(node, aten.addmm.default) or node.kwargs or len(node.users) != 1:
+            continue
+        bias, flat, weight = args_of(node)
+        name, back = constant_name(weight), next(iter(node.users))
+        if name is None or constant_name(bias) is None or _val(bias).dim() != 1 or weights[name].folds:
+            continue
+        if not is_call(flat, aten.reshape.default) or not is_call(back, aten.reshape.default):
+            continue
+        x = args_of(flat)[0]
+        k, n = weights[name].shape
+        if int(_val(x).shape[-1]) != k or not _same_sizes(_val(back).shape, (*_val(x).shape[:-1], n)):
+            continue
+        part = _derived(name, "transposed")
+        if part not in weights:
+            # A view of the checkpoint's tensor: nothing is computed or copied.
+            weights.define(part, Constant(weights[name].leaf.t()))
+        new = read(graph, weights, part, back)
+        new.meta["val"] = new.meta["val"].to(_val(node).dtype)
+        call = call_before(graph, back, LINEAR, (x, new, bias))
+        call.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
+        replace(back, call)
+        count += 1
+    sweep(graph, weights)
+    return count
+
+
+def _derived(name: str, what: str) -> str:
+    """Name of a constant made from another: `what` stands between module and tensor."""
+    module, dot, tensor = name.rpartition(".")
+    return f"{module}{dot}{what}.{tensor}"
+
+
+PLUS_ONE = "plus_one"
+
+
+def fold_plus_one(graph: fx.Graph, weights: Weights) -> int:
+    """`1 + w` on a constant vector, as Gemma reads its gains, becomes a constant."""
+    count = 0
+    for node in list(graph.nodes):
+        if not is_call(node, aten.add.Tensor) or node.kwargs or not _is_number(args_of(node)[1], 1):
+            continue
+        source = args_of(node)[0]
+        while is_call(source, *_CASTS) and _holds(_val(source).dtype, _val(args_of(source)[0]).dtype):
+            source = args_of(source)[0]
+        name = constant_name(source)
+        if name is None or _val(source).dim() != 1 or not _val(source).is_floating_point():
+            continue
+        part = _derived(name, PLUS_ONE)
+        if part not in weights:
+            weights.define(part, Constant(weights[name].leaf, (*weights[name].folds, Plus(1.0))))
+        new = read(graph, weights, part, node)
+        new.meta["val"] = new.meta["val"].to(_val(node).dtype)
+        replace(node, new)
+        count += 1
+    sweep(graph, weights)
     return count
 
 
@@ -287,7 +362,7 @@ def split_fused(graph: fx.Graph, weights: Weights) -> int:
                 if name is None:
                     operands.append(None)
                     continue
-                part = f"{name.rpartition('.')[0]}.rows_{start}_{stop}.{name.rpartition('.')[2]}"
+                part = _derived(name, f"rows_{start}_{stop}")
                 old = weights[name]
                 weights.define(part, Constant(old.leaf, (*old.folds, Rows(start, stop))))
                 new = read(graph, weights, part, piece)
@@ -331,9 +406,11 @@ def _val(node: fx.Node) -> Any:
 
 def _same_shape(node: fx.Node, source: fx.Node) -> bool:
     a, b = _val(node), _val(source)
-    if a is None or b is None or a.dim() != b.dim():
-        return False
-    return all(str(i) == str(j) for i, j in zip(a.shape, b.shape, strict=True))
+    return a is not None and b is not None and _same_sizes(a.shape, b.shape)
+
+
+def _same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    return len(a) == len(b) and all(str(i) == str(j) for i, j in zip(a, b, strict=True))
 
 
 Rule = Callable[[fx.Graph, Weights], int]
@@ -342,11 +419,15 @@ RULES: tuple[Rule, ...] = (
     views_are_reshapes,
     drop_no_ops,
     drop_empty_cats,
+    raise_addmm,
     split_fused,
+    fold_plus_one,
     raise_rms_norm,
     raise_rope,
     raise_gqa,
     drop_open_masks,
+    # Late, since the rules above know patterns that end in a reshape.
+    merge_reshapes,
     drop_no_ops,
 )
 

@@ -28,9 +28,9 @@ from dlqc.diffusion.spec import DiffusionSpec
 from dlqc.errors import ContractError
 from dlqc.execute import mask_class
 from dlqc.formats.packing import packed_shape
-from dlqc.graph import EMBEDDING, LAYER_NORM, NORMS, SDPA, arg, args_of, constant_name, is_call, uses, width
-from dlqc.motion import can_move_down, is_shared
+from dlqc.graph import EMBEDDING, LAYER_NORM, NORMS, SDPA, arg, args_of, constant_name, is_call, is_shared, uses, width
 from dlqc.ops import LINEAR_PACKED, LINEAR_Q, QUANTIZE_ACT
+from dlqc.regions import Refused, grow
 from dlqc.weights import Weights
 
 NAMESPACES = ("aten", "dlqc", "dlqc_reference", "dlqc_cpu")
@@ -266,7 +266,9 @@ def _no_call(target: Any) -> Callable[[fx.Graph, Weights], Iterator[str]]:
 def _unit_gain(graph: fx.Graph, weights: Weights) -> Iterator[str]:
     for node in graph.nodes:
         gain = constant_name(arg(node, 2, "weight")) if is_call(node, *NORMS) else None
-        if gain is None or len(uses(graph, gain)) > 1 or can_move_down(graph, weights, node) is not None:
+        if gain is None or len(uses(graph, gain)) > 1:
+            continue
+        if isinstance(grow(graph, weights, node, "diagonal", upward=False), Refused):
             continue
         value = weights.value(gain, torch.float64)
         bias = arg(node, 3, "bias") if is_call(node, LAYER_NORM) else None

@@ -1,4 +1,4 @@
-"""The command line: compile, plan, generate, eval, explain, export, verify, doctor.
+"""The command line: compile, plan, generate, eval, report, explain, export, verify, doctor.
 
 Every verb takes `--json` and then prints one JSON object and nothing else. An error is one line on the error stream and exit
 status 2; it says what, where, why and what to do.
@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from torch import nn
 
-from dlqc.errors import DlqcError
+from dlqc.errors import DlqcError, FeasibilityError, ModelError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 screen = Console(soft_wrap=True)
@@ -168,6 +168,76 @@ def eval_command(
 
 
 @app.command()
+def report(
+    model: Original,
+    outliers: Annotated[
+        bool, typer.Option("--outliers", help="measure outliers at the inputs of linears; needed")
+    ] = False,
+    recipe: Annotated[
+        str | None,
+        typer.Option("--recipe", "-r", help="measure again after each of its transforms, before it quantizes"),
+    ] = None,
+    text: Annotated[str | None, typer.Option(help="calibration text file, for recipes that calibrate")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="text to measure on; the bundled evaluation tales where absent")
+    ] = None,
+    ratios: Annotated[str, typer.Option(help="mask ratios, with commas")] = "0,0.25,0.5,0.75,1",
+    rows: Annotated[int, typer.Option(min=1, help="rows of text at most; they run as one batch")] = 16,
+    length: Annotated[int, typer.Option(min=8, help="tokens a row, the model's maximum at most")] = 128,
+    figures: Annotated[Path | None, typer.Option(help="folder for figures (PNG); needs dlqc[plots]")] = None,
+    seed: Annotated[int, typer.Option(help="of masks and calibration")] = 0,
+    mask_id: MaskId = None,
+    trust_remote_code: Trust = False,
+    bidirectional: Bidirectional = False,
+    as_json: Json = False,
+) -> None:
+    """Measure a model, before and after the transforms of a recipe. What was done to a saved one, `explain` tells."""
+    from dlqc.models.describe import spec_of
+    from dlqc.models.load import load_tokenizer
+
+    if not outliers:
+        raise FeasibilityError(
+            "nothing to measure was named",
+            where="report",
+            remedy="Add --outliers; for what the passes did to a saved model, use dlqc explain",
+        )
+    if (Path(model) / "manifest.json").is_file():
+        raise ModelError(
+            "is an artifact, quantized already",
+            where=model,
+            remedy="Give the original model, and the recipe with --recipe",
+        )
+    from dlqc.evaluate import bundled_text, rows_to_measure
+    from dlqc.figures import need_matplotlib, save_figures
+    from dlqc.outlier_study import study
+
+    levels = _numbers(ratios, "--ratios")
+    if figures is not None:
+        need_matplotlib()
+    loaded = _model(model, trust_remote_code, bidirectional)
+    ids = rows_to_measure(load_tokenizer(loaded), spec_of(loaded, mask_id=mask_id), data, length=length)[:rows]
+    found = study(
+        loaded,
+        ids,
+        recipe=recipe,
+        calibration=Path(text) if text else None,
+        ratios=levels,
+        surfaces=0 if figures is None else 2,
+        source=(data or bundled_text("eval")).name,
+        mask_id=mask_id,
+        backend="reference",
+        seed=seed,
+    )
+    drawn = [] if figures is None else [str(path) for path in save_figures(found, figures)]
+    if as_json:
+        _print_json(found.to_plain() | {"figures": drawn})
+        return
+    screen.print(found.render(), highlight=False, markup=False)
+    for path in drawn:
+        screen.print(f"wrote {path}", highlight=False, markup=False)
+
+
+@app.command()
 def explain(folder: Folder, as_json: Json = False) -> None:
     """Print what the passes did to a saved model."""
     from dlqc.artifact import read_report
@@ -239,6 +309,15 @@ def _any(source: str, backend: str, trust_remote_code: bool = False, bidirection
 
         return load(source, backend=backend)
     return _model(source, trust_remote_code, bidirectional)
+
+
+def _numbers(text: str, where: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise FeasibilityError(
+            f"cannot read {text!r}", where=where, remedy="Write numbers with commas, such as 0,0.5,1"
+        ) from None
 
 
 def _print_json(data: Any) -> None:

@@ -143,6 +143,7 @@ class Pass:
 
     Options:
         required: a pass that finds nothing to rewrite is an error; set False where that is expected.
+        strict: a site that looks right and has to be left alone is an error, too.
     """
 
     name: ClassVar[str]
@@ -153,6 +154,7 @@ class Pass:
     preserves: ClassVar[Preserves] = "no"
 
     required: bool = field(default=True, kw_only=True)
+    strict: bool = field(default=False, kw_only=True)
 
     def needed_facts(self) -> frozenset[str]:
         """Facts needed with these options; the class's `needs` unless options add to it."""

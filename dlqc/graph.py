@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from dataclasses import replace as replace_fields
 from typing import Any, TypeGuard
 
 import torch
@@ -104,6 +105,43 @@ def uses(graph: fx.Graph, name: str) -> list[fx.Node]:
         for user in node.users
         if user.op != "get_attr"
     ]
+
+
+def is_shared(graph: fx.Graph, name: str | None) -> bool:
+    """Whether several calls read a constant."""
+    return name is not None and len(uses(graph, name)) > 1
+
+
+def tied(graph: fx.Graph, weights: Weights, nodes: Iterable[fx.Node]) -> list[Linear]:
+    """The linears among `nodes` whose weight an embedding reads, too."""
+    return [s for s in linears(nodes, weights) if any(is_call(user, EMBEDDING) for user in uses(graph, s.weight))]
+
+
+def untie(graph: fx.Graph, weights: Weights, site: Linear) -> str:
+    """Give a linear its own copy of a weight that an embedding reads, too; gives a note for the report.
+
+    Each of the two keeps the name that its module has in the checkpoint, where the tie was declared.
+    """
+    shared = weights[site.weight]
+    names = [site.weight, *(alias for alias in shared.aliases if alias != site.weight)]
+    module = list((site.node.meta.get("nn_module_stack") or {"": ("",)}).values())[-1][0]
+    own = next((name for name in names if module and name.rpartition(".")[0].endswith(str(module))), None)
+    own = own or next((name for name in names[1:]), f"{site.name}.untied.weight")
+    other = next((name for name in names if name != own), f"{site.name}.tied.weight")
+    users = uses(graph, site.weight)
+    readers = {own: [site.node], other: [user for user in users if user is not site.node]}
+    constants = {user: next(a for a in user.all_input_nodes if a.target == site.weight) for user in users}
+    for name, members in readers.items():
+        weights.define(name, replace_fields(shared, aliases=()))
+        for user in members:
+            copy = read(graph, weights, name, user)
+            copy.meta["val"] = copy.meta["val"].to(constants[user].meta["val"].dtype)
+            user.replace_input_with(constants[user], copy)
+    for old in dict.fromkeys(constants.values()):
+        graph.erase_node(old)
+    if site.weight not in readers:
+        weights.drop(site.weight)
+    return f"{own} was tied to {other} and has its own copy now: {shared.leaf.nbytes / 1e6:.1f} MB more"
 
 
 def read(graph: fx.Graph, weights: Weights, name: str, before: fx.Node) -> fx.Node:

@@ -157,8 +157,14 @@ class PassManager:
     def _settle(self, p: Pass, graph: fx.Graph, ctx: Context, report: PassReport) -> None:
         """The law, and the rule that a pass which was asked to rewrite something did."""
         check(graph, ctx.weights, ctx.spec, ctx.facts, after=f"pass {p.name!r}")
+        reasons = "; ".join(f"{d.site}: {d.reason}" for d in report.declined[:4]) or "no site looks like it"
+        if report.declined and p.strict:
+            raise ContractError(
+                f"pass {p.name!r} left {len(report.declined)} of {report.sites + len(report.declined)} sites alone ({reasons})",
+                where="passes",
+                remedy="Exclude them, or set strict=False",
+            )
         if report.sites == 0 and p.required:
-            reasons = "; ".join(f"{d.site}: {d.reason}" for d in report.declined[:4]) or "no site looks like it"
             raise ContractError(
                 f"pass {p.name!r} found nothing to rewrite ({reasons})",
                 where="passes",
@@ -251,8 +257,9 @@ class _StateFlow:
         """Run the block as it is now and gather statistics at its linears."""
         collector = Collector(wanted, list(linears(block.nodes(self._graph), self._ctx.weights)))
         for i, s, run in self._runs(block):
-            taps: Any = collector.taps(self._states.weights[s])
-            run(self._states.ids[s], self._hidden[i], taps=taps)
+            ids = self._states.ids[s]
+            taps: Any = collector.taps(self._states.weights[s], ids == self._ctx.spec.mask_id)
+            run(ids, self._hidden[i], taps=taps)
         return collector.result()
 
     def advance(self, block: Block) -> None:

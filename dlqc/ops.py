@@ -4,6 +4,7 @@ Each is one node in the graph, with a fake implementation for shapes and a defin
 replace them by their own packed ops at lowering; results are judged against these definitions.
 
     rope(x, cos, sin)                        = x·cos + rotate_half(x)·sin
+    transform(x, parts; spec)                = x·T, T spelled by `spec` (see dlqc/transform.py)
     quantize_act(x; bits, group, sym)        = dequantized nearest code of x, per token or per group of channels
     linear_q(x, codes, scales, zeros, bias)  = x · ((codes - zeros)·scales)ᵀ + bias
     linear_packed(...)                       = linear_q on codes stored as a dense bit stream
@@ -11,12 +12,16 @@ replace them by their own packed ops at lowering; results are judged against the
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from dlqc.errors import ContractError
 from dlqc.formats.activation import ActFormat
 from dlqc.formats.integer import IntFormat, QuantizedWeight
 from dlqc.formats.packing import unpack
+from dlqc.transform import decode
 
 
 @torch.library.custom_op("dlqc::rope", mutates_args=())
@@ -31,6 +36,46 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     # The result is dense whatever the strides of x, as the definition's addition makes it on broadcasting.
     return torch.empty_like(x * cos)
+
+
+def _rope_backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+    cos, sin = ctx.saved_tensors
+    turned, half = g * sin, g.shape[-1] // 2
+    return g * cos + torch.cat((turned[..., half:], -turned[..., :half]), dim=-1), None, None
+
+
+rope.register_autograd(_rope_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[1:]))
+
+
+@torch.library.custom_op("dlqc::transform", mutates_args=())
+def transform(x: Tensor, parts: list[Tensor], spec: str) -> Tensor:
+    """x [..., d] → x·T in float32 (float64 stays), same dtype. parts: the tensors that `spec` names by number."""
+    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    return decode(spec, parts)(wide).to(x.dtype).clone(memory_format=torch.contiguous_format)
+
+
+@transform.register_fake
+def _(x: Tensor, parts: list[Tensor], spec: str) -> Tensor:
+    width = decode(spec, parts).width
+    if x.shape[-1] != width:
+        raise ContractError(
+            f"{spec!r} has width {width}, its input {x.shape[-1]}", where="transform", remedy="Transform all channels"
+        )
+    return x.new_empty(x.shape)
+
+
+def _keep_transform(ctx: Any, inputs: tuple[Tensor, list[Tensor], str], output: Tensor) -> None:
+    _, parts, ctx.spec = inputs
+    ctx.save_for_backward(*parts)
+
+
+def _transform_backward(ctx: Any, g: Tensor) -> tuple[Tensor, list[None], None]:
+    """g·Tᵀ. The parts are constants and get no gradient."""
+    wide, parts = g if g.dtype in (torch.float32, torch.float64) else g.float(), ctx.saved_tensors
+    return decode(ctx.spec, parts).transpose()(wide).to(g.dtype), [None] * len(parts), None
+
+
+transform.register_autograd(_transform_backward, setup_context=_keep_transform)
 
 
 @torch.library.custom_op("dlqc::quantize_act", mutates_args=())
@@ -88,6 +133,7 @@ def _(
 
 
 ROPE = torch.ops.dlqc.rope.default
+TRANSFORM = torch.ops.dlqc.transform.default
 QUANTIZE_ACT = torch.ops.dlqc.quantize_act.default
 LINEAR_Q = torch.ops.dlqc.linear_q.default
 LINEAR_PACKED = torch.ops.dlqc.linear_packed.default

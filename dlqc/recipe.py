@@ -5,9 +5,8 @@
     line     calibrate(sequences=64), quantize_weights(bits=4), pack, lower
 
 The three round-trip exactly. A pass is named by its file name under `passes/`, a pass of the user's own by its dotted
-import path. TOML files of the same shape are read too; TOML has no null, so there it is `group_size = "none"`. Preset
-names say what they make: `w4a16-gptq` is 4-bit weights in groups of 128 with zero points, 16-bit activations, GPTQ on
-masked states; `-g64` and `-channel` change the groups, `-sym` leaves the zero points out.
+import path. TOML files of the same shape are read too; TOML has no null, so there it is `group_size = "none"`. Presets,
+whose names say what they make, are in `dlqc.presets`.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib
-import re
 import tomllib
 import types
 import typing
@@ -30,39 +28,29 @@ from torch import fx
 
 from dlqc.contract import Context, Pass, PassReport
 from dlqc.errors import RecipeError, nearest
+from dlqc.presets import PRESETS, preset
 
 PASSES = {
+    "center_norms": "CenterNorms",
     "fold_norm_scale": "FoldNormScale",
+    "rotate_hidden": "RotateHidden",
+    "rotate_heads": "RotateHeads",
+    "rotate_qk": "RotateQk",
+    "rotate_down": "RotateDown",
     "smooth": "Smooth",
+    "equalize": "Equalize",
+    "awq_scale": "AwqScale",
+    "awq_clip": "AwqClip",
+    "duquant": "Duquant",
+    "flatquant": "Flatquant",
+    "learn_rotation": "LearnRotation",
+    "mask_gate": "MaskGate",
     "calibrate": "Calibrate",
     "quantize_weights": "QuantizeWeights",
     "quantize_activations": "QuantizeActivations",
     "pack": "Pack",
     "lower": "Lower",
 }
-
-PRESETS = {
-    "w8a16-rtn": "8-bit weights per channel, nearest rounding, no calibration",
-    "w4a16-rtn": "4-bit weights g128, nearest rounding, no calibration",
-    "w8a8-rtn": "8-bit weights per channel, 8-bit activations per token, nearest rounding",
-    "w8a8-smoothquant": "as w8a8-rtn after SmoothQuant on masked states",
-    "w8a8-gptq": "8-bit weights per channel by GPTQ, 8-bit activations per token",
-    "w4a8-gptq": "4-bit weights g128 by GPTQ, 8-bit activations per token",
-    "w4a16-gptq": "4-bit weights g128 by GPTQ on masked states",
-    "w4a16-sym-gptq": "as w4a16-gptq without zero points, for engines that take none",
-    "w4a16-gptq-clean": "as w4a16-gptq on clean text, as tools for autoregressive models calibrate",
-    "w4a16-gptq-cgq": "as w4a16-gptq with certainty-weighted statistics",
-    "w4a16-smooth": "4-bit weights g128 after smoothing on masked states, nearest rounding",
-    "w3a16-gptq": "3-bit weights g128 by GPTQ on masked states",
-    "w2a16-gptq": "2-bit weights g128 by GPTQ on masked states",
-}
-
-_PRESET = re.compile(
-    r"w(?P<w>[2348])a(?P<a>8|16)(?:-(?:g(?P<g>\d+)|(?P<channel>channel)))?"
-    r"(?P<sym>-sym)?"
-    r"-(?P<method>rtn|gptq|smoothquant|smooth)(?:-(?P<variant>clean|cgq))?"
-)
-
 
 _ACCEPTED = "Give Pass objects, a preset name, a file, or one line of text"
 
@@ -111,9 +99,9 @@ def _from_text(source: str | Path) -> Recipe:
         return _from_file(Path(text))
     if isinstance(source, Path):
         raise RecipeError("is no recipe file", where=text, remedy="Recipe files end in .yaml, .yml or .toml")
-    preset = _PRESET.fullmatch(text)
-    if preset is not None:
-        return _preset(text, preset)
+    made = preset(text, pass_class)
+    if made is not None:
+        return Recipe(text, made)
     if "(" in text or "," in text or text in PASSES or "." in text:
         return Recipe("custom", parse_line(text))
     raise RecipeError(f"unknown recipe {text!r}", where="passes", remedy=nearest(text, [*PRESETS, *PASSES]))
@@ -313,34 +301,3 @@ def _line(options: Any) -> str:
             parts.append(f"{f.name}={_line(value) if dataclasses.is_dataclass(value) else repr(value)}")
     name = _spelling(options)
     return f"{name}({', '.join(parts)})" if parts else name
-
-
-def _preset(name: str, found: re.Match[str]) -> Recipe:
-    from dlqc.calibration import Certainty, Clean, MaskedSimulation, Uniform
-    from dlqc.rounding.gptq import Gptq
-    from dlqc.rounding.rtn import Rtn
-
-    bits, method, variant = int(found["w"]), found["method"], found["variant"]
-    group = None if found["channel"] or (bits == 8 and not found["g"]) else int(found["g"] or 128)
-    smoothing = method in ("smoothquant", "smooth")
-    calibrated = smoothing or method == "gptq"
-    if variant and method != "gptq":
-        raise RecipeError(
-            f"-{variant} goes with gptq only", where=name, remedy=f"Use {name.removesuffix('-' + variant)!r}"
-        )
-    steps: list[Pass] = []
-    if calibrated:
-        sampler = Clean() if variant == "clean" else MaskedSimulation()
-        weight = Certainty() if variant == "cgq" else Uniform()
-        steps.append(pass_class("calibrate")(sampler=sampler, weight=weight))  # type: ignore[call-arg]
-    if smoothing:
-        steps.append(pass_class("smooth")())
-    rounding = Gptq() if method == "gptq" else Rtn()
-    steps.append(
-        pass_class("quantize_weights")(
-            bits=bits, group_size=group, symmetric=bits == 8 or found["sym"] is not None, method=rounding
-        )  # type: ignore[call-arg]
-    )
-    if found["a"] == "8":
-        steps.append(pass_class("quantize_activations")())
-    return Recipe(name, (*steps, pass_class("pack")(), pass_class("lower")()))

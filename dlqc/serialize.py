@@ -41,7 +41,7 @@ _REMEDY = "The file was changed; save the model again"
 
 # Types of arguments and results that a pure op may have, and its arguments that are words.
 _PURE = ("Tensor", "int", "float", "number", "bool", "Device", "SymInt", "ScalarType", "Layout", "MemoryFormat")
-_WORDS = ("approximate", "equation", "indexing", "interpolation", "mode", "reduce", "rounding_mode", "side")
+_WORDS = ("approximate", "equation", "indexing", "interpolation", "mode", "reduce", "rounding_mode", "side", "spec")
 
 
 def encode_graph(graph: fx.Graph) -> dict[str, Any]:

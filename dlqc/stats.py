@@ -4,9 +4,12 @@
     absmax    max |x| over rows with c > 0   [K]
     meanabs   Σ c·|x| / Σ c        [K]
     count     Σ over rows of 1     []
+    sample    up to 512 rows x, drawn with probability proportional to c, without replacement   [S, K]
+    masked    whether each row of the sample stands at a masked token                           [S] bool
 
 x are the rows that a linear reads, c the token weights of the calibration states. A weight that several linears share
-gets the sum (maximum, mean) over all of them.
+gets the sum (maximum, mean) over all of them; its sample is that of the first. Linears of one block that read the same
+number of rows sample the same tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +23,8 @@ from dlqc.errors import CalibrationError, ContractError, nearest
 from dlqc.execute import placeholder
 from dlqc.graph import Linear
 
-STATISTICS = ("absmax", "count", "hessian", "meanabs")
+STATISTICS = ("absmax", "count", "hessian", "masked", "meanabs", "sample")
+SAMPLE = 512
 
 
 class Collector:
@@ -36,10 +40,15 @@ class Collector:
         self._sums: dict[fx.Node, dict[str, torch.Tensor]] = {}
         self._weight_sum: dict[fx.Node, float] = {}
         self._row_weights = torch.empty(0, 0)
+        self._masked = torch.empty(0, 0, dtype=torch.bool)
+        self._batches = 0
+        self._priority: dict[fx.Node, torch.Tensor] = {}
 
-    def taps(self, row_weights: torch.Tensor) -> Mapping[fx.Node, object]:
-        """Callbacks for one batch; `row_weights` c is [B, L], one weight a row of x."""
+    def taps(self, row_weights: torch.Tensor, masked: torch.Tensor | None = None) -> Mapping[fx.Node, object]:
+        """Callbacks for one batch; `row_weights` c is [B, L], one weight a row of x; `masked` [B, L] says which are masked."""
         self._row_weights = row_weights
+        self._masked = torch.zeros_like(row_weights, dtype=torch.bool) if masked is None else masked
+        self._batches += 1
         return {site.x: self._add for site in self._sites}
 
     def _add(self, node: fx.Node, value: torch.Tensor) -> None:
@@ -65,6 +74,8 @@ class Collector:
                 sums.get("meanabs", torch.zeros(k, dtype=torch.float64)) + (c[:, None] * x.abs()).sum(0).double()
             )
             self._weight_sum[node] = self._weight_sum.get(node, 0.0) + float(c.sum())
+        if self.wanted & {"sample", "masked"}:
+            self._draw(node, x, c, sums)
         if "hessian" in self.wanted:
             scaled = x * c.sqrt()[:, None]
             product = scaled.T @ scaled
@@ -73,13 +84,30 @@ class Collector:
             else:
                 sums["hessian"] = product.double()
 
+    def _draw(self, node: fx.Node, x: torch.Tensor, c: torch.Tensor, sums: dict[str, torch.Tensor]) -> None:
+        """Weighted reservoir: the rows with the largest u^(1/c), u uniform (Efraimidis and Spirakis 2006)."""
+        generator = torch.Generator().manual_seed(self._batches)
+        u = torch.rand(self._row_weights.shape, generator=generator, dtype=torch.float64)
+        masked = self._masked
+        if self._sequence_first(node):
+            u, masked = u.T, masked.T
+        if u.numel() != x.shape[0]:  # other rows than the tokens
+            u = torch.rand(x.shape[0], generator=generator, dtype=torch.float64)
+            masked = torch.zeros(x.shape[0], dtype=torch.bool)
+        u, masked = u.reshape(-1), masked.reshape(-1)
+        priority = torch.where(c > 0, u.log() / c.clamp_min(1e-30), -torch.inf)
+        if node in self._priority:
+            priority = torch.cat((self._priority[node], priority))
+            x, masked = torch.cat((sums["sample"], x)), torch.cat((sums["masked"], masked))
+        keep = priority.topk(min(SAMPLE, int((priority > -torch.inf).sum()))).indices.sort().values
+        self._priority[node], sums["sample"], sums["masked"] = priority[keep], x[keep], masked[keep]
+
     def _weights_for(self, node: fx.Node, rows: int) -> torch.Tensor:
         """c [rows]; a linear that reads other rows than the tokens can only be weighed evenly."""
         c = self._row_weights.reshape(-1)
-        batch, length = (str(size) for size in placeholder(node.graph).meta["val"].shape)
-        dims = [str(size) for size in node.meta["val"].shape[:-1]]
-        if dims == [length, batch]:
+        if self._sequence_first(node):
             return self._row_weights.T.reshape(-1)
+        batch, length, dims = _dims(node)
         if c.numel() == rows and (dims == [batch, length] or len(dims) == 1):
             return c
         if bool((c == c[0]).all()):
@@ -90,6 +118,11 @@ class Collector:
             where=site.name,
             remedy="Use weight=uniform, or exclude it with skip=",
         )
+
+    def _sequence_first(self, node: fx.Node) -> bool:
+        """Whether a value is [L, B, K] where the states are [B, L]."""
+        batch, length, dims = _dims(node)
+        return dims == [length, batch]
 
     def result(self) -> dict[str, dict[str, torch.Tensor]]:
         """Statistics by weight name. Linears that read the same value share the tensors."""
@@ -103,8 +136,16 @@ class Collector:
                 continue
             merged = found[site.weight]
             for name, value in sums.items():
+                if name in ("sample", "masked"):
+                    continue
                 merged[name] = torch.maximum(merged[name], value) if name == "absmax" else merged[name] + value
         for weight, sums in found.items():
             if "meanabs" in sums:
                 sums["meanabs"] = sums["meanabs"] / max(weight_sum[weight], 1e-30)
         return found
+
+
+def _dims(node: fx.Node) -> tuple[str, str, list[str]]:
+    """Spellings of the batch, the length, and the leading sizes of a value."""
+    batch, length = (str(size) for size in placeholder(node.graph).meta["val"].shape)
+    return batch, length, [str(size) for size in node.meta["val"].shape[:-1]]

@@ -1,6 +1,6 @@
 """Weights as constant expressions: a checkpoint tensor, then the folds that passes have moved into it.
 
-    W  →  W · diag(v)  →  diag(u) · W · diag(v)
+    W  →  W·T  →  Sᵀ·W·T
 
 A fold is recorded, not computed. The expression is evaluated in float64 when somebody asks for its value, so that
 a chain of folds rounds once, and the user's model is never changed. Cloning is cheap: expressions are immutable.
@@ -20,26 +20,30 @@ from dataclasses import dataclass, field
 import torch
 
 from dlqc.errors import ContractError
+from dlqc.transform import Transform
+
+# Entries of a tile in which a transformed matrix is evaluated, 4 or 8 MiB.
+_TILE = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
-class ScaleColumns:
-    """W [N, K] → W · diag(v), v [K]; for a vector [K], the elementwise product."""
+class OnColumns:
+    """W [N, K] → W·T, T of width K; for a vector [K], v·T."""
 
-    v: torch.Tensor
+    t: Transform
 
     def __call__(self, w: torch.Tensor) -> torch.Tensor:
-        return w * self.v.to(w.dtype)
+        return self.t(w)
 
 
 @dataclass(frozen=True, eq=False)
-class ScaleRows:
-    """W [N, K] → diag(v) · W, v [N]."""
+class OnRows:
+    """W [N, K] → Tᵀ·W, T of width N."""
 
-    v: torch.Tensor
+    t: Transform
 
     def __call__(self, w: torch.Tensor) -> torch.Tensor:
-        return w * self.v.to(w.dtype)[:, None]
+        return self.t.rows(w)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,20 +65,44 @@ class Rows:
         return w[self.start : self.stop]
 
 
-Fold = ScaleColumns | ScaleRows | Ones | Rows
+@dataclass(frozen=True, eq=False)
+class Clamp:
+    """W [N, K] → W held within ±limits, limits [N, G], one for each group of K/G neighbours of a row."""
+
+    limits: torch.Tensor
+
+    def __call__(self, w: torch.Tensor) -> torch.Tensor:
+        n, groups = self.limits.shape
+        c = self.limits.to(w.dtype).unsqueeze(-1)
+        return w.reshape(n, groups, -1).clamp(-c, c).reshape(w.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Plus:
+    """Any tensor → the tensor plus a number (a gain that its checkpoint holds as w, and its model reads as 1 + w)."""
+
+    number: float
+
+    def __call__(self, w: torch.Tensor) -> torch.Tensor:
+        return w + self.number
+
+
+Fold = OnColumns | OnRows | Ones | Rows | Clamp | Plus
 
 
 @dataclass(frozen=True, eq=False)
 class Constant:
     """One named constant: `leaf` as it lies in the checkpoint, then `folds` in order.
 
-    `aliases` are other names of the same tensor in the checkpoint (declared ties). `serial` tells one expression from
-    another without looking at numbers.
+    `aliases` are other names of the same tensor in the checkpoint (declared ties). `dtype` is the storage dtype where it
+    is not the leaf's: a transform is known in float64 and stored in float32. `serial` tells one expression from another
+    without looking at numbers.
     """
 
     leaf: torch.Tensor
     folds: tuple[Fold, ...] = ()
     aliases: tuple[str, ...] = ()
+    dtype: torch.dtype | None = None
     serial: int = field(default_factory=itertools.count().__next__, init=False)
 
     @property
@@ -84,6 +112,8 @@ class Constant:
 
     @property
     def storage_dtype(self) -> torch.dtype:
+        if self.dtype is not None:
+            return self.dtype
         arithmetic = any(not isinstance(f, Rows) for f in self.folds)
         return torch.float32 if arithmetic and self.leaf.dim() == 1 else self.leaf.dtype
 
@@ -98,7 +128,41 @@ class Constant:
 
     def stored(self) -> torch.Tensor:
         """The value as an artifact stores it."""
-        return self.exact().to(self.storage_dtype) if self.folds else self.leaf.detach()
+        if not self.folds:
+            return self.leaf.detach().to(self.storage_dtype)
+        transforms = all(isinstance(f, OnColumns | OnRows) for f in self.folds)
+        return self._in_tiles() if transforms and self.leaf.dim() == 2 else self.exact().to(self.storage_dtype)
+
+    def _in_tiles(self) -> torch.Tensor:
+        """`exact` rounded to the storage dtype, without a wide copy of the whole matrix.
+
+        Tᵀ·(W·S) = (Tᵀ·W)·S, so all that acts on columns is done in tiles of rows, then the rest in tiles of columns. What is
+        stored in 16 bits is computed in float32, whose rounding is lost in that of the result.
+        """
+        n, k = self.leaf.shape
+        rows = [f.t for f in self.folds if isinstance(f, OnRows)]
+        final = self.storage_dtype
+        wide = torch.float32 if final.itemsize == 2 else torch.float64
+        between = wide if rows else final
+        out = self.leaf.detach()
+        if len(rows) < len(self.folds):
+            out = torch.empty(n, k, dtype=between)
+            step = max(1, _TILE // k)
+            for i in range(0, n, step):
+                tile = self.leaf[i : i + step].detach().to(wide)
+                for f in self.folds:
+                    tile = f(tile) if isinstance(f, OnColumns) else tile
+                out[i : i + step] = tile
+        if not rows:
+            return out
+        result = torch.empty(n, k, dtype=final)
+        step = max(1, _TILE // n)
+        for i in range(0, k, step):
+            tile = out[:, i : i + step].to(wide)
+            for t in rows:
+                tile = t.rows(tile)
+            result[:, i : i + step] = tile
+        return result
 
 
 class Weights(Mapping[str, Constant]):
@@ -128,11 +192,11 @@ class Weights(Mapping[str, Constant]):
                 where=name,
                 remedy="Move the transform before quantize_weights",
             )
-        self._constants[name] = Constant(old.leaf, (*old.folds, fold), old.aliases)
+        self._constants[name] = Constant(old.leaf, (*old.folds, fold), old.aliases, old.dtype)
 
-    def put(self, name: str, tensor: torch.Tensor) -> None:
+    def put(self, name: str, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> None:
         """Set a constant to a tensor; folds and ties of an older one are gone."""
-        self._constants[name] = Constant(tensor)
+        self._constants[name] = Constant(tensor, dtype=dtype)
 
     def define(self, name: str, constant: Constant) -> None:
         """Set a constant to an expression."""

@@ -9,6 +9,7 @@ blocks that are quantized already. Lossy; the report gives each site's output si
 
 Declines:
     - a linear that `skip` names
+    - a router: its output goes into a topk, where a small error is another expert (`dlqc.routers`)
     - (outside the repeated blocks nothing is a site: embeddings and head stay as they are, and the report says so)
 
 A weight that several calls share is rounded once, on the sum of their statistics, and all calls are rewritten.
@@ -33,6 +34,7 @@ from dlqc.rounding.contract import Rounded
 from dlqc.rounding.gptq import Gptq
 from dlqc.rounding.hessian import sqnr_db
 from dlqc.rounding.rtn import Rtn
+from dlqc.routers import KEPT, is_router
 
 Method = Rtn | Gptq
 
@@ -83,6 +85,8 @@ class QuantizeWeights(Pass):
                 plan.kept[site.name] = "outside the repeated blocks"
             elif matches(site.name, self.skip):
                 plan.kept[site.name] = "named by skip="
+            elif is_router(site.node):
+                plan.kept[site.name] = KEPT
             else:
                 self._plan_site(site, plan)
 
@@ -111,6 +115,9 @@ class QuantizeWeights(Pass):
         for weight, sites in by_weight.items():
             if matches(sites[0].name, self.skip):
                 report.declined.append(Declined(sites[0].name, "named by skip="))
+                continue
+            if any(is_router(site.node) for site in sites):
+                report.declined.append(Declined(sites[0].name, KEPT))
                 continue
             stats = ctx.stats.get(weight, {})
             # Linears that read the same value come one after the other and share their statistics, tensor for tensor.

@@ -79,14 +79,18 @@ class Residual(nn.Module):
 
 
 class Mlp(nn.Module):
-    """A stack of residual layers without attention. `shared` runs one layer three times, as ALBERT does."""
+    """A stack of residual layers without attention.
 
-    def __init__(self, *, d: int = 32, post: bool = False, shared: bool = False) -> None:
+    `shared` runs one layer three times, as ALBERT does; `final` has a last norm before the head, as GPT-2 does.
+    """
+
+    def __init__(self, *, d: int = 32, post: bool = False, shared: bool = False, final: bool = False) -> None:
         super().__init__()
         self.spec = DiffusionSpec(MASK, VOCAB, 64)
         self.embed = nn.Embedding(VOCAB, d)
         self.layers = nn.ModuleList([Residual(d, post) for _ in range(1 if shared else 2)])
         self.repeats = 3 if shared else 1
+        self.final = nn.LayerNorm(d) if final else nn.Identity()
         self.head = nn.Linear(d, VOCAB)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -94,7 +98,7 @@ class Mlp(nn.Module):
         for _ in range(self.repeats):
             for layer in self.layers:
                 x = layer(x)
-        return self.head(x)
+        return self.head(self.final(x))
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -103,6 +107,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "llada tied": lambda: llada(weight_tying=True),
     "llada grouped bias": lambda: llada(n_kv_heads=2, include_bias=True),
     "dream": dream,
+    "final layer norm": lambda: randomize(Mlp(final=True)),
     "layer norm": lambda: randomize(Mlp()),
     "post norm": lambda: randomize(Mlp(post=True)),
     "shared": lambda: randomize(Mlp(shared=True)),

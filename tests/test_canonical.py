@@ -32,6 +32,9 @@ class Toy(nn.Module):
         self.body, self.takes_ids = body, ids
         self.embed, self.gain = nn.Embedding(VOCAB, D), nn.Parameter(torch.randn(D))
         self.fused, self.bare = nn.Linear(D, 48), nn.Linear(D, 48, bias=False)
+        self.wide, self.square = nn.Parameter(torch.randn(D, 48)), nn.Parameter(torch.randn(D, D))
+        self.quarter, self.eight = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(8))
+        self.register_buffer("counts", torch.arange(4))
         self.register_buffer("tril", torch.ones(LENGTH + 1, LENGTH + 1, dtype=torch.bool).tril())
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -114,7 +117,7 @@ def test_rms_norm(rewrite: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "gain"), [("gain", True), ("no gain", False), ("casts", True), ("gain plus one", False)]
+    ("name", "gain"), [("gain", True), ("no gain", False), ("casts", True), ("gain plus one", True)]
 )
 def test_gain_of_the_norm(rewrite: Any, name: str, gain: bool) -> None:
     graph, _, _ = rewrite(NORMS[name][0])
@@ -439,6 +442,7 @@ NOTHING: dict[str, Body] = {
     "dropout": lambda m, x: F.dropout(x, 0.3, training=m.training) * 2,
     "dropout in place": lambda m, x: F.dropout(x * 1.5, 0.3, training=m.training, inplace=True),
     "plus zero": lambda m, x: (x + 0) * 2,
+    "times one": lambda m, x: (x * 1.0) * 2,
     "view as it is": lambda m, x: x.view(x.shape[0], x.shape[1], D) * 2,
     "expand as it is": lambda m, x: x.expand(x.shape[0], -1, D) * 2,
     "empty cat": lambda m, x: torch.cat((torch.empty(0), x), 1) * 2,
@@ -458,6 +462,9 @@ SOMETHING: dict[str, tuple[Body, object]] = {
     "reshape": (lambda m, x: x.reshape(x.shape[0], x.shape[1], 4, 4).sum(-1), aten.reshape.default),
     "broadcast": (lambda m, x: x.sum(-1, keepdim=True).expand(-1, -1, 5) * 2, aten.expand.default),
     "plus one": (lambda m, x: x + 1, aten.add.Tensor),
+    "times two": (lambda m, x: x * 2, aten.mul.Tensor),
+    "times one of another type": (lambda m, x: (x > 0) * 1.0, aten.mul.Tensor),
+    "times a tensor of one": (lambda m, x: x * m.gain.new_ones(D), aten.mul.Tensor),
     "plus itself": (lambda m, x: x + x, aten.add.Tensor),
     "cat": (lambda m, x: torch.cat((x, x), -1), aten.cat.default),
 }
@@ -480,6 +487,101 @@ def test_dropout_that_is_always_on_stays(raw: Any) -> None:
     graph, weights = raw(lambda m, x: F.dropout(x, 0.3, training=True))
     canonical.canonicalize(graph, weights)
     assert count(graph, aten.dropout.default) == 1
+
+
+# Constants that their readers change
+
+
+PLUS: dict[str, tuple[Body, int]] = {
+    "gain": (lambda m, x: x * (1.0 + m.gain), 1),
+    "gain on the left": (lambda m, x: x * (m.gain + 1), 1),
+    "read before and after": (lambda m, x: x * (1.0 + m.gain) + m.gain, 1),
+    "twice": (lambda m, x: x * (1.0 + m.gain) + (1.0 + m.gain), 2),
+    "widened": (lambda m, x: x * (1.0 + m.gain.double()), 1),
+    "another number": (lambda m, x: x * (2.0 + m.gain), 0),
+    "weighted": (lambda m, x: x * torch.add(m.gain, 1.0, alpha=2), 0),
+    "narrowed": (lambda m, x: x * (1.0 + m.gain.to(torch.bfloat16)), 0),
+    "computed": (lambda m, x: x * (1.0 + m.gain.tanh()), 0),
+    "matrix": (lambda m, x: F.linear(x, 1.0 + m.bare.weight), 0),
+    "integers": (lambda m, x: x[..., :4] * (1 + m.counts), 0),
+}
+
+
+@pytest.mark.parametrize("name", PLUS)
+def test_one_plus_a_constant_is_a_constant(raw: Any, name: str) -> None:
+    body, wanted = PLUS[name]
+    graph, weights = raw(body)
+    ids = torch.randint(0, VOCAB, (2, 9))
+    before, constants = forward(graph, weights, ids), dict(weights)
+    counts = canonical.canonicalize(graph, weights)
+    assert counts["fold_plus_one"] == wanted
+    assert torch.equal(forward(graph, weights, ids), before)
+    made = {key: weights.value(key) for key in set(weights) - set(constants)}
+    assert list(made) == (["plus_one.gain"] if wanted else [])
+    assert all(torch.equal(value, 1 + constants["gain"].leaf) for value in made.values())
+    others = {"read before and after", "another number", "weighted", "narrowed", "computed"}
+    assert ("gain" in weights) == (name in others)
+
+
+def test_one_plus_a_rounded_gain_is_not_rounded_again() -> None:
+    """A gain that is stored in bfloat16 is read in float32; 1 + w would lose most of w in bfloat16."""
+    torch.manual_seed(0)
+    toy = Toy(lambda m, x: rms(x) * (1.0 + m.gain)).to(torch.bfloat16)
+    found = capture.capture(toy, SPEC)
+    assert torch.equal(found.weights.value("plus_one.gain"), 1 + toy.gain.float())
+    assert found.weights.value("plus_one.gain").dtype is torch.float32
+
+
+def addmm(m: Toy, x: Tensor, bias: Tensor, weight: Tensor) -> Tensor:
+    """As GPT-2's Conv1D writes it."""
+    return torch.addmm(bias, x.view(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[-1])
+
+
+PRODUCTS: dict[str, tuple[Body, int]] = {
+    "conv1d": (lambda m, x: addmm(m, x, m.fused.bias, m.wide), 1),
+    "read twice": (lambda m, x: addmm(m, x, m.fused.bias, m.wide) + addmm(m, x.tanh(), m.fused.bias, m.wide), 2),
+    "square": (lambda m, x: addmm(m, x, m.gain, m.square), 1),
+    "no constant": (lambda m, x: addmm(m, x, m.fused.bias, m.wide.tanh()), 0),
+    "computed bias": (lambda m, x: addmm(m, x, m.fused.bias.tanh(), m.wide), 0),
+    "bias of rows": (lambda m, x: addmm(m, x, m.square[:1, :1].expand(1, 48), m.wide), 0),
+    "weighted": (lambda m, x: torch.addmm(m.gain, x.view(-1, D), m.square, beta=2).view(x.shape), 0),
+    "other rows": (lambda m, x: addmm(m, x, m.gain, m.square).transpose(0, 1).transpose(0, 1), 1),
+    "rows moved": (lambda m, x: torch.addmm(m.gain, x.reshape(-1, D), m.square).view(x.shape[0], -1, 4, 4).sum(-1), 0),
+    "half rows": (lambda m, x: torch.addmm(m.eight, x.reshape(-1, 8), m.quarter).view(x.shape), 0),
+    "flat value read": (
+        lambda m, x: (lambda y: y.view(*x.shape[:-1], D) + y.mean())(torch.addmm(m.gain, x.view(-1, D), m.square)),
+        0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_a_product_with_a_transposed_weight(rewrite: Any, name: str) -> None:
+    body, wanted = PRODUCTS[name]
+    graph, weights, counts = rewrite(body)
+    assert counts["raise_addmm"] == count(graph, LINEAR) == wanted
+    assert (count(graph, aten.addmm.default) > 0) == (wanted == 0)
+    assert sum("transposed" in key for key in weights) == (1 if wanted else 0)
+
+
+def test_a_transposed_weight_is_cut(rewrite: Any) -> None:
+    graph, weights, counts = rewrite(lambda m, x: sum(addmm(m, x, m.fused.bias, m.wide).split(16, dim=-1)))
+    assert (counts["raise_addmm"], counts["split_fused"], count(graph, LINEAR)) == (1, 1, 3)
+    assert {"transposed.rows_16_32.wide", "fused.rows_16_32.bias"} <= set(weights)
+
+
+def test_reshapes_in_a_row_are_one(rewrite: Any) -> None:
+    graph, _, counts = rewrite(
+        lambda m, x: x.reshape(-1, 4).reshape(*x.shape[:-1], 2, 8).reshape(*x.shape[:2], 8, 2).sum(-1)
+    )
+    assert counts["merge_reshapes"] == 2
+    assert count(graph, aten.reshape.default) == 1
+
+
+def test_a_reshape_that_others_read_stays(rewrite: Any) -> None:
+    graph, _, counts = rewrite(lambda m, x: (lambda y: y.reshape(x.shape) * y.mean())(x.reshape(*x.shape[:2], 2, 8)))
+    assert counts["merge_reshapes"] == 1
+    assert count(graph, aten.reshape.default) == 1
 
 
 def test_asserts_go(raw: Any) -> None:

@@ -15,7 +15,8 @@ from dlqc import certificate
 from dlqc.certificate import BOUND, RATIOS, certified, deviation
 from dlqc.contract import Context, Pass, PassReport
 from dlqc.errors import ContractError
-from dlqc.weights import ScaleColumns
+from dlqc.transform import Diagonal
+from dlqc.weights import OnColumns
 
 CaseMaker = Callable[..., Any]
 GAIN = "model.transformer.blocks.1.ff_norm.weight"
@@ -32,7 +33,7 @@ class Nudge(Pass):
 
     def apply(self, graph: fx.Graph, ctx: Context) -> PassReport:
         n = ctx.weights[self.gain].shape[0]
-        ctx.weights.fold(self.gain, ScaleColumns(torch.full((n,), 1 + self.size, dtype=torch.float64)))
+        ctx.weights.fold(self.gain, OnColumns(Diagonal(torch.full((n,), 1 + self.size, dtype=torch.float64))))
         return PassReport(sites=1)
 
 

@@ -106,6 +106,35 @@ def test_explain_verify_export(
     assert "model.safetensors" in output(capsys)["files"]
 
 
+def test_report_of_outliers_before_and_after(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    size = ("--outliers", "--rows", "2", "--length", "32", "--ratios", "0,0.5")
+    steps = "fold_norm_scale, quantize_weights(bits=4), pack, lower"
+    assert run(monkeypatch, "report", "tiny-llada", *size, "-r", steps, "--json") == 0
+    found = output(capsys)
+    assert [stage["stage"] for stage in found["stages"]] == ["as captured", "after fold_norm_scale"]
+    assert found["source"] == "tales_eval.txt"
+    assert len(found["stages"][0]["cells"]) == 17 * 3
+    text = tmp_path / "mine.txt"
+    text.write_text("Once upon a time there was a fox. " * 20)
+    folder = tmp_path / "new" / "figures"
+    assert run(monkeypatch, "report", "tiny-llada", *size, "--data", str(text), "--figures", str(folder)) == 0
+    printed = capsys.readouterr().out
+    assert "tiny-llada: 2 rows of 32 tokens from mine.txt, mask ratios 0, 0.5" in printed
+    assert f"wrote {folder / 'stages-crest.png'}" in printed
+    assert (folder / "stages-crest.png").is_file()
+
+
+def test_report_refuses_an_artifact(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], artifact: Path
+) -> None:
+    assert run(monkeypatch, "report", str(artifact), "--outliers") == 2
+    assert capsys.readouterr().err == (
+        f"error: {artifact}: is an artifact, quantized already. Give the original model, and the recipe with --recipe\n"
+    )
+
+
 def test_doctor_names_the_kernels(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, "doctor", "--json") == 0
     found = output(capsys)
@@ -128,8 +157,19 @@ def test_doctor_names_the_kernels(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         ),
         (("compile", "tiny-llada", "-o", "x", "--backend", "cuda"), "unknown backend 'cuda'"),
         (("compile", "tiny-llada", "-o", "x", "--text", "missing.txt"), "missing.txt: there is no such file"),
+        (("report", "tiny-llada"), "report: nothing to measure was named. Add --outliers; for what the passes did"),
+        (
+            ("report", "tiny-llada", "--outliers", "--ratios", "0,half"),
+            "--ratios: cannot read '0,half'. Write numbers with commas, such as 0,0.5,1",
+        ),
+        (("report", "tiny-llada", "--outliers", "--ratios", "2"), "ratios: a mask ratio of 2 is no share"),
+        (("report", "tiny-llada", "--outliers", "--data", "missing.txt"), "missing.txt: there is no such file"),
+        (
+            ("report", "tiny-llada", "--outliers", "-r", "w4a16-gptq"),
+            "recipe: recipe 'w4a16-gptq' transforms nothing before it quantizes",
+        ),
     ],
-    ids=["recipe", "model", "artifact", "mask", "backend", "text"],
+    ids="recipe model artifact mask backend text report numbers ratio data transforms".split(),
 )
 def test_errors_are_one_line(
     monkeypatch: pytest.MonkeyPatch,

@@ -24,7 +24,8 @@ from dlqc.passes.quantize_activations import QuantizeActivations
 from dlqc.passes.quantize_weights import QuantizeWeights
 from dlqc.passes.smooth import Smooth
 from dlqc.rounding.rtn import Rtn
-from dlqc.weights import ScaleColumns
+from dlqc.transform import Diagonal
+from dlqc.weights import OnColumns
 
 CaseMaker = Callable[..., Any]
 CALIBRATE = Calibrate(sequences=6, length=16)
@@ -123,7 +124,7 @@ def test_a_pass_that_reports_no_change_must_not_have_changed_anything(case: Case
         name: ClassVar[str] = "secretive"
 
         def apply(self, graph: fx.Graph, ctx: Context) -> PassReport:
-            ctx.weights.fold(next(iter(ctx.weights)), ScaleColumns(torch.ones(1)))
+            ctx.weights.fold(next(iter(ctx.weights)), OnColumns(Diagonal(torch.ones(1))))
             return PassReport()
 
     k = case("llada")
@@ -233,7 +234,7 @@ def test_notes_name_the_pass_and_the_block(case: CaseMaker) -> None:
 
 def louder(graph: fx.Graph, ctx: Context) -> None:
     name = next(n for n in ctx.weights if n.endswith("blocks.1.q_proj.weight"))
-    ctx.weights.fold(name, ScaleColumns(torch.full((64,), 1.5)))
+    ctx.weights.fold(name, OnColumns(Diagonal(torch.full((64,), 1.5))))
 
 
 def test_a_lying_pass_is_refused_by_its_certificate(case: CaseMaker) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dlqc.errors import ContractError
 from dlqc.formats.activation import ActFormat
 from dlqc.formats.integer import IntFormat
 from dlqc.formats.packing import pack
-from dlqc.ops import LINEAR_PACKED, LINEAR_Q, QUANTIZE_ACT, ROPE
+from dlqc.ops import LINEAR_PACKED, LINEAR_Q, QUANTIZE_ACT, ROPE, TRANSFORM
 
 FORMATS = [
     pytest.param(IntFormat(bits, group, symmetric, scale), id=f"{bits}-{group}-{symmetric}-{scale}")
@@ -86,6 +87,26 @@ def test_rope_rotates_pairs(dim: int) -> None:
     torch.testing.assert_close(found, torch.cat((z.real, z.imag), -1), rtol=1e-14, atol=1e-14)
 
 
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_transform_multiplies_in_float32_at_least(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    m, v = torch.randn(3, 4, 4, dtype=torch.float64), torch.randn(24, dtype=torch.float64)
+    x = torch.randn(shape).to(dtype)
+    dense = torch.block_diag(*m, *m) @ torch.diag(v)
+    found = TRANSFORM(x, [m.repeat(2, 1, 1), v], "blocks(0)*diag(1)")
+    assert found.dtype is dtype
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    near = 1e-12 if dtype is torch.float64 else 1e-5
+    rounded = (x.to(wide) @ dense.to(wide)).to(dtype)
+    torch.testing.assert_close(found, rounded, rtol=near if dtype is not torch.bfloat16 else 0.008, atol=10 * near)
+
+
+def test_transform_of_another_width_is_refused() -> None:
+    with pytest.raises((RuntimeError, ContractError)):
+        TRANSFORM(torch.zeros(2, 24), [torch.ones(12)], "diag(0)")
+
+
 def cases() -> list[tuple[object, tuple[object, ...]]]:
     fmt = IntFormat(4, 8, False)
     codes, scales, zeros, b = operands(fmt, bias=True)
@@ -99,10 +120,21 @@ def cases() -> list[tuple[object, tuple[object, ...]]]:
         (QUANTIZE_ACT, (x, 8, 0, True)),
         (QUANTIZE_ACT, (x.transpose(0, 1), 4, 8, False)),
         (ROPE, (q, table, table)),
+        (TRANSFORM, (x, [torch.randn(24)], "diag(0)")),
+        (
+            TRANSFORM,
+            (
+                x.transpose(0, 1).to(torch.bfloat16),
+                [torch.randn(2, 2), torch.randperm(12)],
+                "id(24)*kron(id(2),perm(1))",
+            ),
+        ),
+        (TRANSFORM, (x[:0], [torch.randn(6, 4, 4)], "blocks(0)")),
+        (TRANSFORM, (x, [], "had(24,8,1)")),
     ]
 
 
-@pytest.mark.parametrize("index", range(6))
+@pytest.mark.parametrize("index", range(10))
 def test_fake_and_real_agree(index: int) -> None:
     op, args = cases()[index]
     outcome = torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
@@ -112,5 +144,8 @@ def test_fake_and_real_agree(index: int) -> None:
 def test_ops_do_not_alias_or_change_their_input() -> None:
     x = torch.zeros(2, 24)
     out = QUANTIZE_ACT(x, 8, 0, True)
+    out += 1
+    assert torch.equal(x, torch.zeros(2, 24))
+    out = TRANSFORM(x, [], "id(24)")
     out += 1
     assert torch.equal(x, torch.zeros(2, 24))

@@ -143,6 +143,7 @@ def test_yaml_spells_every_option_out() -> None:
     (data,) = Recipe("x", (QuantizeWeights(),)).to_plain()["passes"]
     assert data["quantize_weights"] == {
         "required": True,
+        "strict": False,
         "bits": 4,
         "group_size": 128,
         "symmetric": False,
@@ -155,7 +156,15 @@ def test_yaml_spells_every_option_out() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [*PRESETS, "w3a16-g64-rtn", "w4a8-channel-gptq-clean", "w8a16-g128-smoothquant", "w3a16-channel-sym-rtn"]
+    "name",
+    [
+        *PRESETS,
+        "w3a16-g64-rtn",
+        "w4a8-channel-gptq-clean",
+        "w8a16-g128-smoothquant",
+        "w3a16-channel-sym-rtn",
+        "w4a4-quarot-rtn",
+    ],
 )
 def test_a_preset_s_name_tells_the_truth(name: str) -> None:
     recipe = as_recipe(name)
@@ -170,16 +179,23 @@ def test_a_preset_s_name_tells_the_truth(name: str) -> None:
     assert isinstance(weights, QuantizeWeights)
     assert weights.bits == bits
     groups = {None} if "channel" in words else {int(w[1:]) for w in words if re.fullmatch(r"g\d+", w)}
-    assert weights.group_size == (groups.pop() if groups else None if bits == 8 else 128)
-    assert weights.symmetric == (bits == 8 or "sym" in words)
+    assert weights.group_size == (groups.pop() if groups else None if bits == 8 or act < 8 else 128)
+    assert weights.symmetric == (bits == 8 or act < 8 or "sym" in words)
     assert weights.skip == ()
-    assert isinstance(weights.method, Gptq if "gptq" in words else Rtn)
+    by_gptq = "gptq" in words or ("quarot" in words and "rtn" not in words)
+    assert isinstance(weights.method, Gptq if by_gptq else Rtn)
 
     assert ("quantize_activations" in by_name) == (act != 16)
     if act != 16:
         assert by_name["quantize_activations"] == QuantizeActivations(bits=act, group_size=None, symmetric=True)
-    assert ("smooth" in by_name) == bool({"smooth", "smoothquant"} & set(words))
-    assert ("calibrate" in by_name) == ("rtn" not in words)
+    assert ("smooth" in by_name) == bool({"smooth", "smoothquant", "duquant"} & set(words))
+    assert ("rotate_hidden" in by_name) == ("quarot" in words)
+    for method, step in {"duquant": "duquant", "flatquant": "flatquant", "spinquant": "learn_rotation"}.items():
+        assert (step in by_name) == (method in words)
+    assert ("awq_scale" in by_name) == ("awq" in words)
+    assert ("calibrate" in by_name) == (
+        by_gptq or bool({"smooth", "smoothquant", "duquant", "awq", "spinquant", "flatquant"} & set(words))
+    )
     if "calibrate" in by_name:
         calibrate = by_name["calibrate"]
         assert isinstance(calibrate, Calibrate)
@@ -196,9 +212,10 @@ def test_a_preset_s_description_tells_the_truth(name: str, words: str) -> None:
     weights = next(p for p in as_recipe(name).passes if isinstance(p, QuantizeWeights))
     group = "per channel" if weights.group_size is None else f"g{weights.group_size}"
     assert words.startswith(f"{weights.bits}-bit weights {group}")
-    assert ("8-bit activations per token" in words) == ("a8" in name)
-    assert ("GPTQ" in words) == ("gptq" in name)
-    assert ("nearest rounding" in words) == ("gptq" not in name)
+    act = int(re.search(r"a(\d+)-", name).group(1))  # type: ignore[union-attr]
+    assert (f"{act}-bit activations per token" in words) == (act != 16)
+    assert ("GPTQ" in words) == isinstance(weights.method, Gptq)
+    assert ("nearest rounding" in words) == isinstance(weights.method, Rtn)
 
 
 def test_every_pass_is_named_by_its_file() -> None:
@@ -351,7 +368,7 @@ def message(call: Callable[[], object]) -> str:
         ("quantize_weights(method=3)", "quantize_weights.method: 3 is neither a name nor {name: options}. See docs/"),
         (
             "smooth(sites=edge)",
-            "smooth.sites: 'edge' does not fit (Input should be 'norm' or 'product'). Expected Literal",
+            "smooth.sites: 'edge' does not fit (Input should be 'norm', 'product', 'value' or 'all'). Expected Literal",
         ),
         ("smooth(alpha=2)", "smooth.alpha: 2.0 is outside [0, 1]. 0.5 is the usual value"),
         ("calibrate(sequences=open('x'))", "passes: options need names in"),
@@ -375,7 +392,7 @@ def message(call: Callable[[], object]) -> str:
         ("json.loads", "json.loads: not a subclass of dlqc.Pass. Derive it from dlqc.Pass"),
         ("w4a16-rtn-clean", "w4a16-rtn-clean: -clean goes with gptq only. Use 'w4a16-rtn'"),
         ("w4a16-g0-rtn", "group_size: a group of 0 input features is impossible"),
-        ("", "passes: unknown recipe ''. Known: calibrate"),
+        ("", "passes: unknown recipe ''. Known: awq_clip"),
     ],
 )
 def test_a_text_that_is_no_recipe(text: str, expected: str) -> None:
@@ -405,8 +422,8 @@ def test_code_in_a_line_is_not_executed(tmp_path: Path, monkeypatch: pytest.Monk
         ({"passes": [{"pack": {}, "lower": {}}]}, "recipe: {'pack': {}, 'lower': {}} is neither a name nor"),
         ({"passes": [{"pack": [1]}]}, "recipe: {'pack': [1]} is neither a name nor"),
         ({"passes": [{"pack": {1: 2}}]}, "pack: unknown option 1. Known: required"),
-        ({"passes": ["..x"]}, "passes: unknown pass '..x'. Known: calibrate"),
-        ({"passes": [""]}, "passes: unknown pass ''. Known: calibrate"),
+        ({"passes": ["..x"]}, "passes: unknown pass '..x'. Known: awq_clip"),
+        ({"passes": [""]}, "passes: unknown pass ''. Known: awq_clip"),
     ],
 )
 def test_data_that_is_no_recipe(data: Any, expected: str) -> None:

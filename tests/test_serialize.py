@@ -22,7 +22,8 @@ from dlqc.models.dream import DreamConfig, DreamModel
 from dlqc.models.llada import LLaDAConfig, LLaDAModelLM
 from dlqc.ops import LINEAR_Q
 from dlqc.serialize import decode_graph, encode_graph, is_pure
-from dlqc.weights import Weights
+from dlqc.transform import decode
+from dlqc.weights import Constant, Weights
 
 aten = torch.ops.aten
 SPEC = DiffusionSpec(mask_id=15, vocab_size=16, max_length=16)
@@ -198,3 +199,82 @@ def test_a_tensor_among_the_weights_does_not_come_from_the_graph() -> None:
     graph = decode_graph(encode_graph(captured.graph), spec_of(model))
     zeros = Weights({n: type(c)(torch.zeros_like(c.leaf)) for n, c in captured.weights.items()})
     assert forward(graph, zeros, torch.zeros(1, 4, dtype=torch.int64)).abs().max() == 0
+
+
+# dlqc::transform
+
+
+def transform_graph(spec: Any, *shapes: tuple[list[int], str]) -> dict[str, Any]:
+    """embedding [.., 8] → transform by parts of these shapes."""
+    parts = [
+        {"name": f"part_{i}", "op": "get_attr", "target": f"part.{i}", "shape": shape, "dtype": dtype}
+        for i, (shape, dtype) in enumerate(shapes)
+    ]
+    table = {"name": "table", "op": "get_attr", "target": "table", "shape": [16, 8], "dtype": "float32"}
+    embed = {"name": "embed", "op": "call_function", "target": "aten.embedding.default", "kwargs": {}}
+    turn = {"name": "turn", "op": "call_function", "target": "dlqc.transform.default", "kwargs": {}}
+    return {
+        "nodes": [
+            {"name": "ids", "op": "placeholder"},
+            table,
+            *parts,
+            embed | {"args": [{"node": "table"}, {"node": "ids"}]},
+            turn | {"args": [{"node": "embed"}, [{"node": p["name"]} for p in parts], spec]},
+            {"name": "output", "op": "output", "args": [{"node": "turn"}], "kwargs": {}},
+        ]
+    }
+
+
+GOOD = [
+    ("had(8,4,1)", ()),
+    ("diag(0)", (([8], "float32"),)),
+    ("perm(0)", (([8], "int64"),)),
+    ("blocks(0)", (([2, 4, 4], "float32"),)),
+    ("kron(blocks(0),diag(1))*center(8)*id(8)", (([1, 2, 2], "float32"), ([4], "float32"))),
+]
+
+
+@pytest.mark.parametrize(("spec", "shapes"), GOOD)
+def test_a_transform_reads_back_and_runs(spec: str, shapes: tuple[tuple[list[int], str], ...]) -> None:
+    data = transform_graph(spec, *shapes)
+    graph = decode_graph(json.loads(json.dumps(data)), SPEC)
+    assert encode_graph(graph) == data
+    parts = [torch.randperm(8) if d == "int64" else torch.randn(s) for s, d in shapes]
+    weights = Weights({f"part.{i}": Constant(p) for i, p in enumerate(parts)} | {"table": Constant(torch.randn(16, 8))})
+    ids = torch.randint(0, 16, (2, 5))
+    expected = (
+        weights.value("table")[ids]
+        @ decode(spec, [p.double() if p.is_floating_point() else p for p in parts]).matrix().float()
+    )
+    torch.testing.assert_close(forward(graph, weights, ids), expected)
+
+
+@pytest.mark.parametrize(
+    ("spec", "shapes"),
+    [
+        ("", ()),
+        ("had(4,4,0)", ()),  # another width than the value
+        ("had(8,3,0)", ()),
+        ("had(999999999999,7,0)", ()),
+        ("id(8)*had(16,16,0)", ()),
+        ("kron(id(2),id(2))", ()),
+        ("kron(" * 500 + "id(8)", ()),
+        ("id(8)*" * 5000 + "id(8)", ()),
+        ("__import__(0)", ()),
+        ("diag(0)", ()),
+        ("diag(1)", (([8], "float32"),)),
+        ("diag(0)", (([4], "float32"),)),
+        ("diag(0)", (([1, 8], "float32"),)),
+        ("diag(0)", (([8], "int64"),)),
+        ("perm(0)", (([8], "float32"),)),
+        ("perm(0)", (([7], "int64"),)),
+        ("blocks(0)", (([8, 8], "float32"),)),
+        ("blocks(0)", (([2, 4, 5], "float32"),)),
+        ("blocks(0)", (([1, 4, 4], "float32"),)),
+        (7, ()),
+        (None, ()),
+    ],
+)
+def test_hostile_transforms_are_refused(spec: Any, shapes: tuple[tuple[list[int], str], ...]) -> None:
+    with pytest.raises(ArtifactError, match=r"^graph\.json: node 'turn' cannot be computed: .*The file was changed"):
+        decode_graph(transform_graph(spec, *shapes), SPEC)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from dlqc import stats
 from dlqc.capture import capture
 from dlqc.diffusion.spec import DiffusionSpec
 from dlqc.errors import CalibrationError, ContractError
@@ -160,3 +161,106 @@ def test_token_weights_on_other_rows_than_tokens_are_refused(case: CaseMaker) ->
     message = r"reads 10 rows where the states have 8 tokens, so token weights do not apply\. Use weight=uniform"
     with pytest.raises(CalibrationError, match=message):
         run(k.ids(rows=2, length=5), taps=collector.taps(torch.rand(2, 4)))
+
+
+# Samples
+
+
+def sampled(
+    case: Any, ids: torch.Tensor, c: torch.Tensor, masked: torch.Tensor | None, batch: int
+) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    """The samples, and all rows that each linear reads, by weight name."""
+    sites = list(linears(case.graph.nodes, case.ctx.weights))
+    collector = Collector({"sample", "masked"}, sites)
+    nodes = [site.x for site in sites]
+    run = Executor(case.graph, case.ctx.weights, [placeholder(case.graph)], nodes)
+    rows: dict[str, list[torch.Tensor]] = {site.weight: [] for site in sites}
+    for i in range(0, len(ids), batch):
+        flags = None if masked is None else masked[i : i + batch]
+        found = run(ids[i : i + batch], taps=collector.taps(c[i : i + batch], flags))
+        for site, x in zip(sites, found, strict=True):
+            rows[site.weight].append(x.reshape(-1, x.shape[-1]))
+    return collector.result(), {name: torch.cat(parts) for name, parts in rows.items()}
+
+
+def which(sample: torch.Tensor, rows: torch.Tensor) -> list[int]:
+    """The position of each sampled row among all rows."""
+    return [int(index) for row in sample for index in (rows == row).all(1).nonzero()[:1, 0]]
+
+
+def distinct(case: Any, rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids at random, and which are masked; attention makes every row of the second layer different."""
+    return case.ids(rows=rows, length=length), case.ids(rows=rows, length=length) == case.ctx.spec.mask_id
+
+
+DEEP = "model.transformer.blocks.1.{}.weight"
+
+
+@pytest.mark.parametrize("batch", [2, 6])
+def test_a_sample_holds_rows_of_positive_weight_with_their_flags(case: CaseMaker, batch: int) -> None:
+    k = case("llada")
+    ids, masked = distinct(k, 6, 16)
+    c = torch.rand(ids.shape)
+    c[:, ::3] = 0
+    found, rows = sampled(k, ids, c, masked, batch)
+    for name in ("q_proj", "up_proj", "ff_out"):
+        weight = DEEP.format(name)
+        sample, flags = found[weight]["sample"], found[weight]["masked"]
+        index = which(sample, rows[weight])
+        assert sorted(set(index)) == (c.reshape(-1) > 0).nonzero()[:, 0].tolist()  # fewer than 512: all of them, once
+        assert len(index) == len(sample)
+        assert torch.equal(flags, masked.reshape(-1)[index])
+        assert flags.dtype is torch.bool
+
+
+def test_a_sample_is_no_larger_than_it_says_and_the_same_for_all_readers(
+    case: CaseMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stats, "SAMPLE", 10)
+    k = case("llada")
+    ids, masked = distinct(k, 6, 16)
+    c = torch.rand(ids.shape)
+    found, rows = sampled(k, ids, c, masked, 2)
+    again, _ = sampled(k, ids, c, masked, 2)
+    picks = {name: which(found[DEEP.format(name)]["sample"], rows[DEEP.format(name)]) for name in ("q_proj", "ff_out")}
+    assert len(set(picks["q_proj"])) == 10
+    assert picks["q_proj"] == picks["ff_out"]
+    for weight, values in found.items():
+        assert all(torch.equal(value, again[weight][name]) for name, value in values.items())
+    assert found[DEEP.format("q_proj")]["sample"] is found[DEEP.format("v_proj")]["sample"]
+
+
+def test_heavy_rows_are_drawn_more_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For two rows of weight 3 and 1 and a sample of one, the first is drawn three times in four."""
+    monkeypatch.setattr(stats, "SAMPLE", 1)
+    drawn = 0
+    for batch in range(2000):
+        collector = Collector({"sample"}, [])
+        collector._batches = batch  # the seed
+        sums: dict[str, torch.Tensor] = {}
+        node = torch.fx.Graph().placeholder("x")
+        node.meta["val"] = torch.zeros(1, 2)
+        collector._draw(node, torch.tensor([[1.0], [0.0]]), torch.tensor([3.0, 1.0]), sums)
+        drawn += int(sums["sample"][0, 0])
+    assert abs(drawn / 2000 - 0.75) < 0.05  # five standard deviations
+
+
+def test_without_flags_nothing_is_masked_and_without_weight_nothing_is_drawn(case: CaseMaker) -> None:
+    k = case("layer norm")
+    found, _ = sampled(k, k.ids(), torch.ones(3, 12), None, 3)
+    assert all(not bool(sums["masked"].any()) and len(sums["sample"]) == 36 for sums in found.values())
+    found, _ = sampled(k, k.ids(), torch.zeros(3, 12), None, 3)
+    assert all(sums["sample"].shape[0] == sums["masked"].shape[0] == 0 for sums in found.values())
+
+
+def test_flags_follow_the_tokens_in_sequence_first_models() -> None:
+    ids, masked = torch.randint(0, 31, (3, 7)), torch.rand(3, 7) < 0.5
+    flags = []
+    for swap in (False, True):
+        captured = capture(SequenceFirst(swap).eval(), DiffusionSpec(mask_id=31, vocab_size=32, max_length=16))
+        sites = list(linears(captured.graph.nodes, captured.weights))
+        collector = Collector({"sample", "masked"}, sites)
+        ends = [placeholder(captured.graph)], [logits_node(captured.graph)]
+        Executor(captured.graph, captured.weights, *ends)(ids, taps=collector.taps(torch.ones(3, 7), masked))
+        flags.append(collector.result()["inner.weight"]["masked"])
+    assert torch.equal(flags[1], flags[0].reshape(3, 7).T.reshape(-1))

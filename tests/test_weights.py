@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from dlqc.errors import ContractError
-from dlqc.weights import Constant, Ones, Rows, ScaleColumns, ScaleRows, Weights
+from dlqc.transform import Diagonal
+from dlqc.weights import Constant, OnColumns, Ones, OnRows, Rows, Weights
 
 
 def make(leaf: torch.Tensor, *folds: object) -> Weights:
@@ -20,7 +21,7 @@ def make(leaf: torch.Tensor, *folds: object) -> Weights:
 def test_a_chain_of_folds_is_evaluated_in_float64_and_rounded_once(dtype: torch.dtype) -> None:
     leaf = torch.randn(5, 7).to(dtype)
     u, v, w = (0.5 + torch.rand(n, dtype=torch.float64) for n in (5, 7, 7))
-    weights = make(leaf, ScaleColumns(v), ScaleRows(u), ScaleColumns(w))
+    weights = make(leaf, OnColumns(Diagonal(v)), OnRows(Diagonal(u)), OnColumns(Diagonal(w)))
     expected = torch.diag(u) @ leaf.double() @ torch.diag(v) @ torch.diag(w)
     torch.testing.assert_close(weights.value("w", torch.float64), expected, rtol=1e-15, atol=0)
     assert torch.equal(weights.value("w"), weights.value("w", torch.float64).to(dtype))
@@ -30,10 +31,10 @@ def test_a_chain_of_folds_is_evaluated_in_float64_and_rounded_once(dtype: torch.
 def test_folds_apply_in_the_order_in_which_they_came() -> None:
     leaf = torch.randn(6, 3)
     v = torch.arange(1.0, 4.0, dtype=torch.float64)
-    assert torch.equal(make(leaf, Ones(), ScaleColumns(v)).value("w", torch.float64), v.expand(6, 3))
-    assert torch.equal(make(leaf, ScaleColumns(v), Ones()).value("w", torch.float64), torch.ones(6, 3).double())
+    assert torch.equal(make(leaf, Ones(), OnColumns(Diagonal(v))).value("w", torch.float64), v.expand(6, 3))
+    assert torch.equal(make(leaf, OnColumns(Diagonal(v)), Ones()).value("w", torch.float64), torch.ones(6, 3).double())
     u = torch.tensor([2.0, 3.0], dtype=torch.float64)
-    cut = make(leaf, Rows(1, 3), ScaleRows(u))
+    cut = make(leaf, Rows(1, 3), OnRows(Diagonal(u)))
     assert torch.equal(cut.value("w", torch.float64), leaf[1:3].double() * u[:, None])
     assert cut["w"].shape == torch.Size((2, 3))
 
@@ -41,7 +42,7 @@ def test_folds_apply_in_the_order_in_which_they_came() -> None:
 def test_shapes_without_evaluation() -> None:
     leaf = torch.empty(6, 3, device="meta")
     assert make(leaf)["w"].shape == torch.Size((6, 3))
-    assert make(leaf, Rows(2, 6), ScaleColumns(torch.ones(3)))["w"].shape == torch.Size((4, 3))
+    assert make(leaf, Rows(2, 6), OnColumns(Diagonal(torch.ones(3))))["w"].shape == torch.Size((4, 3))
 
 
 @pytest.mark.parametrize(
@@ -49,9 +50,9 @@ def test_shapes_without_evaluation() -> None:
     [
         ((3,), (), torch.bfloat16),
         ((3,), (Rows(0, 2),), torch.bfloat16),
-        ((3,), (ScaleColumns(torch.ones(3)),), torch.float32),
+        ((3,), (OnColumns(Diagonal(torch.ones(3))),), torch.float32),
         ((3,), (Ones(),), torch.float32),
-        ((4, 3), (ScaleColumns(torch.ones(3)),), torch.bfloat16),
+        ((4, 3), (OnColumns(Diagonal(torch.ones(3))),), torch.bfloat16),
         ((4, 3), (Rows(0, 2),), torch.bfloat16),
     ],
 )
@@ -65,7 +66,7 @@ def test_modified_vectors_are_stored_in_float32_and_matrices_as_they_were(
 
 def test_arithmetic_uses_the_stored_value_and_float64_the_exact_one() -> None:
     weights = make(
-        torch.ones(2, 2, dtype=torch.bfloat16), ScaleColumns(torch.tensor([1 / 3, 1.0], dtype=torch.float64))
+        torch.ones(2, 2, dtype=torch.bfloat16), OnColumns(Diagonal(torch.tensor([1 / 3, 1.0], dtype=torch.float64)))
     )
     third = weights.value("w", torch.float32)[0, 0]
     assert third == torch.tensor(1 / 3).to(torch.bfloat16).float()
@@ -76,7 +77,7 @@ def test_arithmetic_uses_the_stored_value_and_float64_the_exact_one() -> None:
 def test_a_fold_on_codes_is_refused(dtype: torch.dtype) -> None:
     weights = make(torch.zeros(2, 2, dtype=dtype))
     with pytest.raises(ContractError, match=r"^w: a transform reached a weight that is already quantized\. Move the"):
-        weights.fold("w", ScaleColumns(torch.ones(2)))
+        weights.fold("w", OnColumns(Diagonal(torch.ones(2))))
     assert weights["w"].folds == ()
 
 
@@ -102,7 +103,7 @@ def test_a_clone_is_independent_and_the_leaf_is_untouched() -> None:
 
 def test_folding_keeps_ties_and_putting_ends_them() -> None:
     weights = Weights({"w": Constant(torch.ones(2, 2), (), ("w", "head"))})
-    weights.fold("w", ScaleColumns(torch.ones(2)))
+    weights.fold("w", OnColumns(Diagonal(torch.ones(2))))
     assert weights["w"].aliases == ("w", "head")
     weights.put("w", torch.zeros(2, 2))
     assert weights["w"].aliases == ()
@@ -114,7 +115,7 @@ def test_the_fingerprint_changes_with_every_edit_and_only_then() -> None:
     kept = [weights.clone()]
     assert weights.fingerprint() == kept[0].fingerprint()
     for edit in (
-        lambda: weights.fold("w", ScaleColumns(torch.ones(2))),
+        lambda: weights.fold("w", OnColumns(Diagonal(torch.ones(2)))),
         lambda: weights.put("v", torch.ones(1)),
         lambda: weights.put("v", torch.ones(1)),
         lambda: weights.define("w", Constant(weights["w"].leaf)),

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import fx
 
+from dlqc.canonical import PLUS_ONE
 from dlqc.contract import Context
 from dlqc.errors import ExportError
 from dlqc.formats.activation import ActFormat
@@ -87,6 +88,7 @@ def check_exportable(model: Compiled) -> list[Site]:
     if not sites:
         raise ExportError("no linear is quantized", where="graph", remedy="Compile with a recipe that quantizes")
     problems = [f"{name} is a part of a fused projection" for name in model.weights if ".rows_" in name]
+    problems += [f"{s.name} is transposed in its checkpoint" for s in sites if "transposed" in s.name.split(".")]
     problems += [f"{s.name} has activations in groups" for s in sites if s.act and s.act.group_size is not None]
     problems += [f"constant {n!r} is a transform" for n in model.weights if n.startswith("transform.")]
     if problems:
@@ -106,10 +108,19 @@ def export(model: Compiled, folder: Path) -> None:
         written |= {site.codes, site.scales, *([site.zeros] if site.zeros else [])}
     for name in model.weights:
         if name not in written:
-            tensors[name] = model.weights.value(name)
+            as_read, value = _as_checkpoint(name, model.weights.value(name))
+            tensors[as_read] = value
     save_file({k: v.contiguous().clone() for k, v in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
     config = dict(model.config) | {"quantization_config": quantization_config(model, sites)}
     (folder / "config.json").write_text(json.dumps(config, indent=1, default=str), encoding="utf-8")
+
+
+def _as_checkpoint(name: str, value: torch.Tensor) -> tuple[str, torch.Tensor]:
+    """Name and value by which the checkpoint's class reads a constant: a gain 1 + w is stored as w."""
+    parts = name.split(".")
+    if PLUS_ONE not in parts:
+        return name, value
+    return ".".join(part for part in parts if part != PLUS_ONE), (value.double() - 1).to(value.dtype)
 
 
 def _is_int8(site: Site) -> bool:

@@ -31,8 +31,14 @@ def register() -> None:
 
     from dlqc.models.dream import DreamConfig, DreamModel
     from dlqc.models.llada import LLaDAConfig, LLaDAModelLM
+    from dlqc.models.llada_moe import LLaDAMoEConfig, LLaDAMoEModelLM
 
-    for config, model in ((LLaDAConfig, LLaDAModelLM), (DreamConfig, DreamModel)):
+    native: tuple[Any, ...] = (
+        (LLaDAConfig, LLaDAModelLM),
+        (LLaDAMoEConfig, LLaDAMoEModelLM),
+        (DreamConfig, DreamModel),
+    )
+    for config, model in native:
         AutoConfig.register(config.model_type, config, exist_ok=True)
         AutoModel.register(config, model, exist_ok=True)
         AutoModelForMaskedLM.register(config, model, exist_ok=True)
@@ -41,8 +47,20 @@ def register() -> None:
 def _native() -> dict[str, tuple[type[Any], type[Any]]]:
     from dlqc.models.dream import DreamConfig, DreamModel
     from dlqc.models.llada import LLaDAConfig, LLaDAModelLM
+    from dlqc.models.llada_moe import LLaDAMoEConfig, LLaDAMoEModelLM
 
-    return {"llada": (LLaDAConfig, LLaDAModelLM), "Dream": (DreamConfig, DreamModel)}
+    return {
+        "llada": (LLaDAConfig, LLaDAModelLM),
+        "lladamoe": (LLaDAMoEConfig, LLaDAMoEModelLM),
+        "Dream": (DreamConfig, DreamModel),
+    }
+
+
+def _kind_of(config: dict[str, Any]) -> str:
+    """The model type; copies of LLaDA-MoE spell theirs in three ways, one of them LLaDA's own."""
+    kind = str(config.get("model_type", ""))
+    mixture = any("LLaDAMoE" in str(name) for name in config.get("architectures") or [])
+    return "lladamoe" if kind == "llada_moe" or (kind == "llada" and mixture) else kind
 
 
 def load_model(
@@ -76,7 +94,7 @@ def load_model(
             remedy="Open it with dlqc.load; compile the original model",
         )
     config = read_config(folder)
-    kind = str(config.get("model_type", ""))
+    kind = _kind_of(config)
     if config.get("quantization_config"):
         raise ModelError(
             "the checkpoint is quantized already",

@@ -18,12 +18,14 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForMaskedLM
+from transformers import AutoModelForMaskedLM, GemmaConfig, GemmaForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 import dlqc
 from dlqc.diffusion.spec import DiffusionSpec
 from dlqc.errors import ExportError
 from dlqc.formats.integer import IntFormat
+from dlqc.models.bidirectional import Bidirectional
 from dlqc.models.llada import LLaDAConfig, LLaDAModelLM
 from dlqc.models.load import register
 
@@ -284,6 +286,25 @@ class TestRefusals:
         model = compiled("quantize_weights(group_size=32, method=rtn), pack, lower", Fused().eval())
         self.refused(model, tmp_path / "out", "is a part of a fused projection")
 
+    def test_a_transposed_projection(self, tmp_path: Path) -> None:
+        class Transposed(nn.Module):
+            spec = DiffusionSpec(mask_id=15, vocab_size=16, max_length=16)
+
+            def __init__(self) -> None:
+                super().__init__()
+                self.embed, self.head = nn.Embedding(16, 32), nn.Linear(32, 16)
+                self.norms = nn.ModuleList([nn.RMSNorm(32) for _ in range(2)])
+                self.mix = nn.ModuleList([Conv1D(32, 32) for _ in range(2)])
+
+            def forward(self, ids: Tensor) -> Tensor:
+                x = self.embed(ids)
+                for norm, mix in zip(self.norms, self.mix, strict=True):
+                    x = x + mix(norm(x))
+                return self.head(x)
+
+        model = compiled("quantize_weights(group_size=32, method=rtn), pack, lower", Transposed().eval())
+        self.refused(model, tmp_path / "out", "mix.0.transposed is transposed in its checkpoint")
+
     def test_an_online_transform(self, tmp_path: Path) -> None:
         model = compiled(line("bits=4, group_size=64"))
         model.weights.put("transform.hadamard", torch.eye(2))
@@ -349,6 +370,24 @@ def test_folded_weights_are_what_is_written(tmp_path: Path) -> None:
     assert gain.dtype == torch.float32
     assert not torch.equal(gain, torch.ones(128))
     assert torch.equal(gain, model.weights.value("model.transformer.blocks.0.attn_norm.weight"))
+
+
+def test_a_gain_that_is_read_as_one_plus_w_is_written_as_w(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    gemma = GemmaForCausalLM(GemmaConfig(vocab_size=64, head_dim=32, num_key_value_heads=1, **sizes)).eval()
+    gains = {name: p.detach().normal_(std=0.3) for name, p in gemma.named_parameters() if "norm" in name}
+    dlqc.export(compiled("w4a16-rtn", Bidirectional(gemma), mask_id=63), tmp_path / "plain")
+    written = load_file(tmp_path / "plain" / "model.safetensors")
+    assert len(gains) == 5
+    assert {name for name in written if "norm" in name} == {f"decoder.{name}" for name in gains}
+    for name, w in gains.items():
+        # 1 + w was rounded to float32, at a value of about one.
+        torch.testing.assert_close(written[f"decoder.{name}"], w, rtol=0, atol=2.0**-23)
+    model = compiled(f"fold_norm_scale, {line('bits=4')}", Bidirectional(gemma), mask_id=63)
+    dlqc.export(model, tmp_path / "folded")
+    folded = load_file(tmp_path / "folded" / "model.safetensors")
+    assert not folded["decoder.model.layers.0.input_layernorm.weight"].any()
 
 
 def test_a_tied_model_and_its_tokenizer(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from dlqc.contract import Declined
 from dlqc.graph import fingerprint, structure
 from dlqc.passes import fold_norm_scale
 from dlqc.passes.fold_norm_scale import FoldNormScale
+from dlqc.transform import Diagonal
 
 CaseMaker = Callable[..., Any]
 BLOCK = "model.transformer.blocks.{}"
@@ -91,14 +92,15 @@ def test_declines_a_reader_that_is_no_linear(case: CaseMaker) -> None:
     assert report.declined == [
         Declined(
             "layers.0.norm.weight",
-            "it is also read by %add_1 (aten.add), which is no linear on a constant weight",
+            "stuck at %layer_norm_1 (aten.layer_norm): it divides by the size of all channels together",
         )
     ]
 
 
 def test_declines_a_weight_that_the_embedding_reads(case: CaseMaker) -> None:
     report = folded(case("llada tied"))
-    reason = "weight 'model.transformer.wte.weight' is also read by %embedding"
+    name = "model.transformer.wte.weight"
+    reason = f"stuck at %embedding (aten.embedding): it reads {name!r}, too, and would see it changed; set untie=True"
     assert report.declined == [Declined("model.transformer.ln_f.weight", reason)]
 
 
@@ -108,7 +110,10 @@ def test_declines_a_declared_tie(case: CaseMaker) -> None:
     k.ctx.weights.define("layers.1.up.weight", dataclasses.replace(old, aliases=("layers.1.up.weight", "other.weight")))
     report = folded(k)
     assert report.declined == [
-        Declined("layers.1.norm.weight", "weight 'layers.1.up.weight' is tied to 'other.weight'")
+        Declined(
+            "layers.1.norm.weight",
+            "stuck at %layer_norm_1 (aten.layer_norm): 'layers.1.up.weight' is tied to 'other.weight'",
+        )
     ]
     assert report.sites == 1
 
@@ -170,7 +175,7 @@ def test_twice_is_once(case: CaseMaker, name: str) -> None:
 
 
 def test_a_planted_error_is_seen(case: CaseMaker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fold_norm_scale, "Ones", lambda: fold_norm_scale.ScaleColumns(torch.ones(1)))
+    monkeypatch.setattr(fold_norm_scale, "Ones", lambda: fold_norm_scale.OnColumns(Diagonal(torch.ones(1))))
     k = case("llada")
     before = k.forward(k.ids(), torch.float64)
     k.apply(FoldNormScale())

@@ -9,17 +9,21 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from zoo import captured
 
+from dlqc.backend import load_backend
+from dlqc.blocks import find_blocks
 from dlqc.check import check
-from dlqc.contract import Declined
+from dlqc.contract import Context, Declined
 from dlqc.errors import CalibrationError, ContractError, FeasibilityError, RecipeError
 from dlqc.execute import Executor, placeholder
 from dlqc.formats.integer import IntFormat, QuantizedWeight
-from dlqc.graph import LINEAR, fingerprint, is_call, linears
+from dlqc.graph import LINEAR, RMS_NORM, fingerprint, is_call, linears
 from dlqc.manager import PassManager
-from dlqc.ops import LINEAR_Q
+from dlqc.ops import LINEAR_Q, QUANTIZE_ACT
 from dlqc.passes.calibrate import Calibrate
 from dlqc.passes.fold_norm_scale import FoldNormScale
+from dlqc.passes.quantize_activations import QuantizeActivations
 from dlqc.passes.quantize_weights import QuantizeWeights
 from dlqc.rounding.gptq import Gptq
 from dlqc.rounding.rtn import Rtn
@@ -123,6 +127,41 @@ def test_gptq_is_better_than_rtn_at_the_logits(case: CaseMaker) -> None:
 
 
 # Declines
+
+
+@pytest.mark.parametrize("acts", [False, True])
+def test_declines_routers(acts: bool) -> None:
+    """By what their output flows into; the experts beside them, which read the same value, are quantized."""
+    graph, weights, spec = captured("llada-moe")
+    ctx = Context(weights, spec, load_backend("reference"), blocks=find_blocks(graph))
+    passes: tuple[Any, ...] = (QuantizeWeights(4, 8, method=Rtn()), *((QuantizeActivations(),) if acts else ()))
+    plan = PassManager(passes).plan(graph, ctx)
+    report = PassManager(passes).run(graph, ctx)[0][1]
+    routers = [f"model.layers.{i}.mlp.gate" for i in range(2)]
+    reason = "a router: its output picks experts"
+    assert {site: why for site, why in plan.kept.items() if site != "lm_head"} == dict.fromkeys(routers, reason)
+    assert report.declined == [Declined(site, reason) for site in routers]
+    assert report.sites == len(plan.sites) == 2 * (4 + 6 * 3)
+    assert [s.name for s in linears(graph.nodes, weights)] == [*routers, "lm_head"]
+    for site in (s for s in linears(graph.nodes, weights) if s.name in routers):
+        # The norm's own value, not one that was rounded for the experts.
+        assert is_call(site.x, RMS_NORM)
+        assert sum(is_call(user, LINEAR_Q, QUANTIZE_ACT) for user in site.x.users) == (1 if acts else 12)
+    check(graph, weights, spec, ctx.facts, after="the passes")
+
+
+def test_a_shared_router_is_declined_once() -> None:
+    """A weight with one use as a router is no weight to round, whatever its other uses are."""
+    graph, weights, spec = captured("llada-moe")
+    names = [f"model.layers.{i}.mlp.gate.weight" for i in range(2)]
+    first, second = (next(n for n in graph.nodes if n.op == "get_attr" and n.target == name) for name in names)
+    second.target = first.target
+    weights.drop(names[1])
+    ctx = Context(weights, spec, load_backend("reference"))
+    report = QuantizeWeights(4, 8, method=Rtn(), skip=("*_proj", "lm_head")).apply(graph, ctx)
+    assert [d for d in report.declined if "router" in d.reason] == [
+        Declined("model.layers.0.mlp.gate", "a router: its output picks experts")
+    ]
 
 
 @pytest.mark.parametrize(

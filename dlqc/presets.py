@@ -1,0 +1,140 @@
+"""Presets: recipes whose name says what they make.
+
+    w<bits>a<bits>[-g<size>|-channel][-sym]-<method>[-<variant>]
+
+`w4a16-gptq` is 4-bit weights in groups of 128 with zero points, 16-bit activations, GPTQ on masked states. Weights of 8 bits, and
+weights next to activations of fewer than 8 bits, have one scale per channel and no zero points unless the name says
+otherwise. Activations are quantized per token. Keys, values and attention scores stay as they are.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from dlqc.contract import Pass
+from dlqc.errors import RecipeError
+
+PRESETS = {
+    "w8a16-rtn": "8-bit weights per channel, nearest rounding, no calibration",
+    "w4a16-rtn": "4-bit weights g128, nearest rounding, no calibration",
+    "w8a8-rtn": "8-bit weights per channel, 8-bit activations per token, nearest rounding",
+    "w4a4-rtn": "4-bit weights per channel, 4-bit activations per token, nearest rounding",
+    "w8a8-smoothquant": "as w8a8-rtn after SmoothQuant on masked states",
+    "w8a8-gptq": "8-bit weights per channel by GPTQ, 8-bit activations per token",
+    "w4a8-gptq": "4-bit weights g128 by GPTQ, 8-bit activations per token",
+    "w4a16-gptq": "4-bit weights g128 by GPTQ on masked states",
+    "w4a16-sym-gptq": "as w4a16-gptq without zero points, for engines that take none",
+    "w4a16-gptq-clean": "as w4a16-gptq on clean text, as tools for autoregressive models calibrate",
+    "w4a16-gptq-cgq": "as w4a16-gptq with certainty-weighted statistics",
+    "w4a16-smooth": "4-bit weights g128 after smoothing on masked states, nearest rounding",
+    "w4a16-awq": "4-bit weights g128 after AWQ's scaling and clipping on masked states, nearest rounding",
+    "w4a4-smoothquant": "as w4a4-rtn after SmoothQuant on masked states",
+    "w4a4-quarot": "4-bit weights per channel by GPTQ, 4-bit activations per token, after QuaRot's rotations",
+    "w4a4-spinquant": "as w4a4-rtn after rotations that are learned on the masked loss",
+    "w4a4-flatquant": "as w4a4-rtn after affine transforms that are learned edge by edge",
+    "w4a4-duquant": "as w4a4-rtn after smoothing and DuQuant's rotations on masked states",
+    "w3a16-gptq": "3-bit weights g128 by GPTQ on masked states",
+    "w2a16-gptq": "2-bit weights g128 by GPTQ on masked states",
+}
+
+GRAMMAR = re.compile(
+    r"w(?P<w>[2348])a(?P<a>4|6|8|16)(?:-(?:g(?P<g>\d+)|(?P<channel>channel)))?(?P<sym>-sym)?"
+    r"-(?P<method>[a-z]+)(?:-(?P<variant>clean|cgq|rtn|gptq))?"
+)
+
+Maker = Callable[..., Pass]
+
+
+def preset(name: str, pass_class: Callable[[str], Any]) -> tuple[Pass, ...] | None:
+    """The passes of a preset, or None if the name is none.
+
+    Raises:
+        RecipeError: a variant that the method does not have.
+    """
+    found = GRAMMAR.fullmatch(name)
+    if found is None or found["method"] not in METHODS:
+        return None
+    before, needs_states, rounding = METHODS[found["method"]]
+    variant = found["variant"]
+    if variant in ("clean", "cgq") and rounding != "gptq":
+        without = name.removesuffix("-" + variant)
+        raise RecipeError(f"-{variant} goes with gptq only", where=name, remedy=f"Use {without!r}")
+    if variant in ("rtn", "gptq"):
+        if not before:
+            without = name.removesuffix("-" + variant)
+            raise RecipeError(f"-{variant} goes with transforms only", where=name, remedy=f"Use {without!r}")
+        rounding = variant
+    weights, act = _format(found), int(found["a"])
+    widths = {**weights, "weight_bits": weights["bits"], "act_bits": act if act < 16 else None}
+    steps = [_calibrate(pass_class, variant)] if needs_states or rounding == "gptq" else []
+    for step, options in before:
+        rounded = {option: widths[option] for option in ROUNDED.get(step, ())}
+        steps.append(pass_class(step)(**rounded, **options))
+    steps.append(_quantize(pass_class, weights, rounding))
+    if act < 16:
+        steps.append(pass_class("quantize_activations")(bits=act))
+    return (*steps, pass_class("pack")(), pass_class("lower")())
+
+
+def _calibrate(pass_class: Callable[[str], Any], variant: str | None) -> Pass:
+    from dlqc.calibration import Certainty, Clean, MaskedSimulation, Uniform
+
+    sampler = Clean() if variant == "clean" else MaskedSimulation()
+    weight = Certainty() if variant == "cgq" else Uniform()
+    made: Pass = pass_class("calibrate")(sampler=sampler, weight=weight)
+    return made
+
+
+def _format(found: re.Match[str]) -> dict[str, Any]:
+    """The weight format that a name spells, as options of the passes that round."""
+    bits = int(found["w"])
+    wide = bits == 8 or found["a"] in ("4", "6")
+    group = None if found["channel"] or (wide and not found["g"]) else int(found["g"] or 128)
+    return {"bits": bits, "group_size": group, "symmetric": wide or found["sym"] is not None}
+
+
+def _quantize(pass_class: Callable[[str], Any], weights: dict[str, Any], rounding: str) -> Pass:
+    from dlqc.rounding.gptq import Gptq
+    from dlqc.rounding.rtn import Rtn
+
+    made: Pass = pass_class("quantize_weights")(**weights, method=Gptq() if rounding == "gptq" else Rtn())
+    return made
+
+
+Step = tuple[str, dict[str, Any]]
+
+#: Transforms that look ahead to the rounding, and the options in which they take what they have to know.
+ROUNDED = {
+    "awq_scale": ("bits", "group_size", "symmetric"),
+    "awq_clip": ("bits", "group_size", "symmetric"),
+    "learn_rotation": ("weight_bits", "act_bits"),
+    "flatquant": ("weight_bits", "act_bits"),
+}
+
+#: method → (transforms, whether they need states, rounding)
+METHODS: dict[str, tuple[tuple[Step, ...], bool, str]] = {
+    "rtn": ((), False, "rtn"),
+    "gptq": ((), False, "gptq"),
+    "smooth": ((("smooth", {}),), True, "rtn"),
+    "smoothquant": ((("smooth", {}),), True, "rtn"),
+    "awq": ((("awq_scale", {"relative": True}), ("awq_clip", {})), True, "rtn"),
+    "quarot": (
+        (
+            ("fold_norm_scale", {"untie": True}),
+            ("rotate_hidden", {}),
+            ("rotate_heads", {"across": True}),
+            ("rotate_down", {"required": False}),
+        ),
+        False,
+        "gptq",
+    ),
+    "spinquant": (
+        (("fold_norm_scale", {"untie": True}), ("rotate_down", {"required": False}), ("learn_rotation", {})),
+        True,
+        "rtn",
+    ),
+    "flatquant": ((("flatquant", {}),), True, "rtn"),
+    "duquant": ((("smooth", {"sites": "all"}), ("duquant", {})), True, "rtn"),
+}
