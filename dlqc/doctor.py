@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from dlqc import native
 from dlqc.backend import BACKENDS, LinearSpec, choose_kernel, load_backend
 from dlqc.errors import DlqcError
 from dlqc.formats.activation import ActFormat
@@ -37,6 +38,7 @@ def examine() -> dict[str, dict[str, Any]]:
             "processor features": torch.backends.cpu.get_cpu_capability(),
             "cores": os.cpu_count(),
             "torch threads": torch.get_num_threads(),
+            "native code": _native(),
             "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none",
         },
     }
@@ -50,6 +52,11 @@ def _version(name: str) -> str:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+def _native() -> str:
+    reason = native.available()
+    return "in use" if reason is None else f"not in use ({reason}); torch does its work, more slowly"
 
 
 def _backend(name: str) -> dict[str, str]:

@@ -19,6 +19,7 @@ import math
 
 import torch
 
+from dlqc import fwht
 from dlqc.errors import ContractError
 
 # A core is multiplied as a dense matrix: beyond this one it costs more than the rest of the transform by far.
@@ -151,9 +152,30 @@ def signs(n: int, seed: int) -> torch.Tensor:
     return torch.randint(0, 2, (n,), generator=generator, dtype=torch.float64) * 2 - 1
 
 
+def side(n: int, transpose: bool = False) -> fwht.Side:
+    """H/√n, or its transpose, as `dlqc.fwht` takes it."""
+    k, _ = _split(n)
+    return fwht.Side(n, (_core(k).T if transpose else _core(k)) if k > 1 else None)
+
+
+def _native(x: torch.Tensor, out: torch.Tensor, n: int, dim: int, transpose: bool) -> bool:
+    """`_transform` in native code, or False where there is none for these tensors."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    half = side(n, transpose)
+    sides = {"row" if dim == 0 else "column": half}
+    if x.stride(1) == 1 or x.shape[1] == 1 or x.device.type != "cpu":
+        return fwht.run(x, out, wide, **sides)
+    # Any other strides: tiles are copied, so that a number does not depend on how its matrix lies in memory.
+    step = max(_TILE // x.shape[1 - dim], 1 if dim == 0 else _COLUMNS)
+    tiles = zip(torch.split(x, step, dim), torch.split(out, step, dim), strict=True)
+    return all(fwht.run(source.contiguous(), target, wide, **sides) for source, target in tiles)
+
+
 @torch.no_grad()
 def _transform(x: torch.Tensor, out: torch.Tensor, n: int, dim: int, transpose: bool) -> None:
     """Write the transform of x [R, C] to out [R, C], tile by tile along `dim`; blocks run along the other dimension."""
+    if _native(x.detach(), out, n, dim, transpose):
+        return
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     factors = [h.to(x.device, dtype) for h in _factors(n)]
     if factors:

@@ -322,6 +322,8 @@ class Kronecker(Transform):
 
 def per_head(t: Transform, heads: int) -> Transform:
     """The same transform on each of `heads` equal parts."""
+    if isinstance(t, Hadamard):  # it repeats its block anyway, and is fast on both sides of a matrix
+        return Hadamard(heads * t.width, t.block, t.transposed)
     return t if heads == 1 else Kronecker(Identity(heads), t)
 
 

@@ -15,12 +15,13 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
+from dlqc import fwht, hadamard
 from dlqc.errors import ContractError
-from dlqc.transform import Transform
+from dlqc.transform import Chain, Diagonal, Hadamard, Identity, Kronecker, Transform
 
 # Entries of a tile in which a transformed matrix is evaluated, 4 or 8 MiB.
 _TILE = 1 << 20
@@ -137,25 +138,30 @@ class Constant:
         """`exact` rounded to the storage dtype, without a wide copy of the whole matrix.
 
         Tᵀ·(W·S) = (Tᵀ·W)·S, so all that acts on columns is done in tiles of rows, then the rest in tiles of columns. What is
-        stored in 16 bits is computed in float32, whose rounding is lost in that of the result.
+        stored in 16 bits is computed in float32, whose rounding is lost in that of the result. Diagonal and Hadamard matrices go
+        through native code where there is some (`dlqc.fwht`), in one reading of the weight for one-sided folds.
         """
         n, k = self.leaf.shape
         rows = [f.t for f in self.folds if isinstance(f, OnRows)]
         final = self.storage_dtype
         wide = torch.float32 if final.itemsize == 2 else torch.float64
+        columns = [f.t for f in self.folds if isinstance(f, OnColumns)]
+        row, column = _side(columns), _side(rows)
+        result = torch.empty(n, k, dtype=final)
+        if row and column and fwht.run(self.leaf.detach(), result, wide, row, column):
+            return result
         between = wide if rows else final
         out = self.leaf.detach()
-        if len(rows) < len(self.folds):
-            out = torch.empty(n, k, dtype=between)
+        if columns:
+            out = torch.empty(n, k, dtype=between) if rows else result
             step = max(1, _TILE // k)
             for i in range(0, n, step):
                 tile = self.leaf[i : i + step].detach().to(wide)
-                for f in self.folds:
-                    tile = f(tile) if isinstance(f, OnColumns) else tile
+                for t in columns:
+                    tile = t(tile)
                 out[i : i + step] = tile
         if not rows:
-            return out
-        result = torch.empty(n, k, dtype=final)
+            return result
         step = max(1, _TILE // n)
         for i in range(0, k, step):
             tile = out[:, i : i + step].to(wide)
@@ -163,6 +169,34 @@ class Constant:
                 tile = t.rows(tile)
             result[:, i : i + step] = tile
         return result
+
+
+def _side(transforms: list[Transform]) -> fwht.Side | None:
+    """A product of diagonal matrices and at most one Hadamard matrix, as native code takes it; None if it is not that."""
+    found = fwht.NOTHING
+    diagonals: list[torch.Tensor | None] = [None, None]
+    for t in itertools.chain.from_iterable(map(_members, transforms)):
+        if isinstance(t, Diagonal):
+            place = int(found.order > 1)
+            old = diagonals[place]
+            diagonals[place] = t.v.double() if old is None else old * t.v
+        elif found.order > 1:
+            return None
+        elif isinstance(t, Hadamard):
+            found = hadamard.side(t.block, t.transposed)
+        elif isinstance(t, Kronecker) and isinstance(t.left, Hadamard) and isinstance(t.right, Identity):
+            found = replace(hadamard.side(t.left.block, t.left.transposed), inner=t.right.width)
+        elif not isinstance(t, Identity):
+            return None
+    return replace(found, pre=diagonals[0], post=diagonals[1])
+
+
+def _members(t: Transform) -> Iterator[Transform]:
+    if isinstance(t, Chain):
+        for member in t.members:
+            yield from _members(member)
+    else:
+        yield t
 
 
 class Weights(Mapping[str, Constant]):

@@ -97,6 +97,8 @@ class Duquant(Pass):
                 "peak before": float(x.abs().max()),
                 "peak after": float(t(x.double()).abs().max()),
             }
+        if report.sites:
+            report.metrics["online"] = report.sites
         return report
 
     def unfit(self, value: fx.Node, site: Linear, ctx: Context) -> str | None:

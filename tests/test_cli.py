@@ -140,6 +140,7 @@ def test_doctor_names_the_kernels(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     found = output(capsys)
     assert found["backend cpu"].keys() == found["backend reference"].keys()
     assert found["versions"]["torch"]
+    assert "in use" in found["machine"]["native code"]
 
 
 @pytest.mark.parametrize(
