@@ -130,7 +130,8 @@ class Rollout(StateSampler):
     ) -> tuple[Tensor, Tensor]:
         """Denoise prompts [R, P] -> the canvases the model saw [N, R, L] and the last [R, L]."""
         histories, finals = [], []
-        for part in starts.split(TOGETHER):
+        for first in range(0, starts.shape[0], TOGETHER):
+            part = starts[first : first + TOGETHER]
             seen: list[Tensor] = []
 
             def keep(step: Step, seen: list[Tensor] = seen) -> None:
