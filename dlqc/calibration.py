@@ -1,30 +1,54 @@
-"""Calibration for diffusion: text becomes denoising states, states get token weights.
+"""Calibration for diffusion: text becomes token rows, rows become denoising states, states get token weights.
 
-A denoiser never sees clean text at run time: it sees a canvas of which a part is [MASK]. A `StateSampler` draws such states
-from token rows; a `TokenWeight` says how much each token counts in every statistic. Both are frozen dataclasses, and any
-sampler goes with any weight and any method.
-
-    Clean                 nothing masked: what tools for autoregressive models do
-    ForwardProcess        t ~ U(0, 1), each token masked with probability t (LLaDA, eq. 1); optionally the response only
-    MaskedSimulation      MCS of Quant-dLLM (arXiv 2510.03274, section 3.1): a visible prefix of ⌊γL⌋ tokens, then each token
-                          masked with probability t on a grid of timesteps t = 1/T … 1
-
-    Uniform               c = 1
-    Certainty             CGQ of DLLMQuant (arXiv 2508.14090, eq. 10): c = base + slope·confidence if masked, else `visible`
+A `StateSampler` (`dlqc.samplers`, `dlqc.rollout`) draws the states, a `TokenWeight` (`dlqc.token_weights`) says how much each
+token counts in every statistic, and the sampler's `emphasis` how much each state counts. All are frozen dataclasses, and
+any sampler goes with any weight and any method.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
 from dlqc.diffusion.spec import DiffusionSpec
-from dlqc.errors import CalibrationError, RecipeError
+from dlqc.errors import CalibrationError
+from dlqc.rollout import Rollout, refuse_degenerate
+from dlqc.samplers import (
+    BlockStates,
+    Clean,
+    ForwardProcess,
+    MaskedSimulation,
+    StateSampler,
+    Teacher,
+    emphasize,
+    shift_rows,
+)
+from dlqc.token_weights import Certainty, Frontier, TokenWeight, Uniform
+
+__all__ = [
+    "SAMPLERS",
+    "WEIGHTS",
+    "BlockStates",
+    "Certainty",
+    "Clean",
+    "ForwardProcess",
+    "Frontier",
+    "MaskedSimulation",
+    "Rollout",
+    "StateSampler",
+    "States",
+    "TokenRows",
+    "TokenWeight",
+    "Uniform",
+    "draw_states",
+    "rollout_rows",
+    "rows_from",
+    "shift_rows",
+]
 
 
 @dataclass(frozen=True)
@@ -47,7 +71,7 @@ class States:
     Attributes:
         ids: int64 [S, L], the canvas with masks in place.
         clean: int64 [S, L], the text underneath.
-        t: float32 [S], mask probability of each state.
+        t: float32 [S], time of each state, 1 where denoising begins: its mask probability, or its mask ratio in a rollout.
         weights: float32 [S, L], token weights, by the row of the model's output that predicts the token (for a model with
             shifted logits that is one to the left); mean 1.
         source: what they were made from.
@@ -68,130 +92,8 @@ class States:
             yield slice(start, min(start + size, self.ids.shape[0]))
 
 
-@dataclass(frozen=True)
-class StateSampler:
-    """Base of the state samplers. `sample` maps clean rows [R, L] to (masked [R, L] bool, t [R])."""
-
-    name: ClassVar[str]
-
-    def sample(self, rows: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        raise TypeError(f"{type(self).__name__} does not define sample()")
-
-
-@dataclass(frozen=True)
-class Clean(StateSampler):
-    """No token is masked."""
-
-    name: ClassVar[str] = "clean"
-
-    def sample(self, rows: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.zeros_like(rows, dtype=torch.bool), torch.zeros(rows.shape[0])
-
-
-@dataclass(frozen=True)
-class ForwardProcess(StateSampler):
-    """LLaDA's forward process: t ~ U(0, 1), stratified over the rows; each token of the response masked with probability t.
-
-    Options:
-        prompt: share of each row, from its start, that is prompt and never masked.
-    """
-
-    name: ClassVar[str] = "forward_process"
-    prompt: float = 0.0
-
-    def __post_init__(self) -> None:
-        _check_share(self.prompt, "forward_process.prompt")
-
-    def sample(self, rows: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        count, length = rows.shape
-        order = torch.randperm(count, generator=generator)
-        t = (order + torch.rand(count, generator=generator)) / count
-        masked = torch.rand(count, length, generator=generator) < t[:, None]
-        masked[:, : math.floor(self.prompt * length + 1e-9)] = False
-        return masked, t
-
-
-@dataclass(frozen=True)
-class MaskedSimulation(StateSampler):
-    """Masked calibration simulation (MCS): visible prefix ⌊γL⌋, timestep grid t = 1/T … T/T, linear schedule.
-
-    The paper sums over all T timesteps of every row; one timestep a row, dealt evenly over the rows, estimates the same sum
-    without bias at 1/T of the cost.
-
-    Options:
-        prefix: γ, share of the row that is always visible. timesteps: T.
-    """
-
-    name: ClassVar[str] = "masked_simulation"
-    prefix: float = 0.25
-    timesteps: int = 20
-
-    def __post_init__(self) -> None:
-        _check_share(self.prefix, "masked_simulation.prefix")
-        if self.timesteps < 1:
-            raise RecipeError(
-                f"{self.timesteps} timesteps are none", where="masked_simulation.timesteps", remedy="Use 20"
-            )
-
-    def sample(self, rows: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        count, length = rows.shape
-        order = torch.randperm(count, generator=generator).double()
-        # One offset for all rows: every timestep gets its share of them, up to one row, and none is favoured.
-        offset = torch.rand(1, generator=generator, dtype=torch.float64)
-        level = ((order + offset) * self.timesteps / count).floor().clamp(max=self.timesteps - 1)
-        t = ((level + 1) / self.timesteps).float()
-        masked = torch.rand(count, length, generator=generator) < t[:, None]
-        masked[:, : math.floor(self.prefix * length + 1e-9)] = False
-        return masked, t
-
-
-def _check_share(share: float, where: str) -> None:
-    if not 0.0 <= share < 1.0:
-        raise RecipeError(f"{share} is outside [0, 1)", where=where, remedy="Give the share of the row, such as 0.25")
-
-
-@dataclass(frozen=True)
-class TokenWeight:
-    """Base of the token weights: c [S, L] from which tokens are masked and how sure the model is of them."""
-
-    name: ClassVar[str]
-    needs_confidence: ClassVar[bool] = False
-
-    def weigh(self, masked: torch.Tensor, confidence: torch.Tensor | None) -> torch.Tensor:
-        raise TypeError(f"{type(self).__name__} does not define weigh()")
-
-
-@dataclass(frozen=True)
-class Uniform(TokenWeight):
-    """Every token counts the same."""
-
-    name: ClassVar[str] = "uniform"
-
-    def weigh(self, masked: torch.Tensor, confidence: torch.Tensor | None) -> torch.Tensor:
-        return torch.ones(masked.shape)
-
-
-@dataclass(frozen=True)
-class Certainty(TokenWeight):
-    """Certainty-guided weights: masked tokens count base + slope·confidence, visible ones `visible`.
-
-    DLLMQuant's constants are 0.7 for visible and 1 times the token's score for masked tokens.
-    """
-
-    name: ClassVar[str] = "certainty"
-    needs_confidence: ClassVar[bool] = True
-    visible: float = 0.7
-    base: float = 0.0
-    slope: float = 1.0
-
-    def weigh(self, masked: torch.Tensor, confidence: torch.Tensor | None) -> torch.Tensor:
-        if confidence is None:
-            raise CalibrationError("certainty weights need the model's confidences", where="weight")
-        return torch.where(masked, self.base + self.slope * confidence, torch.tensor(self.visible))
-
-
-SAMPLERS: tuple[type[StateSampler], ...] = (Clean, ForwardProcess, MaskedSimulation)
-WEIGHTS: tuple[type[TokenWeight], ...] = (Uniform, Certainty)
+SAMPLERS: tuple[type[StateSampler], ...] = (Clean, ForwardProcess, MaskedSimulation, BlockStates, Rollout)
+WEIGHTS: tuple[type[TokenWeight], ...] = (Uniform, Certainty, Frontier)
 
 
 def draw_states(
@@ -204,16 +106,11 @@ def draw_states(
     logits: Callable[[torch.Tensor], torch.Tensor],
     batch: int = 8,
 ) -> States:
-    """Draw one denoising state from each row, with its token weights (mean 1 over all tokens)."""
+    """Draw one denoising state for each row, with its token weights: weight of the token × weight of the state, mean 1."""
     generator = torch.Generator().manual_seed(seed)
-    masked, t = sampler.sample(rows.ids, generator)
-    ids = torch.where(masked, spec.mask_id, rows.ids)
-    confidence = None
-    if weight.needs_confidence:
-        parts = [logits(ids[i : i + batch]) for i in range(0, ids.shape[0], batch)]
-        confidence = torch.cat([torch.softmax(part.float(), dim=-1).amax(dim=-1) for part in parts])
-        confidence = shift_rows(confidence) if spec.shift else confidence
-    c = weight.weigh(masked, confidence)
+    teacher = Teacher(logits, spec, batch)
+    canvases = sampler.draw(rows.ids, generator, teacher)
+    c = weight.draw(canvases, generator, teacher)
     if spec.shift:
         # The row that predicts token i is i - 1, so the weight of token i belongs to row i - 1.
         c = torch.cat((c[:, 1:], c[:, -1:]), dim=1)
@@ -223,12 +120,8 @@ def draw_states(
             where=weight.name,
             remedy="Check the options of the weight",
         )
-    return States(ids, rows.ids, t, c / c.mean(), rows.source)
-
-
-def shift_rows(values: torch.Tensor) -> torch.Tensor:
-    """Move what row i - 1 says about token i to position i; row 0 stands in for position 0. values [B, L, ...]."""
-    return torch.cat((values[:, :1], values[:, :-1]), dim=1)
+    c = c * emphasize(canvases.t, sampler.emphasis)[:, None]
+    return States(canvases.ids, canvases.clean, canvases.t, c / c.mean(), rows.source)
 
 
 def rows_from(
@@ -356,11 +249,5 @@ def rollout_rows(
             ids = torch.where(now, drawn.reshape(ids.shape), ids)
         done.append(ids)
     ids = torch.cat(done)
-    share = float(torch.bincount(ids.reshape(-1)).max()) / ids.numel()
-    if share > 0.5:
-        raise CalibrationError(
-            f"the model's own rollouts are degenerate: {share:.0%} of the tokens are the same",
-            where="calibration",
-            remedy="Give text with calibration=",
-        )
+    refuse_degenerate(ids, "calibration", "Give text with calibration=")
     return TokenRows(ids, f"the model's own rollouts ({rows} rows, data-free)")

@@ -28,6 +28,8 @@ PRESETS = {
     "w4a16-sym-gptq": "as w4a16-gptq without zero points, for engines that take none",
     "w4a16-gptq-clean": "as w4a16-gptq on clean text, as tools for autoregressive models calibrate",
     "w4a16-gptq-cgq": "as w4a16-gptq with certainty-weighted statistics",
+    "w4a16-gptq-tmas": "as w4a16-gptq on snapshots of the model's own denoising",
+    "w4a16-gptq-tmas-cgq": "as w4a16-gptq-tmas with certainty-weighted statistics",
     "w4a16-smooth": "4-bit weights g128 after smoothing on masked states, nearest rounding",
     "w4a16-awq": "4-bit weights g128 after AWQ's scaling and clipping on masked states, nearest rounding",
     "w4a4-smoothquant": "as w4a4-rtn after SmoothQuant on masked states",
@@ -41,7 +43,7 @@ PRESETS = {
 
 GRAMMAR = re.compile(
     r"w(?P<w>[2348])a(?P<a>4|6|8|16)(?:-(?:g(?P<g>\d+)|(?P<channel>channel)))?(?P<sym>-sym)?"
-    r"-(?P<method>[a-z]+)(?:-(?P<variant>clean|cgq|rtn|gptq))?"
+    r"-(?P<method>[a-z]+)(?:-(?P<variant>clean|cgq|tmas|tmas-cgq|rtn|gptq))?"
 )
 
 Maker = Callable[..., Pass]
@@ -58,7 +60,7 @@ def preset(name: str, pass_class: Callable[[str], Any]) -> tuple[Pass, ...] | No
         return None
     before, needs_states, rounding = METHODS[found["method"]]
     variant = found["variant"]
-    if variant in ("clean", "cgq") and rounding != "gptq":
+    if variant in ("clean", "cgq", "tmas", "tmas-cgq") and rounding != "gptq":
         without = name.removesuffix("-" + variant)
         raise RecipeError(f"-{variant} goes with gptq only", where=name, remedy=f"Use {without!r}")
     if variant in ("rtn", "gptq"):
@@ -79,10 +81,11 @@ def preset(name: str, pass_class: Callable[[str], Any]) -> tuple[Pass, ...] | No
 
 
 def _calibrate(pass_class: Callable[[str], Any], variant: str | None) -> Pass:
-    from dlqc.calibration import Certainty, Clean, MaskedSimulation, Uniform
+    from dlqc.calibration import Certainty, Clean, MaskedSimulation, Rollout, Uniform
 
-    sampler = Clean() if variant == "clean" else MaskedSimulation()
-    weight = Certainty() if variant == "cgq" else Uniform()
+    parts = (variant or "").split("-")
+    sampler = Clean() if "clean" in parts else Rollout() if "tmas" in parts else MaskedSimulation()
+    weight = Certainty() if "cgq" in parts else Uniform()
     made: Pass = pass_class("calibrate")(sampler=sampler, weight=weight)
     return made
 

@@ -4,7 +4,7 @@ Before:  token rows [R, L], or nothing
 After:   denoising states (ids with [MASK] in place, t, token weights); the graph is not touched
 
 The rows come from `compile(calibration=...)`. Without any, the model denoises empty canvases itself (data-free), and
-the report says so. See `dlqc.calibration` for the samplers and weights.
+the report says so. See `dlqc.samplers`, `dlqc.rollout` and `dlqc.token_weights` for the choices.
 """
 
 from __future__ import annotations
@@ -16,10 +16,14 @@ import torch
 from torch import fx
 
 from dlqc.calibration import (
+    BlockStates,
     Certainty,
     Clean,
     ForwardProcess,
+    Frontier,
     MaskedSimulation,
+    Rollout,
+    States,
     TokenRows,
     Uniform,
     draw_states,
@@ -29,8 +33,8 @@ from dlqc.contract import Context, Pass, PassReport, Plan
 from dlqc.errors import CalibrationError
 from dlqc.execute import forward
 
-SampleOption = Clean | ForwardProcess | MaskedSimulation
-WeightOption = Uniform | Certainty
+SampleOption = Clean | ForwardProcess | MaskedSimulation | BlockStates | Rollout
+WeightOption = Uniform | Certainty | Frontier
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,8 @@ class Calibrate(Pass):
         metrics = {"states": ctx.states.ids.shape[0], "tokens": ctx.states.tokens, "masked_share": masked}
         distinct = min(ctx.rows.ids.shape[0], self.sequences)
         size = f"{ctx.states.ids.shape[0]} states of {ctx.states.ids.shape[1]} tokens"
-        note = f"{size} from {distinct} rows of {rows.source}, {masked:.0%} masked"
+        made = f"sampler {self.sampler.name}, {self.sampler.emphasis} emphasis, weight {self.weight.name}"
+        note = f"{size} from {distinct} rows of {rows.source}, {masked:.0%} masked; {made}; {_histogram(ctx.states)}"
         return PassReport(sites=ctx.states.ids.shape[0], metrics=metrics, notes=[note])
 
     def _pick(self, rows: TokenRows, seed: int) -> TokenRows:
@@ -81,3 +86,11 @@ class Calibrate(Pass):
             raise CalibrationError("there are no token rows", where="calibration", remedy="Give more text")
         order = torch.arange(self.sequences) * max(count, self.sequences) // self.sequences % count
         return TokenRows(rows.ids[order], rows.source)
+
+
+def _histogram(states: States) -> str:
+    """How many states there are by their t, in quarters; clean ones apart."""
+    level = (states.t.double() * 4 - 1e-6).ceil().long()
+    clean, *quarters = torch.bincount(level, minlength=5).tolist()
+    by_quarter = ", ".join(f"{count} to {(i + 1) / 4:g}" for i, count in enumerate(quarters))
+    return f"states by mask ratio: {clean} at 0, {by_quarter}"

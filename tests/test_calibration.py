@@ -387,7 +387,7 @@ def test_rollouts_are_complete_at_any_number_of_steps(length: int, steps: int) -
 def test_degenerate_rollouts_are_refused() -> None:
     one = torch.zeros(VOCAB)
     one[7] = 60.0
-    with pytest.raises(CalibrationError, match=r"rollouts are degenerate: 100% of the tokens are the same\. Give text"):
+    with pytest.raises(CalibrationError, match=r"degenerate: 100% of 16 generated tokens are token 7\. Give text"):
         rollout_rows(lambda ids: one.expand(*ids.shape, VOCAB), SPEC, rows=2, length=8, seed=0)
 
 

@@ -17,7 +17,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dlqc.calibration import SAMPLERS, WEIGHTS, Certainty, Clean, MaskedSimulation, Uniform
+from dlqc.calibration import SAMPLERS, WEIGHTS, Certainty, Clean, MaskedSimulation, Rollout, Uniform
 from dlqc.contract import Pass
 from dlqc.errors import DlqcError, RecipeError
 from dlqc.manager import PassManager
@@ -199,7 +199,9 @@ def test_a_preset_s_name_tells_the_truth(name: str) -> None:
     if "calibrate" in by_name:
         calibrate = by_name["calibrate"]
         assert isinstance(calibrate, Calibrate)
-        assert isinstance(calibrate.sampler, Clean if "clean" in words else MaskedSimulation)
+        by_variant = {"clean": Clean, "tmas": Rollout}
+        expected = next((by_variant[word] for word in words if word in by_variant), MaskedSimulation)
+        assert type(calibrate.sampler) is expected
         assert isinstance(calibrate.weight, Certainty if "cgq" in words else Uniform)
     assert [p.name for p in recipe.passes[-2:]] == ["pack", "lower"]
 

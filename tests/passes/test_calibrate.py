@@ -40,7 +40,10 @@ def test_states_are_those_of_the_sampler_and_the_weight(case: CaseMaker, sampler
     assert k.ctx.spec.shift == (name == "dream")
     masked = float((expected.ids == k.ctx.spec.mask_id).float().mean())
     assert report.metrics == {"states": 6, "tokens": 96, "masked_share": masked}
-    assert report.notes == [f"6 states of 16 tokens from 6 rows of random, {masked:.0%} masked"]
+    head = f"6 states of 16 tokens from 6 rows of random, {masked:.0%} masked; "
+    assert report.notes[0].startswith(
+        f"{head}sampler {sampler.name}, uniform emphasis, weight {weight.name}; states by "
+    )
     assert report.sites == 6
 
 
@@ -73,7 +76,8 @@ def test_without_text_the_model_gives_its_own(case: CaseMaker) -> None:
     assert torch.equal(k.ctx.states.ids[:64], expected.ids)
     assert torch.equal(k.ctx.states.ids[64:], expected.ids[:6])
     assert report.notes == [
-        "70 states of 12 tokens from 64 rows of the model's own rollouts (64 rows, data-free), 0% masked"
+        "70 states of 12 tokens from 64 rows of the model's own rollouts (64 rows, data-free), 0% masked; sampler clean, "
+        "uniform emphasis, weight uniform; states by mask ratio: 70 at 0, 0 to 0.25, 0 to 0.5, 0 to 0.75, 0 to 1"
     ]
     assert k.ctx.rows is not None
 
