@@ -236,7 +236,7 @@ def _gain_of(scaled: fx.Node) -> tuple[fx.Node | None, fx.Node]:
             continue
         if is_call(user, aten.mul.Tensor):
             other = args_of(user)[1] if args_of(user)[0] is node else args_of(user)[0]
-            if constant_name(other) is not None and _val(other).dim() == 1:
+            if constant_name(other) is not None and tuple(_val(other).shape) == (int(_val(node).shape[-1]),):
                 return other, user
         break
     return None, last

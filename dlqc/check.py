@@ -268,7 +268,8 @@ def _unit_gain(graph: fx.Graph, weights: Weights) -> Iterator[str]:
         gain = constant_name(arg(node, 2, "weight")) if is_call(node, *NORMS) else None
         if gain is None or len(uses(graph, gain)) > 1:
             continue
-        if isinstance(grow(graph, weights, node, "diagonal", upward=False), Refused):
+        region = grow(graph, weights, node, "diagonal", upward=False)
+        if isinstance(region, Refused) or any(is_call(absorb.by, *NORMS) for absorb in region.absorbs.values()):
             continue
         value = weights.value(gain, torch.float64)
         bias = arg(node, 3, "bias") if is_call(node, LAYER_NORM) else None

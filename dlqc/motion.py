@@ -229,6 +229,8 @@ def _product(s: Site) -> Ties | Choice | str:
     full, _, constants = found
     if len(full) + len(constants) <= 1 and not constants:
         return Ties(_carries(s, full))
+    if len(constants) > len(set(constants)) and s.kind != "permutation":
+        return "it reads one constant twice"
     if s.kind == "permutation":
         return Ties(_carries(s, full), tuple(s.absorb(name) for name in constants))
     if s.kind != "diagonal":
@@ -310,11 +312,12 @@ def _attention(s: Site) -> Ties | str:
         return _MEAN
     if not s.made and s.carry.node not in (q, k, v):
         return "it reads it as its mask"
-    groups = int(shape(q)[1]) // int(shape(v)[1])
+    other = k if s.carry.node in (q, k) else v  # keys and values may have different numbers of heads
+    groups = int(shape(q)[1]) // int(shape(other)[1])
     if s.carry.dims != (1, 3) or len(shape(q)) != 4:
         return "it mixes the axis that carries the transform"
     kv = s.carry.repeat if not (s.made or s.carry.node is q) else max(s.carry.repeat // groups, 1)
-    heads = int(shape(v)[1]) // kv
+    heads = int(shape(other)[1]) // kv
     if s.carry.node in (q, k):
         dual = s.carry.dual if s.carry.node is q else not s.carry.dual
         return Ties((Carry(q, (1, 3), kv * groups, dual), Carry(k, (1, 3), kv, not dual)), heads=heads)

@@ -245,6 +245,12 @@ class Weights(Mapping[str, Constant]):
         if dtype is torch.float64:
             return constant.exact()
         value = constant.stored()
+        if constant.folds and value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise ContractError(
+                f"a transform made a number that {str(value.dtype).removeprefix('torch.')} cannot hold",
+                where=name,
+                remedy="Load the model in bfloat16 or float32, or leave this site out",
+            )
         return value.to(dtype) if dtype is not None and value.is_floating_point() else value
 
     def fingerprint(self) -> str:

@@ -22,7 +22,8 @@ from torch import fx
 
 from dlqc.contract import Context, Declined, Pass, PassReport
 from dlqc.graph import LAYER_NORM, RMS_NORM, arg, args_of, aten, call_before, is_call, replace, tied, untie, width
-from dlqc.regions import Refused, Region, fold, grow
+from dlqc.motion import shape
+from dlqc.regions import Refused, Region, fits, fold, grow
 from dlqc.transform import Center
 
 
@@ -58,8 +59,13 @@ class CenterNorms(Pass):
                     hint = "; set untie=True" if any(region.node is site.node for site in heads) else ""
                     report.declined.append(Declined(f"%{node.name}", f"{region}{hint}"))
                     continue
+                reason = fits(region, Center(region.width))
+                if reason is not None:
+                    report.declined.append(Declined(f"%{node.name}", f"its stream takes no mean away: {reason}"))
+                    continue
                 fold(ctx.weights, region, Center(region.width))
-                centered |= region.carries.keys()
+                # A value that was cut into heads has no mean in all of them together, not in each.
+                centered |= {v for v, carry in region.carries.items() if carry.dims == (len(shape(v)) - 1,)}
             rewrite(node, graph)
             report.sites += 1
         return report

@@ -77,6 +77,8 @@ def match(node: fx.Node, graph: fx.Graph, weights: Weights) -> Region | Declined
     if isinstance(readers, Refused):
         hint = "; set untie=True" if tied(graph, weights, node.users) else ""
         return Declined(gain, f"{readers}{hint}")
+    if any(is_call(absorb.by, *NORMS) for absorb in readers.absorbs.values()):
+        return Declined(gain, "it would only move into the gain of another norm")
     bias = arg(node, 3, "bias") if is_call(node, LAYER_NORM) else None
     if bias is not None and constant_name(bias) is None:
         return Declined(gain, "the bias is no constant")

@@ -46,6 +46,10 @@ class RotateDown(Pass):
     block: int | None = None
 
     def __post_init__(self) -> None:
+        if self.sites not in ("nonlinear", "norm", "all"):
+            raise RecipeError(
+                f"unknown sites {self.sites!r}", where="rotate_down.sites", remedy="Use nonlinear, norm or all"
+            )
         if self.block is not None and (self.block < 1 or hadamard.order(self.block) is None):
             raise RecipeError(
                 f"no Hadamard matrix of order {self.block} can be built",

@@ -43,10 +43,16 @@ class RotateHeads(Pass):
 
     def apply(self, graph: fx.Graph, ctx: Context) -> PassReport:
         report = PassReport()
+        inside = set(ctx.nodes(graph))
         for attention in attentions(ctx.nodes(graph)):
             region = value_heads(graph, ctx.weights, attention, "orthogonal")
             if isinstance(region, Refused):
                 report.declined.append(Declined(f"values of %{attention.name}", str(region)))
+                continue
+            outside = next((value for value in region.carries if value not in inside), None)
+            if outside is not None:
+                reason = f"the rotation would reach %{outside.name}, outside of the block"
+                report.declined.append(Declined(f"values of %{attention.name}", reason))
                 continue
             size = region.width // region.heads
             rotation = Hadamard(size, hadamard.largest_block(size))

@@ -25,8 +25,9 @@ from torch import fx
 
 from dlqc import hadamard
 from dlqc.contract import Context, Declined, Pass, PassReport
+from dlqc.errors import RecipeError
 from dlqc.regions import Refused, fold, residual_stream
-from dlqc.transform import Diagonal, Hadamard, Transform, blocks, chain
+from dlqc.transform import Diagonal, Hadamard, Transform, blocks, chain, per_head
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,25 @@ class RotateHidden(Pass):
     kind: Literal["hadamard", "orthogonal"] = "hadamard"
     block: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.kind not in ("hadamard", "orthogonal"):
+            raise RecipeError(
+                f"unknown kind {self.kind!r}", where="rotate_hidden.kind", remedy="Use 'hadamard' or 'orthogonal'"
+            )
+        if self.block is not None and (self.block < 1 or hadamard.order(self.block) is None):
+            raise RecipeError(
+                f"no Hadamard matrix of order {self.block} can be built",
+                where="rotate_hidden.block",
+                remedy="Use a power of two, or None",
+            )
+
     def apply(self, graph: fx.Graph, ctx: Context) -> PassReport:
         region = residual_stream(graph, ctx.weights)
         if isinstance(region, Refused):
             return PassReport(declined=[Declined("residual stream", str(region))])
-        fold(ctx.weights, region, self.rotation(region.width, ctx.seed))
+        # A stream that attention reads without a projection may only turn within its heads.
+        rotation = per_head(self.rotation(region.width // region.heads, ctx.seed), region.heads)
+        fold(ctx.weights, region, rotation)
         report = PassReport(sites=1)
         report.metrics = {"writers": len(region.sources), "readers": len(region.sinks), "width": region.width}
         return report

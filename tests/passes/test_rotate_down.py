@@ -88,6 +88,8 @@ def test_declines_a_block_that_does_not_divide(case: CaseMaker) -> None:
 def test_a_block_that_does_not_exist() -> None:
     with pytest.raises(RecipeError) as caught:
         RotateDown(block=6)
+    with pytest.raises(RecipeError, match=r"^rotate_down\.sites: unknown sites 'some'\. Use nonlinear, norm or all$"):
+        RotateDown(sites="some")  # type: ignore[arg-type]
     assert str(caught.value) == (
         "rotate_down.block: no Hadamard matrix of order 6 can be built. Use a power of two, or None"
     )

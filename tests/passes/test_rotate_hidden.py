@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from dlqc.certificate import deviation
-from dlqc.errors import ContractError
+from dlqc.errors import ContractError, RecipeError
 from dlqc.graph import EMBEDDING, is_call, uses
 from dlqc.manager import PassManager
 from dlqc.passes import rotate_hidden
 from dlqc.passes.rotate_hidden import RotateHidden, random_orthogonal, randomized_hadamard
 from dlqc.recipe import parse_line
-from dlqc.transform import Hadamard
+from dlqc.transform import Hadamard, Transform
 
 CaseMaker = Callable[..., Any]
 WRITERS = {"llada": 2 * 2 + 1, "llada tied": 2 * 2 + 1, "llada grouped bias": 2 * (2 * 2) + 1, "dream": 2 * 2 + 1}
@@ -145,11 +145,33 @@ def test_a_block_that_does_not_fit(case: CaseMaker) -> None:
 
 
 def test_a_planted_error_shows(case: CaseMaker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rotate_hidden, "randomized_hadamard", lambda d, seed, block: _Wrong(d, d))
+    monkeypatch.setattr(rotate_hidden, "randomized_hadamard", lambda d, seed, block: _Wrong(d))
     with pytest.raises(ContractError, match="claims to preserve the function"):
         run(case("llada"), "fold_norm_scale, rotate_hidden")
 
 
-class _Wrong(Hadamard):
+class _Wrong(Transform):
+    """Rotates readers and forgets writers."""
+
+    groups = frozenset({"orthogonal"})
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return Hadamard(self.width, self.width)(x)
+
     def rows(self, w: torch.Tensor) -> torch.Tensor:
         return w
+
+
+def test_options_that_are_none() -> None:
+    with pytest.raises(RecipeError) as caught:
+        RotateHidden(block=6)
+    assert (
+        str(caught.value)
+        == "rotate_hidden.block: no Hadamard matrix of order 6 can be built. Use a power of two, or None"
+    )
+    with pytest.raises(RecipeError) as caught:
+        RotateHidden(kind="foo")  # type: ignore[arg-type]
+    assert str(caught.value) == "rotate_hidden.kind: unknown kind 'foo'. Use 'hadamard' or 'orthogonal'"
