@@ -64,13 +64,15 @@ def built(draw: st.DrawFn, cls: type[Any]) -> Any:
     """An instance with some options set; those that its own checks refuse are drawn again."""
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
+    missing = dataclasses.MISSING
+    needed = {f.name for f in dataclasses.fields(cls) if f.default is missing and f.default_factory is missing}
     chosen = draw(st.sets(st.sampled_from(names))) if names else set()
     for _ in range(20):
         try:
-            return cls(**{name: draw(options_of(hints[name])) for name in sorted(chosen)})
+            return cls(**{name: draw(options_of(hints[name])) for name in sorted(chosen | needed)})
         except DlqcError:
             continue
-    return cls()
+    return cls(**dict.fromkeys(needed, 3))
 
 
 def passes() -> st.SearchStrategy[tuple[Pass, ...]]:
