@@ -84,7 +84,7 @@ def test_parts_are_what_the_format_says(fmt: Any, count: int, width: int) -> Non
     assert {role: (tuple(p.shape), p.dtype) for role, p in parts.items()} == said
     bits = 8 * sum(p.nbytes for p in parts.values())
     # What bits_per_weight leaves out is the padding of packed rows to words, the tags of planes included.
-    assert 0 <= bits - fmt.bits_per_weight(count, width) * count * width <= 32 * (count + 1)
+    assert -1e-6 <= bits - fmt.bits_per_weight(count, width) * count * width <= 32 * (count + 1)
 
 
 @every_format
@@ -102,7 +102,7 @@ def test_parts_that_do_not_fit_are_named(fmt: Any) -> None:
     with pytest.raises(ContractError, match=rf"has the parts {', '.join(roles)}, {len(roles) - 1} came\. Use the t"):
         weight_of(spec, tensors[1:], 40, 192)
     for i, role in enumerate(roles):
-        longer = torch.cat([tensors[i].view(torch.uint8).flatten()] * 2).view(tensors[i].dtype)
+        longer = torch.zeros(tensors[i].numel() + 1).to(tensors[i].dtype)
         for wrong in (longer, tensors[i].to(torch.float64)):
             what = fault(spec, [*tensors[:i], wrong, *tensors[i + 1 :]], 40, 192)
             assert what is not None
