@@ -212,6 +212,12 @@ def test_a_preset_s_description_tells_the_truth(name: str, words: str) -> None:
         assert words.split()[1] in PRESETS
         return
     weights = next(p for p in as_recipe(name).passes if isinstance(p, QuantizeWeights))
+    if weights.format is not None:
+        assert ("nearest rounding, no calibration" in words) == (weights.method == Rtn())
+        assert ("on masked states" in words) == (as_recipe(name).passes[0] == Calibrate())
+        assert name.startswith(f"w{int(weights.target.bits_per_weight(4096, 4096))}a16-")
+        assert as_recipe(name).passes[-1].name == "lower"
+        return
     group = "per channel" if weights.group_size is None else f"g{weights.group_size}"
     assert words.startswith(f"{weights.bits}-bit weights {group}")
     act = int(re.search(r"a(\d+)-", name).group(1))  # type: ignore[union-attr]

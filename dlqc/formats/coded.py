@@ -110,7 +110,11 @@ def fault(spec: str, parts: Sequence[torch.Tensor], out_features: int, in_featur
 
 
 def weight_of(spec: str, parts: Sequence[torch.Tensor], out_features: int, in_features: int) -> StoredWeight:
-    """The [N, K] weight that `parts`, in sorted order of roles, stand for; a ContractError if they do not fit."""
+    """The [N, K] weight that `parts`, in sorted order of roles, stand for; a ContractError if they do not fit.
+
+    Where a graph runs in float64, float32 constants come as float64: they are taken back, which is exact.
+    """
+    parts = [part.float() if part.dtype == torch.float64 else part for part in parts]
     what = fault(spec, parts, out_features, in_features)
     if what is not None:
         raise ContractError(what, where="parts", remedy="Use the tensors that pack() of the weight gave")

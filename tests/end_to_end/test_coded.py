@@ -15,6 +15,7 @@ from torch import nn
 import dlqc
 from dlqc.artifact import verify
 from dlqc.errors import ContractError, DlqcError, ExportError, FeasibilityError, RecipeError
+from dlqc.export import export
 from dlqc.formats.codebook import CodebookFormat
 from dlqc.formats.coded import weight_of
 from dlqc.formats.integer import IntFormat
@@ -247,7 +248,7 @@ def test_pack_finds_nothing() -> None:
 def test_export_refuses_by_name(tmp_path: Path) -> None:
     message = r"blocks\.0\.\w+ is stored as nf4 g64 double; .* and what is written here is integers\. Use save\(\)"
     with pytest.raises(ExportError, match=message):
-        compiled("w4a16-nf4").export(tmp_path / "out")
+        export(compiled("w4a16-nf4"), tmp_path / "out")
 
 
 def test_a_method_that_gives_other_parts_is_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,8 +257,8 @@ def test_a_method_that_gives_other_parts_is_blamed(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(
         PlanesFormat, "quantize", lambda self, w: plain(self, w, orders=(1,) + (2,) * (w.shape[1] // 64 - 1))
     )
-    with pytest.raises(ContractError, match=r"q_proj: bits is uint8\[.* must be uint8\[.* This is a fault of 'rtn'"):
-        compiled("quantize_weights(format=planes(group_size=64), method=rtn, skip=('*none*',)), lower")
+    with pytest.raises(ContractError, match=r"_proj: bits is uint8\[.* must be uint8\[.* This is a fault of 'rtn'"):
+        compiled("quantize_weights(format=planes(group_size=64), method=rtn), lower")
 
 
 def test_the_default_is_integers() -> None:
