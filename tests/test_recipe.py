@@ -152,6 +152,7 @@ def test_yaml_spells_every_option_out() -> None:
         "symmetric": False,
         "method": {"gptq": {f.name: f.default for f in dataclasses.fields(Gptq)}},
         "skip": [],
+        "format": None,
     }
 
 
