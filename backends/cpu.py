@@ -5,7 +5,8 @@ In order of preference:
     int8_mm   integer activations and per-channel weights: the only one that multiplies integers, exactly
     int8pack  8-bit per-channel weights, bfloat16 product
     int4pack  2- to 4-bit weights, bfloat16 product
-    dequant   whatever is left
+    dequant   whatever is left of integers
+    coded     formats that are not integers, by their definition
 
 No two of the middle ones compete (they differ in bits); the first goes before them because its sums are exact.
 """
@@ -14,11 +15,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dlqc.backend import Backend, Kernel
+from dlqc.backend import AnyKernel, Backend
 from dlqc.kernels.cpu.dequant import Dequant
 from dlqc.kernels.cpu.int4pack import Int4Pack
 from dlqc.kernels.cpu.int8_mm import Int8MM
 from dlqc.kernels.cpu.int8pack import Int8Pack
+from dlqc.kernels.reference.coded import Coded
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class CpuBackend:
     """The ops of torch, on the CPU."""
 
     name: str = "cpu"
-    kernels: tuple[Kernel, ...] = (Int8MM(), Int8Pack(), Int4Pack(), Dequant())
+    kernels: tuple[AnyKernel, ...] = (Int8MM(), Int8Pack(), Int4Pack(), Dequant(), Coded())
 
     def available(self) -> str | None:
         """Always: torch has a CPU, and each kernel checks for itself what it needs of this one."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dlqc.backend import Backend, Kernel
+from dlqc.backend import AnyKernel, Backend
+from dlqc.kernels.reference.coded import Coded
 from dlqc.kernels.reference.linear import ReferenceLinear
 
 
@@ -13,7 +14,7 @@ class ReferenceBackend:
     """Plain PyTorch, on any device."""
 
     name: str = "reference"
-    kernels: tuple[Kernel, ...] = (ReferenceLinear(),)
+    kernels: tuple[AnyKernel, ...] = (ReferenceLinear(), Coded())
 
     def available(self) -> str | None:
         return None

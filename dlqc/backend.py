@@ -7,14 +7,15 @@ kernels supports each site, and gives back the op and the tensors that the site 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from dlqc.errors import LoweringError, nearest
+from dlqc.errors import ContractError, LoweringError, nearest
 from dlqc.formats.activation import ActFormat
+from dlqc.formats.contract import WeightFormat
 from dlqc.formats.integer import IntFormat
 
 BACKENDS = ("reference", "cpu")
@@ -26,16 +27,25 @@ class LinearSpec:
 
     Attributes:
         in_features: K. out_features: N.
-        weight: number format of W, [N, K].
+        weight: number format of W, [N, K]: integers, or any other.
         act: how x is quantized on the fly before the product, or None for 16/32-bit activations.
         has_bias: whether b [N] is added.
     """
 
     in_features: int
     out_features: int
-    weight: IntFormat
+    weight: IntFormat | WeightFormat
     act: ActFormat | None
     has_bias: bool
+
+    @property
+    def integers(self) -> IntFormat:
+        """`weight`, where it is integers: what a kernel for integers reads once it has said that it supports the site."""
+        if not isinstance(self.weight, IntFormat):
+            raise ContractError(
+                f"{self.weight.label} is no integer format", where="weight", remedy="Ask supports() first"
+            )
+        return self.weight
 
 
 @dataclass(frozen=True)
@@ -46,15 +56,17 @@ class Lowered:
         op: a registered custom op (`torch.ops.<namespace>.<name>.default`).
         tensors: role -> the kernel's own layout of the weight, in call order; None stands for an absent bias.
         scalars: the remaining arguments, all int, float, bool or str.
+        listed: whether the op takes the tensors as one list, `op(x, [*tensors], *scalars)`; then none is None.
     """
 
     op: Callable[..., torch.Tensor]
     tensors: dict[str, torch.Tensor | None]
     scalars: tuple[int | float | bool | str, ...] = ()
+    listed: bool = False
 
 
 class Kernel(Protocol):
-    """One way to run a quantized linear on one kind of device."""
+    """One way to run a quantized linear with integer weights on one kind of device."""
 
     @property
     def name(self) -> str: ...
@@ -76,6 +88,26 @@ class Kernel(Protocol):
         """Turn the canonical packed weight (`dlqc.formats.packing`, layout "rows") into the kernel's own layout."""
 
 
+@runtime_checkable
+class CodedKernel(Protocol):
+    """One way to run a quantized linear whose weight is in a format that is not integers."""
+
+    @property
+    def name(self) -> str: ...
+
+    def supports(self, spec: LinearSpec) -> str | None:
+        """As of `Kernel`."""
+
+    def note(self, spec: LinearSpec) -> str:
+        """As of `Kernel`."""
+
+    def lower_coded(self, spec: LinearSpec, parts: Mapping[str, torch.Tensor], bias: torch.Tensor | None) -> Lowered:
+        """Turn the stored tensors of the format, by role, into the kernel's own layout."""
+
+
+AnyKernel = Kernel | CodedKernel
+
+
 class Backend(Protocol):
     """A device family: kernels in order of preference, and the dtype its unquantized ops run in."""
 
@@ -83,13 +115,13 @@ class Backend(Protocol):
     def name(self) -> str: ...
 
     @property
-    def kernels(self) -> Sequence[Kernel]: ...
+    def kernels(self) -> Sequence[AnyKernel]: ...
 
     def available(self) -> str | None:
         """None if the backend can run on this machine, else the reason it cannot."""
 
 
-def choose_kernel(backend: Backend, spec: LinearSpec) -> tuple[Kernel | None, dict[str, str]]:
+def choose_kernel(backend: Backend, spec: LinearSpec) -> tuple[AnyKernel | None, dict[str, str]]:
     """The first kernel that supports the site, and why each one before it (or every one) does not."""
     refusals: dict[str, str] = {}
     for kernel in backend.kernels:

@@ -8,7 +8,7 @@ A legal dlqc graph is well formed, typed, and tells the truth about itself:
     L4  every call is an aten op, a dlqc op, a kernel's op, or arithmetic on sizes
     L5  every value has a fake `val`, and propagating shapes again gives the same rank, static sizes and dtype
     L6  a matrix is read by one module only, unless it is a declared tie or an embedding that is the head, too
-    L7  each quantized linear has codes, scales and zero points of the right shape and dtype
+    L7  each quantized linear has codes, scales and zero points (or the parts of its format) of the right shape and dtype
     L8  where the model declares full attention, no attention is causal (masks are classified by computing them)
     L9  the facts that passes claim hold
 
@@ -27,9 +27,23 @@ from torch import fx
 from dlqc.diffusion.spec import DiffusionSpec
 from dlqc.errors import ContractError
 from dlqc.execute import mask_class
+from dlqc.formats.coded import fault
 from dlqc.formats.packing import packed_shape
-from dlqc.graph import EMBEDDING, LAYER_NORM, NORMS, SDPA, arg, args_of, constant_name, is_call, is_shared, uses, width
-from dlqc.ops import LINEAR_PACKED, LINEAR_Q, QUANTIZE_ACT
+from dlqc.graph import (
+    EMBEDDING,
+    LAYER_NORM,
+    NORMS,
+    QUANTIZED_LINEARS,
+    SDPA,
+    arg,
+    args_of,
+    constant_name,
+    is_call,
+    is_shared,
+    uses,
+    width,
+)
+from dlqc.ops import LINEAR_CODED, LINEAR_PACKED, LINEAR_Q, QUANTIZE_ACT
 from dlqc.regions import Refused, grow
 from dlqc.weights import Weights
 
@@ -196,8 +210,10 @@ def _quantized(graph: fx.Graph, weights: Weights) -> Iterator[str]:
     for node in graph.nodes:
         if is_call(node, LINEAR_Q, LINEAR_PACKED):
             yield from _quantized_linear(node, weights)
+        elif is_call(node, LINEAR_CODED):
+            yield from _coded_linear(node, weights)
         elif is_call(node, QUANTIZE_ACT) and (
-            not node.users or not all(is_call(user, LINEAR_Q, LINEAR_PACKED) for user in node.users)
+            not node.users or not all(is_call(user, *QUANTIZED_LINEARS) for user in node.users)
         ):
             yield f"%{node.name} quantizes activations that no quantized linear reads"
 
@@ -228,8 +244,26 @@ def _quantized_linear(node: fx.Node, weights: Weights) -> Iterator[str]:
         wanted = (torch.bfloat16, torch.float16, torch.float32) if role == "scales" else (torch.uint8,)
         if constant.leaf.dtype not in wanted:
             yield f"%{node.name}: {role} {name!r} is {constant.leaf.dtype}, must be {wanted[0]}"
-    bias_name = constant_name(bias)
-    if bias is not None and (bias_name is None or tuple(weights[bias_name].shape) != (n,)):
+    yield from _bias(node, bias, n, weights)
+
+
+def _coded_linear(node: fx.Node, weights: Weights) -> Iterator[str]:
+    x, parts, bias, spec, n = args_of(node)
+    names = [constant_name(part) for part in parts]
+    if not all(name is not None and name in weights for name in names):
+        yield f"%{node.name}: a part is no constant"
+        return
+    wrong = fault(spec, [weights[str(name)].leaf for name in names], n, width(x))
+    if wrong is not None:
+        yield f"%{node.name}: {wrong}"
+    if any(weights[str(name)].folds for name in names):
+        yield f"%{node.name}: a part is not as it was rounded, something is folded into it"
+    yield from _bias(node, bias, n, weights)
+
+
+def _bias(node: fx.Node, bias: object, n: int, weights: Weights) -> Iterator[str]:
+    name = constant_name(bias)
+    if bias is not None and (name is None or tuple(weights[name].shape) != (n,)):
         yield f"%{node.name}: bias is not a constant of shape [{n}]"
 
 
@@ -254,10 +288,10 @@ def _facts(graph: fx.Graph, weights: Weights, facts: set[str]) -> Iterator[str]:
             yield f"fact {fact!r} does not hold: {violation}"
 
 
-def _no_call(target: Any) -> Callable[[fx.Graph, Weights], Iterator[str]]:
+def _no_call(*targets: Any) -> Callable[[fx.Graph, Weights], Iterator[str]]:
     def law(graph: fx.Graph, weights: Weights) -> Iterator[str]:
         for node in graph.nodes:
-            if is_call(node, target):
+            if is_call(node, *targets):
                 yield f"%{node.name} is {node.target}"
 
     return law
@@ -281,13 +315,13 @@ def _unit_gain(graph: fx.Graph, weights: Weights) -> Iterator[str]:
 
 
 def _some_quantized(graph: fx.Graph, weights: Weights) -> Iterator[str]:
-    if not any(is_call(node, LINEAR_Q, LINEAR_PACKED) or _is_kernel(node) for node in graph.nodes):
+    if not any(is_call(node, *QUANTIZED_LINEARS) or _is_kernel(node) for node in graph.nodes):
         yield "no linear is quantized"
 
 
 def _activations_quantized(graph: fx.Graph, weights: Weights) -> Iterator[str]:
     for node in graph.nodes:
-        if is_call(node, LINEAR_Q, LINEAR_PACKED) and not is_call(args_of(node)[0], QUANTIZE_ACT):
+        if is_call(node, *QUANTIZED_LINEARS) and not is_call(args_of(node)[0], QUANTIZE_ACT):
             yield f"%{node.name} reads activations that are not quantized"
 
 
@@ -297,11 +331,11 @@ def _is_kernel(node: fx.Node) -> bool:
 
 
 FACT_CHECKS: dict[str, Callable[[fx.Graph, Weights], Iterator[str]]] = {
-    "float-weights": _no_call(LINEAR_Q),
+    "float-weights": _no_call(LINEAR_Q, LINEAR_CODED),
     "float-activations": _no_call(QUANTIZE_ACT),
     "unit-gain": _unit_gain,
     "quantized-weights": _some_quantized,
     "quantized-activations": _activations_quantized,
     "packed": _no_call(LINEAR_Q),
-    "lowered": _no_call(LINEAR_PACKED),
+    "lowered": _no_call(LINEAR_PACKED, LINEAR_CODED),
 }

@@ -160,6 +160,10 @@ class Pass:
         """Facts needed with these options; the class's `needs` unless options add to it."""
         return self.needs
 
+    def given_facts(self) -> frozenset[str]:
+        """Facts given with these options; the class's `gives` unless options add to it."""
+        return self.gives
+
     def statistics(self) -> frozenset[str]:
         """Statistics of linear inputs that `apply` reads from `ctx.stats` (names of `dlqc.stats`)."""
         return frozenset()

@@ -15,7 +15,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import fx
 
-from dlqc.ops import LINEAR_PACKED, LINEAR_Q, QUANTIZE_ACT
+from dlqc.ops import LINEAR_CODED, LINEAR_PACKED, LINEAR_Q, QUANTIZE_ACT
 from dlqc.weights import Weights
 
 aten = torch.ops.aten
@@ -26,7 +26,7 @@ LAYER_NORM = aten.layer_norm.default
 SDPA = aten.scaled_dot_product_attention.default
 EMBEDDING = aten.embedding.default
 NORMS = (RMS_NORM, LAYER_NORM)
-QUANTIZED_LINEARS = (LINEAR_Q, LINEAR_PACKED)
+QUANTIZED_LINEARS = (LINEAR_Q, LINEAR_PACKED, LINEAR_CODED)
 
 
 def args_of(node: fx.Node) -> tuple[Any, ...]:

@@ -78,13 +78,13 @@ class PassManager:
                     where="passes",
                     remedy=self._remedy(p, fact, broken_by),
                 )
-            facts = (facts - p.invalidates) | p.gives
-            broken_by |= dict.fromkeys(p.invalidates - p.gives, p.name)
+            facts = (facts - p.invalidates) | p.given_facts()
+            broken_by |= dict.fromkeys(p.invalidates - p.given_facts(), p.name)
 
     def _remedy(self, p: Pass, fact: str, broken_by: dict[str, str]) -> str:
         if fact in broken_by:
             return f"Move {p.name!r} before {broken_by[fact]!r}, which ends it"
-        later = [q.name for q in self.passes if fact in q.gives]
+        later = [q.name for q in self.passes if fact in q.given_facts()]
         if later:
             return f"Move {later[0]!r}, which gives it, before {p.name!r}"
         return f"No pass in this pipeline gives {fact!r}"
@@ -124,7 +124,7 @@ class PassManager:
             instrument.before(p, graph, ctx)
         try:
             report = self._apply(p, graph, ctx)
-            ctx.facts = (ctx.facts - p.invalidates) | p.gives
+            ctx.facts = (ctx.facts - p.invalidates) | p.given_facts()
             self._settle(p, graph, ctx, report)
         except Exception as error:
             self._failed(p, graph, ctx, error)
@@ -142,7 +142,7 @@ class PassManager:
                 f"apply() of pass {p.name!r} returned {type(report).__name__}", remedy="Return a dlqc.PassReport"
             )
         changed = fingerprint(graph, ctx.weights) != before
-        if report.sites and not changed and p.gives - {"states"}:
+        if report.sites and not changed and p.given_facts() - {"states"}:
             raise ContractError(
                 f"pass {p.name!r} reports {report.sites} sites, but nothing changed",
                 remedy=f"This is a fault of {p.name!r}: count only what it rewrites",
@@ -218,7 +218,7 @@ class PassManager:
         finally:
             ctx.block = None
         for p in passes:
-            ctx.facts = (ctx.facts - p.invalidates) | p.gives
+            ctx.facts = (ctx.facts - p.invalidates) | p.given_facts()
         for p, total in zip(passes, totals, strict=True):
             try:
                 self._settle(p, graph, ctx, total)

@@ -8,6 +8,7 @@ replace them by their own packed ops at lowering; results are judged against the
     quantize_act(x; bits, group, sym)        = dequantized nearest code of x, per token or per group of channels
     linear_q(x, codes, scales, zeros, bias)  = x · ((codes - zeros)·scales)ᵀ + bias
     linear_packed(...)                       = linear_q on codes stored as a dense bit stream
+    linear_coded(x, parts, bias; spec, n)    = x · Wᵀ + b, W what `parts` stand for in the format that `spec` spells
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from dlqc.errors import ContractError
 from dlqc.formats.activation import ActFormat
+from dlqc.formats.coded import weight_of
+from dlqc.formats.contract import StoredWeight
 from dlqc.formats.integer import IntFormat, QuantizedWeight
 from dlqc.formats.packing import unpack
 from dlqc.transform import decode
@@ -93,7 +96,7 @@ def _format(bits: int, group_size: int, scales: Tensor, zeros: Tensor | None) ->
     return IntFormat(bits, group_size or None, zeros is None, str(scales.dtype).removeprefix("torch."))
 
 
-def _linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+def _linear(x: Tensor, weight: QuantizedWeight | StoredWeight, bias: Tensor | None) -> Tensor:
     # Half-precision activations are multiplied in float32: the definition should add no rounding of its own.
     wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
     out = torch.nn.functional.linear(wide, weight.dequantize().to(wide.dtype))
@@ -132,8 +135,20 @@ def _(
     return x.new_empty((*x.shape[:-1], packed.shape[0]))
 
 
+@torch.library.custom_op("dlqc::linear_coded", mutates_args=())
+def linear_coded(x: Tensor, parts: list[Tensor], bias: Tensor | None, spec: str, out_features: int) -> Tensor:
+    """x [..., K] → [..., N], N = `out_features`; parts: the tensors of the format, in sorted order of their roles."""
+    return _linear(x, weight_of(spec, parts, out_features, x.shape[-1]), bias)
+
+
+@linear_coded.register_fake
+def _(x: Tensor, parts: list[Tensor], bias: Tensor | None, spec: str, out_features: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
 ROPE = torch.ops.dlqc.rope.default
 TRANSFORM = torch.ops.dlqc.transform.default
 QUANTIZE_ACT = torch.ops.dlqc.quantize_act.default
 LINEAR_Q = torch.ops.dlqc.linear_q.default
 LINEAR_PACKED = torch.ops.dlqc.linear_packed.default
+LINEAR_CODED = torch.ops.dlqc.linear_coded.default

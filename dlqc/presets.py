@@ -9,6 +9,7 @@ otherwise. Activations are quantized per token. Keys, values and attention score
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from typing import Any
@@ -39,6 +40,14 @@ PRESETS = {
     "w4a4-duquant": "as w4a4-rtn after smoothing and DuQuant's rotations on masked states",
     "w3a16-gptq": "3-bit weights g128 by GPTQ on masked states",
     "w2a16-gptq": "2-bit weights g128 by GPTQ on masked states",
+    "w8a16-fp8": "fp8 (E4M3) weights, a scale per channel, nearest rounding, no calibration",
+    "w4a16-nf4": "nf4 weights in blocks of 64 with doubly quantized scales, nearest rounding, no calibration",
+    "w4a16-mxfp4": "mxfp4 weights, blocks of 32, nearest rounding, no calibration",
+    "w4a16-nvfp4": "nvfp4 weights, blocks of 16, nearest rounding, no calibration",
+    "w3a16-squeezellm": "3-bit tables per channel by k-means weighted with diag(H) on masked states, 0.45 % of weights sparse",
+    "w2a16-daq": "two sign planes g128 by DAQ on masked states, with the steps beyond the paper",
+    "w2a16-quant-dllm": "two sign planes g128 on average by DAQ and ABMP as the paper has them, on masked states",
+    "w2a16-e8p": "2-bit E8P lattice per channel by LDLQ on masked states, without QuIP#'s rotations",
 }
 
 GRAMMAR = re.compile(
@@ -55,6 +64,8 @@ def preset(name: str, pass_class: Callable[[str], Any]) -> tuple[Pass, ...] | No
     Raises:
         RecipeError: a variant that the method does not have.
     """
+    if name in CODED:
+        return _coded(pass_class, *CODED[name]())
     found = GRAMMAR.fullmatch(name)
     if found is None or found["method"] not in METHODS:
         return None
@@ -78,6 +89,63 @@ def preset(name: str, pass_class: Callable[[str], Any]) -> tuple[Pass, ...] | No
     if act < 16:
         steps.append(pass_class("quantize_activations")(bits=act))
     return (*steps, pass_class("pack")(), pass_class("lower")())
+
+
+def _coded(pass_class: Callable[[str], Any], fmt: Any, method: Any) -> tuple[Pass, ...]:
+    """Weights in a format that is not integers: there is nothing left to pack."""
+    steps = [_calibrate(pass_class, None)] if method.statistics else []
+    return (*steps, pass_class("quantize_weights")(format=fmt, method=method), pass_class("lower")())
+
+
+def _data_free(fmt: Callable[[Any], Any]) -> Callable[[], tuple[Any, Any]]:
+    def made() -> tuple[Any, Any]:
+        from dlqc.formats import coded
+        from dlqc.rounding.rtn import Rtn
+
+        return fmt(coded), Rtn()
+
+    return made
+
+
+def _squeezellm() -> tuple[Any, Any]:
+    from dlqc.formats.codebook import CodebookFormat
+    from dlqc.rounding.kmeans import Kmeans
+
+    return CodebookFormat(3, sparse=0.0045), Kmeans()
+
+
+def _daq() -> tuple[Any, Any]:
+    from dlqc.formats.planes import PlanesFormat
+    from dlqc.rounding.daq import Daq
+
+    return PlanesFormat(), Daq()
+
+
+def _quant_dllm() -> tuple[Any, Any]:
+    from dlqc.formats.planes import PlanesFormat
+    from dlqc.rounding.daq import PAPER
+
+    return PlanesFormat(), dataclasses.replace(PAPER, share=0.05)
+
+
+def _e8p() -> tuple[Any, Any]:
+    from dlqc.formats.lattice import LatticeFormat
+    from dlqc.rounding.vector import Ldlq
+
+    return LatticeFormat(), Ldlq()
+
+
+#: Presets whose weights are not integers: name → format and rounding. Their names are listed, not composed.
+CODED: dict[str, Callable[[], tuple[Any, Any]]] = {
+    "w8a16-fp8": _data_free(lambda formats: formats.Fp8Format()),
+    "w4a16-nf4": _data_free(lambda formats: formats.Nf4Format()),
+    "w4a16-mxfp4": _data_free(lambda formats: formats.MicroscalingFormat("mxfp4")),
+    "w4a16-nvfp4": _data_free(lambda formats: formats.MicroscalingFormat("nvfp4")),
+    "w3a16-squeezellm": _squeezellm,
+    "w2a16-daq": _daq,
+    "w2a16-quant-dllm": _quant_dllm,
+    "w2a16-e8p": _e8p,
+}
 
 
 def _calibrate(pass_class: Callable[[str], Any], variant: str | None) -> Pass:

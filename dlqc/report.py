@@ -19,9 +19,9 @@ from rich.table import Table
 from torch import fx
 
 from dlqc.contract import Pass, PassReport
-from dlqc.graph import args_of, constant_name, is_call, uses
+from dlqc.graph import QUANTIZED_LINEARS, args_of, constant_name, is_call, uses, width
 from dlqc.instruments import Record
-from dlqc.ops import LINEAR_PACKED, LINEAR_Q
+from dlqc.ops import LINEAR_CODED
 from dlqc.weights import Weights
 
 
@@ -217,17 +217,19 @@ def measure_storage(original: Weights, graph: fx.Graph, weights: Weights, kept: 
     quantized = bits_quantized = 0
     seen: set[str] = set()
     for node in graph.nodes:
-        if not is_call(node, LINEAR_Q, LINEAR_PACKED):
+        if not is_call(node, *QUANTIZED_LINEARS):
             continue
-        for part in args_of(node)[1:4]:
+        parts = args_of(node)[1] if is_call(node, LINEAR_CODED) else args_of(node)[1:4]
+        for part in parts:
             name = constant_name(part)
             if name is None or name in seen:
                 continue
             seen.add(name)
             leaf = weights[name].leaf
             bits_quantized += leaf.numel() * leaf.element_size() * 8
-            if part is args_of(node)[1]:
-                quantized += int(leaf.shape[0]) * int(args_of(node)[0].meta["val"].shape[-1])
+            if part is parts[0]:
+                out_features = args_of(node)[4] if is_call(node, LINEAR_CODED) else leaf.shape[0]
+                quantized += int(out_features) * width(args_of(node)[0])
     # What is stored, not the leaf it comes from: a part of a fused projection is smaller, a folded gain is wider.
     total = sum(c.shape.numel() * c.storage_dtype.itemsize * 8 for c in weights.values())
     matrices = {

@@ -30,7 +30,8 @@ from dlqc.graph import infer
 
 assert ops  # decoding needs the logical ops registered
 
-_DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+_FLOATS = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn")
+_DTYPES = (*_FLOATS, "int64", "int32", "int16", "int8", "uint16", "uint8", "bool")
 _SIZE_OPS: dict[str, Any] = {f"operator.{f.__name__}": f for f in SIZE_ARITHMETIC}
 _SIZE_OPS |= {"torch.sym_max": torch.sym_max, "torch.sym_min": torch.sym_min}
 _NAMESPACES = ("aten", "dlqc")

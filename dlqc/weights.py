@@ -220,7 +220,7 @@ class Weights(Mapping[str, Constant]):
     def fold(self, name: str, fold: Fold) -> None:
         """Append a fold to a constant."""
         old = self._constants[name]
-        if old.leaf.dtype in (torch.uint8, torch.int8, torch.int32):
+        if not old.leaf.is_floating_point() or old.leaf.dtype.itemsize == 1:
             raise ContractError(
                 "a transform reached a weight that is already quantized",
                 where=name,

@@ -3,6 +3,8 @@
 Before:  linear_q(x, codes uint8 [N, K], scales, zeros uint8 [N, G], b)
 After:   linear_packed(x, packed uint8 [N, ⌈K·bits/32⌉·4], scales, zeros packed the same way, b)
 
+A weight in another format is stored packed by `quantize_weights` at once (linear_coded), and is no site.
+
 Layout "rows" of `dlqc.formats.packing`: each row is a little-endian bit stream along the input features, padded to whole
 32-bit words. Exact: unpacking gives the codes back.
 """

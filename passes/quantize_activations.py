@@ -1,7 +1,7 @@
 """Quantize the inputs of the quantized linears, on the fly.
 
 Before:  y = linear_q(x, …)
-After:   y = linear_q(quantize_act(x), …)
+After:   y = linear_q(quantize_act(x), …)        (linear_coded likewise)
 
 quantize_act gives the nearest value on an integer grid whose scale is taken from x itself at run time: one scale per
 token, or one per token and group of channels. Linears that read the same x share one quantizer. Lossy.
@@ -20,7 +20,7 @@ from torch import fx
 from dlqc.contract import Context, Pass, PassReport, Plan
 from dlqc.formats.activation import ActFormat
 from dlqc.graph import args_of, call_before, is_call
-from dlqc.ops import LINEAR_Q, QUANTIZE_ACT
+from dlqc.ops import LINEAR_CODED, LINEAR_Q, QUANTIZE_ACT
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class QuantizeActivations(Pass):
         report = PassReport()
         quantizers: dict[fx.Node, fx.Node] = {}
         for node in ctx.nodes(graph):
-            if not is_call(node, LINEAR_Q) or is_call(args_of(node)[0], QUANTIZE_ACT):
+            if not is_call(node, LINEAR_Q, LINEAR_CODED) or is_call(args_of(node)[0], QUANTIZE_ACT):
                 continue
             x = args_of(node)[0]
             if x not in quantizers:

@@ -1,10 +1,12 @@
-"""Round the weights of the blocks' linears to integers.
+"""Round the weights of the blocks' linears to integers, or to another format of few bits.
 
 Before:  y = linear(x, W, b)
 After:   y = linear_q(x, codes, scales, zeros, b),   W ≈ (codes - zeros)·scales
+         y = linear_coded(x, parts, b),              W ≈ what the parts stand for in `format`, stored packed at once
 
-How codes are chosen is the `method`'s business (`dlqc.rounding`): round-to-nearest, GPTQ, … It gets the weight with all
-folds evaluated in float64 and the statistics of the layer's inputs on the denoising states, as they arrive through the
+How codes are chosen is the `method`'s business (`dlqc.rounding`): round-to-nearest, GPTQ, … Not every method rounds to every
+format: nf4, fp8, microscaling and lattice take rtn, planes rtn and daq, lattice ldlq, codebook kmeans. It gets the weight
+with all folds evaluated in float64 and the statistics of the layer's inputs on the denoising states, as they arrive through the
 blocks that are quantized already. Lossy; the report gives each site's output signal-to-noise ratio.
 
 Declines:
@@ -17,6 +19,7 @@ A weight that several calls share is rounded once, on the sum of their statistic
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -26,17 +29,21 @@ from torch import fx
 
 from dlqc.backend import LinearSpec
 from dlqc.contract import Context, Declined, Pass, PassReport, Plan, matches
-from dlqc.errors import nearest
-from dlqc.formats.integer import IntFormat
+from dlqc.errors import ContractError, RecipeError, nearest
+from dlqc.formats.coded import CodedFormat, encode, fault
+from dlqc.formats.integer import IntFormat, QuantizedWeight
 from dlqc.graph import Linear, arg, call_before, linears, read, replace, sweep
-from dlqc.ops import LINEAR_Q
+from dlqc.ops import LINEAR_CODED, LINEAR_Q
 from dlqc.rounding.contract import Rounded
+from dlqc.rounding.daq import Daq
 from dlqc.rounding.gptq import Gptq
 from dlqc.rounding.hessian import sqnr_db
+from dlqc.rounding.kmeans import Kmeans
 from dlqc.rounding.rtn import Rtn
+from dlqc.rounding.vector import Ldlq
 from dlqc.routers import KEPT, is_router
 
-Method = Rtn | Gptq
+Method = Rtn | Gptq | Daq | Kmeans | Ldlq
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,7 @@ class QuantizeWeights(Pass):
         symmetric: fixed zero point in the middle, or one zero point per group.
         method: the rounding method.
         skip: glob patterns of module names to leave alone.
+        format: a format other than integers; then the first three have no say, and `pack` is not needed.
     """
 
     name: ClassVar[str] = "quantize_weights"
@@ -61,16 +69,28 @@ class QuantizeWeights(Pass):
     symmetric: bool = False
     method: Method = field(default_factory=Gptq)
     skip: tuple[str, ...] = ()
+    format: CodedFormat | None = None
 
     @property
-    def format(self) -> IntFormat:
-        return IntFormat(self.bits, self.group_size, self.symmetric)
+    def target(self) -> IntFormat | CodedFormat:
+        """The format that weights are rounded to."""
+        return self.format or IntFormat(self.bits, self.group_size, self.symmetric)
 
     def __post_init__(self) -> None:
-        self.format  # noqa: B018  a wrong width or group is refused here, with the option's name
+        reason = self.method.refusal(self.target)  # a wrong width or group is refused here, with the option's name
+        if reason is not None:
+            fitting = [m.name for m in typing.get_args(Method) if isinstance(self.target, m.takes)]
+            raise RecipeError(reason, where="method", remedy=f"Use method={' or '.join(fitting)}")
+        for option in ("bits", "group_size", "symmetric") if self.format is not None else ():
+            if getattr(self, option) != getattr(type(self), option):
+                what = f"{option}={getattr(self, option)} is for integers, weights become {self.target.label}"
+                raise RecipeError(what, where=option, remedy="Set it in format=, or leave format out")
 
     def needed_facts(self) -> frozenset[str]:
         return self.needs | ({"states"} if self.method.statistics else set())
+
+    def given_facts(self) -> frozenset[str]:
+        return self.gives | ({"packed"} if self.format is not None else set())
 
     def statistics(self) -> frozenset[str]:
         return self.method.statistics
@@ -96,14 +116,16 @@ class QuantizeWeights(Pass):
             )
 
     def _plan_site(self, site: Linear, plan: Plan) -> None:
-        reason = self.format.check(site.in_features)
+        reason = self.target.check(site.in_features)
         if reason is not None:
-            groups = ", ".join(map(str, self.format.suggest_groups(site.in_features)))
+            grouped = isinstance(self.target, IntFormat)
+            groups = ", ".join(map(str, IntFormat.suggest_groups(site.in_features))) if grouped else ""
             remedy = f"use {groups}, or exclude it with skip=" if groups else "use group_size=None, or skip="
+            remedy = remedy if grouped else "set it in format=, or exclude it with skip="
             plan.problems.append(f"{site.name}: {reason} ({remedy})")
             return
         has_bias = site.bias is not None
-        plan.sites[site.name] = LinearSpec(site.in_features, site.out_features, self.format, None, has_bias)
+        plan.sites[site.name] = LinearSpec(site.in_features, site.out_features, self.target, None, has_bias)
 
     def apply(self, graph: fx.Graph, ctx: Context) -> PassReport:
         report = PassReport()
@@ -124,8 +146,10 @@ class QuantizeWeights(Pass):
             if not prepared or [id(t) for t in shared] != [id(t) for t in stats.values()]:
                 shared, prepared = list(stats.values()), self._noted(sites, self.method.prepare, stats)
             exact = ctx.weights.value(weight, torch.float64)
-            rounded = self._noted(sites, self.method.round, exact, self.format, prepared)
-            report.details[sites[0].name] = self._rewrite(graph, ctx, rounded, sites) | weight_noise(exact, rounded)
+            rounded = self._noted(sites, self.method.round, exact, self.target, prepared)
+            rewrite = self._rewrite if isinstance(rounded.weight, QuantizedWeight) else self._rewrite_coded
+            cost = rewrite(graph, ctx, rounded.weight, sites) | rounded.metrics
+            report.details[sites[0].name] = cost | weight_noise(exact, rounded)
             report.sites += 1
         sweep(graph, ctx.weights)
         return report
@@ -138,20 +162,35 @@ class QuantizeWeights(Pass):
             error.add_note(f"while rounding {sites[0].name}")
             raise
 
-    def _rewrite(self, graph: fx.Graph, ctx: Context, rounded: Rounded, sites: list[Linear]) -> dict[str, float]:
+    def _rewrite(self, graph: fx.Graph, ctx: Context, weight: Any, sites: list[Linear]) -> dict[str, float]:
         names = {role: f"{sites[0].name}.{role}" for role in ("codes", "scales", "zeros")}
-        ctx.weights.put(names["codes"], rounded.weight.codes)
-        ctx.weights.put(names["scales"], rounded.weight.scales)
-        if rounded.weight.zeros is not None:
-            ctx.weights.put(names["zeros"], rounded.weight.zeros)
+        ctx.weights.put(names["codes"], weight.codes)
+        ctx.weights.put(names["scales"], weight.scales)
+        if weight.zeros is not None:
+            ctx.weights.put(names["zeros"], weight.zeros)
         for site in sites:
             codes, scales = (read(graph, ctx.weights, names[role], site.node) for role in ("codes", "scales"))
-            zeros = None if rounded.weight.zeros is None else read(graph, ctx.weights, names["zeros"], site.node)
+            zeros = None if weight.zeros is None else read(graph, ctx.weights, names["zeros"], site.node)
             bias = None if site.bias is None else arg(site.node, 2, "bias")
             args = (site.x, codes, scales, zeros, bias, self.bits, self.group_size or 0)
             replace(site.node, call_before(graph, site.node, LINEAR_Q, args))
-        bits = self.format.bits_per_weight(sites[0].out_features, sites[0].in_features)
-        return {"bits_per_weight": bits, **rounded.metrics}
+        return {"bits_per_weight": self.target.bits_per_weight(sites[0].out_features, sites[0].in_features)}
+
+    def _rewrite_coded(self, graph: fx.Graph, ctx: Context, weight: Any, sites: list[Linear]) -> dict[str, float]:
+        first, spec = sites[0], encode(weight.format)
+        stored = sorted(weight.pack().items())
+        wrong = fault(spec, [part for _, part in stored], first.out_features, first.in_features)
+        if wrong is not None:
+            raise ContractError(wrong, where=first.name, remedy=f"This is a fault of {self.method.name!r}, report it")
+        for role, part in stored:
+            ctx.weights.put(f"{first.name}.{role}", part)
+        for site in sites:
+            parts = [read(graph, ctx.weights, f"{first.name}.{role}", site.node) for role, _ in stored]
+            bias = None if site.bias is None else arg(site.node, 2, "bias")
+            args = (site.x, parts, bias, spec, first.out_features)
+            replace(site.node, call_before(graph, site.node, LINEAR_CODED, args))
+        bits = 8 * sum(part.nbytes for _, part in stored)
+        return {"bits_per_weight": bits / (first.out_features * first.in_features)}
 
 
 def weight_noise(exact: torch.Tensor, rounded: Rounded) -> dict[str, float]:

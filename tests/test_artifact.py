@@ -307,7 +307,7 @@ def test_the_format_is_what_its_page_says(originals: Path, models: dict[str, dlq
     values = torch.tensor(codes("codes_packed", 64, bits)).reshape(rows, groups, -1)
     found = ((values - zeros[..., None]) * scales[..., None]).reshape(rows, 64)
 
-    expected = QuantizeWeights(bits=3, group_size=64).format.quantize(llada().get_parameter(f"{site}.weight").data)
+    expected = QuantizeWeights(bits=3, group_size=64).target.quantize(llada().get_parameter(f"{site}.weight").data)
     assert torch.equal(found, expected.dequantize())
 
 

@@ -15,8 +15,9 @@ from torch import fx
 from dlqc.check import FACT_CHECKS, allowed, check
 from dlqc.contract import FACTS_OF_CAPTURE
 from dlqc.errors import ContractError
+from dlqc.formats.nf4 import Nf4Format
 from dlqc.graph import LINEAR, SDPA, aten, call_before, is_call, linears, read
-from dlqc.ops import LINEAR_PACKED, LINEAR_Q, QUANTIZE_ACT
+from dlqc.ops import LINEAR_CODED, LINEAR_PACKED, LINEAR_Q, QUANTIZE_ACT
 from dlqc.passes.fold_norm_scale import FoldNormScale
 from dlqc.passes.pack import Pack
 from dlqc.passes.quantize_activations import QuantizeActivations
@@ -286,6 +287,69 @@ def test_l7_zero_readers_are_none_either(case: CaseMaker) -> None:
     silu = k.node("silu")
     call_before(k.graph, silu.next, QUANTIZE_ACT, (silu, 8, 0, True))
     refused(k, r"law L7 .*: %quantize_act_default quantizes activations that no quantized linear reads", set())
+
+
+CODED = QuantizeWeights(format=Nf4Format(32), method=Rtn())
+
+
+@pytest.mark.parametrize(
+    ("role", "tensor", "message"),
+    [
+        (0, torch.zeros(64, 64, dtype=torch.uint8), r"codes is uint8\[64, 64\], must be uint8\[64, 32\]"),
+        (0, torch.zeros(64, 32, dtype=torch.int8), r"codes is int8\[64, 32\], must be uint8\[64, 32\]"),
+        (1, torch.zeros(2), r"scale_mean is float32\[2\], must be float32\[1\]"),
+        (3, torch.zeros(64, 2), r"scales is float32\[64, 2\], must be uint8\[64, 2\]"),
+    ],
+)
+def test_l7_parts_of_a_coded_linear(case: CaseMaker, role: int, tensor: torch.Tensor, message: str) -> None:
+    k = case("llada")
+    k.apply(CODED)
+    judge(k, set())
+    node = first(k.graph, LINEAR_CODED)
+    k.ctx.weights.put("planted", tensor)
+    parts = list(node.args[1])
+    old, parts[role] = parts[role], read(k.graph, k.ctx.weights, "planted", node)
+    node.update_arg(1, parts)
+    k.graph.erase_node(old)
+    k.ctx.weights.drop(str(old.target))
+    refused(k, rf"law L7 .*: %linear_coded\w*: {message}", set())
+
+
+@pytest.mark.parametrize(
+    ("index", "value", "message"),
+    [
+        (3, "nf4(block=64)", r"'nf4\(block=64\)' spells no weight format"),
+        (3, "nf4(block=48,scale_block=256)", "64 input features do not divide by block 48"),
+        (3, "fp8(unit=channel)", r"fp8 channel has the parts codes, scales, 4 came"),
+        (2, None, None),
+    ],
+)
+def test_l7_the_spec_of_a_coded_linear(case: CaseMaker, index: int, value: object, message: str | None) -> None:
+    k = case("llada")
+    k.apply(CODED)
+    first(k.graph, LINEAR_CODED).update_arg(index, value)
+    if message is None:
+        judge(k, set())
+    else:
+        refused(k, rf"law L7 .*: %linear_coded\w*: {message}", set())
+
+
+def test_l7_a_part_that_is_computed(case: CaseMaker) -> None:
+    k = case("llada")
+    k.apply(CODED)
+    node = first(k.graph, LINEAR_CODED)
+    parts = list(node.args[1])
+    parts[0] = call_before(k.graph, node, aten.clone.default, (parts[0],))
+    node.update_arg(1, parts)
+    refused(k, r"law L7 .*: %linear_coded\w*: a part is no constant", set())
+
+
+def test_facts_see_coded_linears(case: CaseMaker) -> None:
+    k = case("llada")
+    k.apply(CODED)
+    for fact in ("float-weights", "lowered"):
+        refused(k, rf"fact '{fact}' does not hold: %linear_coded\w* is dlqc\.linear_coded\.default", {fact})
+    refused(k, r"fact 'quantized-activations' does not hold: %linear_coded", {"quantized-activations"})
 
 
 # L8

@@ -59,7 +59,7 @@ class TestResult:
         rounded = copy.deepcopy(model)
         for name, module in rounded.named_modules():
             if isinstance(module, nn.Linear) and "blocks" in name:
-                fmt = QuantizeWeights(bits=3, group_size=32).format
+                fmt = QuantizeWeights(bits=3, group_size=32).target
                 module.weight.data = fmt.quantize(module.weight.data).dequantize()
         expected = rounded(rows()).logits.detach()
         assert torch.allclose(q(rows()), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))

@@ -27,6 +27,7 @@ from dlqc.passes.pack import Pack
 from dlqc.passes.quantize_activations import QuantizeActivations
 from dlqc.passes.quantize_weights import QuantizeWeights
 from dlqc.passes.smooth import Smooth
+from dlqc.presets import CODED
 from dlqc.recipe import PASSES, PRESETS, ForeignPass, Recipe, as_recipe, from_plain, parse_line, pass_class
 from dlqc.rounding.gptq import Gptq
 from dlqc.rounding.rtn import Rtn
@@ -64,13 +65,15 @@ def built(draw: st.DrawFn, cls: type[Any]) -> Any:
     """An instance with some options set; those that its own checks refuse are drawn again."""
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
+    missing = dataclasses.MISSING
+    needed = {f.name for f in dataclasses.fields(cls) if f.default is missing and f.default_factory is missing}
     chosen = draw(st.sets(st.sampled_from(names))) if names else set()
     for _ in range(20):
         try:
-            return cls(**{name: draw(options_of(hints[name])) for name in sorted(chosen)})
+            return cls(**{name: draw(options_of(hints[name])) for name in sorted(chosen | needed)})
         except DlqcError:
             continue
-    return cls()
+    return cls(**dict.fromkeys(needed, 3))
 
 
 def passes() -> st.SearchStrategy[tuple[Pass, ...]]:
@@ -149,6 +152,7 @@ def test_yaml_spells_every_option_out() -> None:
         "symmetric": False,
         "method": {"gptq": {f.name: f.default for f in dataclasses.fields(Gptq)}},
         "skip": [],
+        "format": None,
     }
 
 
@@ -158,7 +162,7 @@ def test_yaml_spells_every_option_out() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *PRESETS,
+        *sorted(PRESETS.keys() - CODED.keys()),
         "w3a16-g64-rtn",
         "w4a8-channel-gptq-clean",
         "w8a16-g128-smoothquant",
@@ -212,6 +216,12 @@ def test_a_preset_s_description_tells_the_truth(name: str, words: str) -> None:
         assert words.split()[1] in PRESETS
         return
     weights = next(p for p in as_recipe(name).passes if isinstance(p, QuantizeWeights))
+    if weights.format is not None:
+        assert ("nearest rounding, no calibration" in words) == (weights.method == Rtn())
+        assert ("on masked states" in words) == (as_recipe(name).passes[0] == Calibrate())
+        assert name.startswith(f"w{int(weights.target.bits_per_weight(4096, 4096))}a16-")
+        assert as_recipe(name).passes[-1].name == "lower"
+        return
     group = "per channel" if weights.group_size is None else f"g{weights.group_size}"
     assert words.startswith(f"{weights.bits}-bit weights {group}")
     act = int(re.search(r"a(\d+)-", name).group(1))  # type: ignore[union-attr]

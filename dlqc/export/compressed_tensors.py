@@ -25,10 +25,10 @@ from dlqc.canonical import PLUS_ONE
 from dlqc.contract import Context
 from dlqc.errors import ExportError
 from dlqc.formats.activation import ActFormat
+from dlqc.formats.coded import decode
 from dlqc.formats.integer import IntFormat
 from dlqc.formats.packing import pack, unpack
 from dlqc.graph import (
-    QUANTIZED_LINEARS,
     activation_quantizer,
     args_of,
     as_linear,
@@ -37,7 +37,7 @@ from dlqc.graph import (
     module_name,
     width,
 )
-from dlqc.ops import LINEAR_PACKED
+from dlqc.ops import LINEAR_CODED, LINEAR_PACKED, LINEAR_Q
 from dlqc.weights import Weights
 
 if TYPE_CHECKING:
@@ -82,7 +82,18 @@ def sites_of(graph: fx.Graph, weights: Weights) -> Iterator[Site]:
 
 def check_exportable(model: Compiled) -> list[Site]:
     """The sites to write, or an ExportError that lists everything the format cannot hold."""
-    if any(is_call(n, *QUANTIZED_LINEARS) and not is_call(n, LINEAR_PACKED) for n in model.graph.nodes):
+    coded = [
+        f"{constant_name(args_of(n)[1][0])}".rpartition(".")[0] + f" is stored as {decode(args_of(n)[3]).label}"
+        for n in model.graph.nodes
+        if is_call(n, LINEAR_CODED)
+    ]
+    if coded:
+        raise ExportError(
+            "; ".join(coded[:8]) + ", and what is written here is integers",
+            where="compressed-tensors",
+            remedy="Use save(), which holds any graph, or quantize to integers",
+        )
+    if any(is_call(n, LINEAR_Q) for n in model.graph.nodes):
         raise ExportError("the codes are not packed", where="graph", remedy="Add 'pack' to the recipe")
     sites = list(sites_of(model.graph, model.weights))
     if not sites:

@@ -20,12 +20,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from dlqc.errors import ContractError, FeasibilityError, RecipeError
+from dlqc.formats.contract import Part
 from dlqc.formats.integer import SCALE_DTYPES, _not_finite, _row_chunks
-from dlqc.formats.packing import pack, unpack
+from dlqc.formats.packing import pack, packed_shape, unpack
 
 BITS = (2, 3, 4)
 
@@ -40,6 +42,8 @@ class CodebookFormat:
         sparse: share of the weights that are also stored in CSR, 0 to 0.5; SqueezeLLM has 0.0045.
         table_dtype: "bfloat16", "float16" or "float32", of tables and of sparse values.
     """
+
+    name: ClassVar[str] = "codebook"
 
     bits: int
     group_size: int | None = None
@@ -187,6 +191,18 @@ class CodebookFormat:
         ends = torch.bincount(rows, minlength=count).cumsum(0)
         starts = torch.cat([torch.zeros_like(ends[:1]), ends]).to(torch.int32)
         return CodebookWeight(codes, tables, starts, columns[order].to(_column_dtype(width)), stored, self)
+
+    def parts_of(self, out_features: int, in_features: int) -> dict[str, Part]:
+        """Shape and dtype of each stored tensor of a [N, K] weight."""
+        parts: dict[str, Part] = {
+            "codes": (packed_shape(out_features, in_features, self.bits), torch.uint8),
+            "tables": ((out_features, self.groups(in_features), self.entries), self.dtype),
+        }
+        if self.sparse:
+            entries = (self.outliers(out_features, in_features),)
+            parts |= {"starts": ((out_features + 1,), torch.int32)}
+            parts |= {"columns": (entries, _column_dtype(in_features)), "values": (entries, self.dtype)}
+        return parts
 
     def unpack(self, parts: Mapping[str, torch.Tensor], in_features: int) -> CodebookWeight:
         """The weight that `CodebookWeight.pack` was called on, K = `in_features`."""

@@ -17,13 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
 from dlqc.errors import ContractError, RecipeError, nearest
+from dlqc.formats.contract import Part
 from dlqc.formats.integer import _not_finite, _row_chunks
-from dlqc.formats.packing import pack, unpack
+from dlqc.formats.packing import pack, packed_shape, unpack
 
 Unit = Literal["tensor", "channel", "block"]
 
@@ -40,6 +41,8 @@ class Fp8Format:
     Attributes:
         unit: what shares a scale: "tensor", "channel" (a row of W) or "block" (128 × 128).
     """
+
+    name: ClassVar[str] = "fp8"
 
     unit: Unit = "channel"
 
@@ -105,6 +108,11 @@ class Fp8Format:
         for rows in _row_chunks(count, width):
             codes[rows] = _cast(weight[rows].to(torch.float32) / _spread(scales, self.unit, count, width, rows))
         return Fp8Weight(codes, scales, self)
+
+    def parts_of(self, out_features: int, in_features: int) -> dict[str, Part]:
+        """Shape and dtype of each stored tensor of a [N, K] weight."""
+        codes = (packed_shape(out_features, in_features, 8), torch.uint8)
+        return {"codes": codes, "scales": (self.scale_shape(out_features, in_features), torch.float32)}
 
     def unpack(self, parts: Mapping[str, torch.Tensor], in_features: int) -> Fp8Weight:
         """The weight that `Fp8Weight.pack` was called on, K = `in_features`."""

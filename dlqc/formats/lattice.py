@@ -34,12 +34,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations
+from typing import ClassVar
 
 import torch
 
 from dlqc.errors import ContractError, FeasibilityError, RecipeError
+from dlqc.formats.contract import Part
 from dlqc.formats.integer import SCALE_DTYPES, _not_finite
-from dlqc.formats.packing import pack, unpack
+from dlqc.formats.packing import pack, packed_shape, unpack
 
 # Weights that share a code.
 DIM = 8
@@ -62,6 +64,8 @@ class LatticeFormat:
         group_size: input features that share a scale, a multiple of 8; None means one scale per output channel.
         scale_dtype: "bfloat16", "float16" or "float32", the type that scales are rounded to and stored in.
     """
+
+    name: ClassVar[str] = "lattice"
 
     group_size: int | None = None
     scale_dtype: str = "bfloat16"
@@ -164,6 +168,11 @@ class LatticeFormat:
             scales = self.stored(torch.where(gain > 0, gain, 1.0) * scales.float())
             codes = self.encode(weight, scales)
         return LatticeWeight(codes, scales, self)
+
+    def parts_of(self, out_features: int, in_features: int) -> dict[str, Part]:
+        """Shape and dtype of each stored tensor of a [N, K] weight."""
+        scales = ((out_features, self.groups(in_features)), SCALE_DTYPES[self.scale_dtype])
+        return {"codes": (packed_shape(out_features, in_features // 4, 8), torch.uint8), "scales": scales}
 
     def unpack(self, parts: Mapping[str, torch.Tensor], in_features: int) -> LatticeWeight:
         """The weight that `LatticeWeight.pack` was called on, K = `in_features`."""

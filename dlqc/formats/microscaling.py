@@ -24,13 +24,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
 from dlqc.errors import ContractError, FeasibilityError, RecipeError, nearest
+from dlqc.formats.contract import Part
 from dlqc.formats.integer import _not_finite, _row_chunks
-from dlqc.formats.packing import pack, unpack
+from dlqc.formats.packing import pack, packed_shape, unpack
 
 Kind = Literal["mxfp4", "nvfp4"]
 Rounding = Literal["floor", "even"]
@@ -52,6 +53,8 @@ class MicroscalingFormat:
         kind: "mxfp4" or "nvfp4".
         rounding: how the exponents of mxfp4 are chosen, "floor" or "even"; nvfp4 ignores it.
     """
+
+    name: ClassVar[str] = "microscaling"
 
     kind: Kind = "mxfp4"
     rounding: Rounding = "floor"
@@ -130,6 +133,12 @@ class MicroscalingFormat:
                 unit = part / (scales[rows].float() / factor).unsqueeze(-1)
             codes[rows] = encode(unit).reshape(-1, width)
         return MicroscalingWeight(codes, scales, factor, self)
+
+    def parts_of(self, out_features: int, in_features: int) -> dict[str, Part]:
+        """Shape and dtype of each stored tensor of a [N, K] weight."""
+        codes = (packed_shape(out_features, in_features, 4), torch.uint8)
+        parts = {"codes": codes, "scales": ((out_features, self.blocks(in_features)), self.scale_dtype)}
+        return parts if self.kind == "mxfp4" else {**parts, "factor": ((1,), torch.float32)}
 
     def unpack(self, parts: Mapping[str, torch.Tensor], in_features: int) -> MicroscalingWeight:
         """The weight that `MicroscalingWeight.pack` was called on, K = `in_features`."""

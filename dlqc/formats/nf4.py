@@ -25,12 +25,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 
 from dlqc.errors import ContractError, FeasibilityError, RecipeError
+from dlqc.formats.contract import Part
 from dlqc.formats.integer import _not_finite, _row_chunks
-from dlqc.formats.packing import pack, unpack
+from dlqc.formats.packing import pack, packed_shape, unpack
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Nf4Format:
         block: input features that share a scale.
         scale_block: scales that share a scale of their own; None stores scales in float32.
     """
+
+    name: ClassVar[str] = "nf4"
 
     block: int = 64
     scale_block: int | None = 256
@@ -115,6 +119,16 @@ class Nf4Format:
                 codes += unit > bound
             found.codes[rows] = codes.reshape(-1, width)
         return found
+
+    def parts_of(self, out_features: int, in_features: int) -> dict[str, Part]:
+        """Shape and dtype of each stored tensor of a [N, K] weight."""
+        shape = (out_features, self.blocks(in_features))
+        codes = (packed_shape(out_features, in_features, 4), torch.uint8)
+        if self.scale_block is None:
+            return {"codes": codes, "scales": (shape, torch.float32)}
+        runs = -(-shape[0] * shape[1] // self.scale_block)
+        double: dict[str, Part] = {"scale_scales": ((runs,), torch.float32), "scale_mean": ((1,), torch.float32)}
+        return {"codes": codes, "scales": (shape, torch.uint8), **double}
 
     def unpack(self, parts: Mapping[str, torch.Tensor], in_features: int) -> Nf4Weight:
         """The weight that `Nf4Weight.pack` was called on, K = `in_features`."""

@@ -18,15 +18,16 @@ Arithmetic is float32 (or float64 where a tile is). Tiles are kept transposed, [
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from dlqc.errors import ContractError, FeasibilityError, ModelError, RecipeError
+from dlqc.formats.contract import Part
 from dlqc.formats.integer import IntFormat
-from dlqc.formats.packing import pack, unpack
+from dlqc.formats.packing import pack, packed_shape, unpack
 
 MAX_ORDER = 3
 TAG_BITS = 2
@@ -45,6 +46,8 @@ class PlanesFormat:
         group_size: input features of a group; None means one group of all columns.
         scale_dtype: "bfloat16" or "float16", the type that both kinds of scales are rounded to and stored in.
     """
+
+    name: ClassVar[str] = "planes"
 
     order: int = 2
     group_size: int | None = 128
@@ -119,6 +122,35 @@ class PlanesFormat:
         per_plane = out_features * size + 8 * self.dtype.itemsize * (out_features + size)
         return (sum(found) * per_plane + TAG_BITS * len(found)) / (out_features * in_features)
 
+    def parts_of(self, out_features: int, in_features: int) -> dict[str, Part]:
+        """Shape and dtype of each stored tensor of a [N, K_in] weight whose groups have `order` planes on average."""
+        groups = self.groups(in_features)
+        size, planes = in_features // groups, groups * self.order
+        return {
+            "bits": (packed_shape(out_features, planes * size, 1), torch.uint8),
+            "row_scales": ((out_features, planes), self.dtype),
+            "column_scales": ((planes, size), self.dtype),
+            "tags": (packed_shape(1, groups, TAG_BITS)[1:], torch.uint8),
+        }
+
+    def unpack(self, parts: Mapping[str, torch.Tensor], in_features: int) -> PlanesWeight:
+        """The weight that `PlanesWeight.pack` was called on, K_in = `in_features`."""
+        tags = unpack(parts["tags"].unsqueeze(0), TAG_BITS, self.groups(in_features))
+        orders = self.orders(in_features, tuple(int(tag) + 1 for tag in tags[0]))
+        bits, rows, columns = parts["bits"], parts["row_scales"], parts["column_scales"]
+        count, size = bits.shape[0], in_features // len(orders)
+        _check_scales(rows, columns, count, in_features, orders, self)
+        codes = torch.zeros(count, in_features, dtype=torch.uint8, device=bits.device)
+        for chunk in _row_chunks(count, sum(orders) * size):
+            planes = unpack(bits[chunk], 1, sum(orders) * size).reshape(-1, sum(orders), size)
+            part = codes[chunk].reshape(-1, len(orders), size)  # a view: what is written to it lands in `codes`
+            plane = 0
+            for group, order in enumerate(orders):
+                for bit in range(order):
+                    part[:, group] |= planes[:, plane] << bit
+                    plane += 1
+        return PlanesWeight(codes, rows, columns, orders, self)
+
     def quantize(self, weight: torch.Tensor, *, orders: Sequence[int] | None = None, sweeps: int = 10) -> PlanesWeight:
         """Round `weight` [N, K_in] to planes of least squared error, group by group, with no statistics."""
         tiles, size, unit = [], weight.shape[1] // self.groups(weight.shape[1]), power_of_two(finite_peak(weight))
@@ -183,8 +215,13 @@ class PlanesWeight:
                     plane += 1
         return values
 
-    def pack(self) -> PackedPlanes:
-        """The stored form. A row is its planes one after the other, g bits each, in one dense little-endian stream."""
+    def pack(self) -> dict[str, torch.Tensor]:
+        """Stored tensors: "bits", "row_scales", "column_scales", "tags".
+
+        A row of "bits" is its planes one after the other, g bits each, in one dense little-endian stream, uint8 [N,
+        4·ceil(P·g/32)]: bit p·g + j is plane p at column j of its group, 1 for +1. Where g divides by 8, as 128 does, each
+        plane of a group is g/8 whole bytes. "tags" is uint8, order - 1 of each group in 2 bits, padded to 4-byte words.
+        """
         count, width = self.codes.shape
         size = width // len(self.orders)
         parts = []
@@ -194,50 +231,8 @@ class PlanesWeight:
             parts.append(pack(torch.cat(planes, dim=1), 1))
         tags = pack(torch.tensor([self.orders], dtype=torch.uint8) - 1, TAG_BITS)
         bits = torch.cat(parts) if parts else pack(self.codes, 1)
-        return PackedPlanes(bits, self.row_scales, self.column_scales, tags.flatten(), width, self.format)
-
-
-@dataclass(frozen=True, eq=False)
-class PackedPlanes:
-    """A weight in planes as it is stored.
-
-    Attributes:
-        bits: uint8 [N, 4·ceil(P·g/32)]. Bit p·g + j of a row is plane p at column j of its group, 1 for +1. Where g
-            divides by 8, as 128 does, each plane of a group is g/8 whole bytes.
-        row_scales, column_scales: as in `PlanesWeight`.
-        tags: uint8, order - 1 of each group in 2 bits, padded to whole 4-byte words.
-        in_features: K_in.
-        format: the number format.
-    """
-
-    bits: torch.Tensor
-    row_scales: torch.Tensor
-    column_scales: torch.Tensor
-    tags: torch.Tensor
-    in_features: int
-    format: PlanesFormat
-
-    @property
-    def orders(self) -> tuple[int, ...]:
-        """The planes of each group, from the tags."""
-        tags = unpack(self.tags.unsqueeze(0), TAG_BITS, self.format.groups(self.in_features))
-        return self.format.orders(self.in_features, tuple(int(tag) + 1 for tag in tags[0]))
-
-    def unpack(self) -> PlanesWeight:
-        """Undo `PlanesWeight.pack`."""
-        orders = self.orders
-        count, size = self.bits.shape[0], self.in_features // len(orders)
-        _check_scales(self.row_scales, self.column_scales, count, self.in_features, orders, self.format)
-        codes = torch.zeros(count, self.in_features, dtype=torch.uint8, device=self.bits.device)
-        for rows in _row_chunks(count, sum(orders) * size):
-            planes = unpack(self.bits[rows], 1, sum(orders) * size).reshape(-1, sum(orders), size)
-            part = codes[rows].reshape(-1, len(orders), size)  # a view: what is written to it lands in `codes`
-            plane = 0
-            for group, order in enumerate(orders):
-                for bit in range(order):
-                    part[:, group] |= planes[:, plane] << bit
-                    plane += 1
-        return PlanesWeight(codes, self.row_scales, self.column_scales, orders, self.format)
+        scales = {"row_scales": self.row_scales, "column_scales": self.column_scales}
+        return {"bits": bits, **scales, "tags": tags.flatten()}
 
 
 @dataclass(eq=False)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from dlqc.formats.contract import StoredWeight, WeightFormat
 from dlqc.formats.integer import IntFormat, QuantizedWeight
 
 
@@ -16,12 +17,12 @@ class Rounded:
     """A rounded weight and what the rounding cost.
 
     Attributes:
-        weight: codes, scales, zero points.
+        weight: codes, scales, zero points, or what the format stores in their place.
         metrics: numbers for the report, by name. Every method that has a Hessian gives `sqnr_db`, the output
             signal-to-noise ratio 10·log10(tr(W H Wᵀ) / tr(E H Eᵀ)), E = W - dequant(W).
     """
 
-    weight: QuantizedWeight
+    weight: QuantizedWeight | StoredWeight
     metrics: dict[str, float] = field(default_factory=dict)
 
 
@@ -32,15 +33,21 @@ class Rounding:
     Class attributes:
         name: spelling in recipes.
         statistics: statistics of the layer input that `round` needs (`dlqc.stats` names), for example {"hessian"}.
+        takes: the classes of formats that `round` rounds to.
     """
 
     name: ClassVar[str]
     statistics: ClassVar[frozenset[str]] = frozenset()
+    takes: ClassVar[tuple[type[Any], ...]] = (IntFormat,)
+
+    def refusal(self, fmt: IntFormat | WeightFormat) -> str | None:
+        """None if the method rounds to this format, else the reason it does not, one clause."""
+        return None if isinstance(fmt, self.takes) else f"{self.name} does not round to {fmt.label}"
 
     def prepare(self, stats: Mapping[str, Any]) -> Mapping[str, Any]:
         """Do the work on the statistics that linears with the same input can share; `round` gets what this returns."""
         return stats
 
-    def round(self, weight: torch.Tensor, fmt: IntFormat, stats: Mapping[str, Any]) -> Rounded:
+    def round(self, weight: torch.Tensor, fmt: Any, stats: Mapping[str, Any]) -> Rounded:
         """Round `weight` [N, K] (float64 or float32) to `fmt`. Pure: no argument is changed, no global is read."""
         raise TypeError(f"{type(self).__name__} does not define round()")

@@ -55,7 +55,7 @@ from dlqc.formats.planes import (
     power_of_two,
 )
 from dlqc.rounding.abmp import allocate, scores
-from dlqc.rounding.contract import Rounding
+from dlqc.rounding.contract import Rounded, Rounding
 from dlqc.rounding.hessian import COLUMNS, MAX_DAMP, factorize, output_energy, sqnr_db
 
 # Standard deviations from the mean that make a saliency an outlier (DOR).
@@ -69,8 +69,8 @@ RIDGE = 1e-6
 
 
 @dataclass(frozen=True)
-class RoundedPlanes:
-    """A weight rounded to planes and what that cost; the counterpart of `dlqc.rounding.contract.Rounded`.
+class RoundedPlanes(Rounded):
+    """A weight rounded to planes and what that cost.
 
     Attributes:
         weight: codes, scales and orders.
@@ -102,6 +102,7 @@ class Daq(Rounding):
 
     name: ClassVar[str] = "daq"
     statistics: ClassVar[frozenset[str]] = frozenset({"hessian"})
+    takes: ClassVar[tuple[type[Any], ...]] = (PlanesFormat,)
 
     sweeps: int = 10
     rsr: bool = True
@@ -141,9 +142,7 @@ class Daq(Rounding):
             return stats
         return {**stats, "hessian": Shared(hessian, self.damp, self.act_order)}
 
-    def round(  # type: ignore[override]  # the contract of the methods speaks of integers only
-        self, weight: torch.Tensor, fmt: PlanesFormat, stats: Mapping[str, Any]
-    ) -> RoundedPlanes:
+    def round(self, weight: torch.Tensor, fmt: Any, stats: Mapping[str, Any]) -> RoundedPlanes:
         """Round `weight` [N, K_in]. Where `stats` has "orders", these are the planes of each group (`rounding.abmp`)."""
         hessian = stats.get("hessian")
         if hessian is None:

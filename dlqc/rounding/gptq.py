@@ -98,7 +98,7 @@ class Gptq(Rounding):
             return stats
         return {**stats, "hessian": factorize(hessian, act_order=self.act_order, damp=self.damp)}
 
-    def round(self, weight: torch.Tensor, fmt: IntFormat, stats: Mapping[str, Any]) -> Rounded:
+    def round(self, weight: torch.Tensor, fmt: Any, stats: Mapping[str, Any]) -> Rounded:
         hessian = stats.get("hessian")
         if hessian is None:
             raise CalibrationError("gptq needs the statistic 'hessian'", remedy="Collect it, or use rounding 'rtn'")

@@ -70,6 +70,7 @@ class Kmeans(Rounding):
 
     name: ClassVar[str] = "kmeans"
     statistics: ClassVar[frozenset[str]] = frozenset({"hessian"})
+    takes: ClassVar[tuple[type[Any], ...]] = (CodebookFormat,)
 
     iterations: int = 50
     sensitive: float = 0.0005
@@ -95,7 +96,6 @@ class Kmeans(Rounding):
             return stats
         return {**stats, "hessian": factorize_blocks(hessian, 1, act_order=self.act_order, damp=self.damp)}
 
-    # The contract names IntFormat so far; what else comes in is refused by name.
     def round(self, weight: torch.Tensor, fmt: Any, stats: Mapping[str, Any]) -> Rounded:
         if not isinstance(fmt, CodebookFormat):
             what = f"kmeans rounds to tables, not to {getattr(fmt, 'label', fmt)!r}"
@@ -126,7 +126,7 @@ class Kmeans(Rounding):
                 noise = output_energy(errors, hessian).sum().item()
                 signal = output_energy(exact, hessian).sum().item()
                 metrics |= {"sqnr_db": sqnr_db(signal, noise), "loss": noise}
-            return Rounded(_any(rounded), metrics)
+            return Rounded(rounded, metrics)
         rounded, errors, losses = _with_feedback(exact, fmt, tables, outlier, hessian)
         count = len(exact)
         rows = torch.linspace(0, count - 1, min(count, SAMPLE), device=exact.device).round().long()
@@ -135,7 +135,7 @@ class Kmeans(Rounding):
         if outlier is not None:
             other = other.masked_fill(outlier[rows], 0)
         metrics = report(exact, errors, losses, other, rows, hessian)
-        return Rounded(_any(rounded), {"error": _relative(errors, exact, mass), **metrics})
+        return Rounded(rounded, {"error": _relative(errors, exact, mass), **metrics})
 
 
 def sensitivity(
@@ -307,8 +307,3 @@ def _relative(errors: torch.Tensor, exact: torch.Tensor, mass: torch.Tensor) -> 
     noise = (errors.square() * mass).sum(dtype=torch.float64).item()
     signal = (exact.square() * mass).sum(dtype=torch.float64).item()
     return noise / signal if signal > 0 else noise
-
-
-def _any(weight: CodebookWeight) -> Any:
-    """`Rounded.weight` is declared as an integer weight until the contract names the other formats."""
-    return weight

@@ -129,6 +129,7 @@ class Ldlq(Rounding):
 
     name: ClassVar[str] = "ldlq"
     statistics: ClassVar[frozenset[str]] = frozenset({"hessian"})
+    takes: ClassVar[tuple[type[Any], ...]] = (LatticeFormat,)
 
     act_order: bool = True
     trial: bool = True
@@ -147,7 +148,6 @@ class Ldlq(Rounding):
             return stats
         return {**stats, "hessian": factorize_blocks(hessian, DIM, act_order=self.act_order, damp=self.damp)}
 
-    # The contract names IntFormat so far; what else comes in is refused by name.
     def round(self, weight: torch.Tensor, fmt: Any, stats: Mapping[str, Any]) -> Rounded:
         if not isinstance(fmt, LatticeFormat):
             what = f"ldlq rounds to e8p vectors, not to {getattr(fmt, 'label', fmt)!r}"
@@ -174,7 +174,7 @@ class Ldlq(Rounding):
         plain = fmt.encode(sample, scales[rows])
         other = sample - LatticeWeight(plain, scales[rows], fmt).dequantize()
         metrics = report(exact, errors, losses, other, rows, found)
-        return Rounded(_any(LatticeWeight(codes, chosen, fmt)), {**metrics, "stretch": stretch})
+        return Rounded(LatticeWeight(codes, chosen, fmt), {**metrics, "stretch": stretch})
 
 
 def report(
@@ -239,8 +239,3 @@ def _ldlq(
 
     errors, losses = feedback(exact, found, choose)
     return codes.T.contiguous().to(torch.uint16), errors, losses
-
-
-def _any(weight: object) -> Any:
-    """`Rounded.weight` is declared as an integer weight until the contract names the other formats."""
-    return weight

@@ -29,6 +29,6 @@ def remarks(spec: LinearSpec) -> list[str]:
     said = ["bfloat16 product"]
     if spec.act is not None:
         said.append(f"activations are rounded to {spec.act.label}, then to bfloat16")
-    if spec.weight.scale_dtype != "bfloat16":
-        said.append(f"{spec.weight.scale_dtype} scales are rounded to bfloat16")
+    if spec.integers.scale_dtype != "bfloat16":
+        said.append(f"{spec.integers.scale_dtype} scales are rounded to bfloat16")
     return said

@@ -93,5 +93,5 @@ class Dequant:
     ) -> Lowered:
         weight = canonical(spec, packed, scales, zeros, bias)
         tensors = {"packed": packed, "scales": weight.scales, "zeros": weight.zeros, "bias": bias}
-        scalars = (spec.in_features, spec.weight.bits, *act_scalars(spec.act))
+        scalars = (spec.in_features, spec.integers.bits, *act_scalars(spec.act))
         return Lowered(torch.ops.dlqc_cpu.dequant.default, tensors, scalars)

@@ -71,11 +71,11 @@ class Int4Pack:
     def supports(self, spec: LinearSpec) -> str | None:
         if (reason := misfit(spec)) is not None:
             return reason
-        if spec.weight.bits > 4:
-            return f"weights have {spec.weight.bits} bits, it holds at most 4"
-        width = spec.weight.group_size or spec.in_features
+        if spec.integers.bits > 4:
+            return f"weights have {spec.integers.bits} bits, it holds at most 4"
+        width = spec.integers.group_size or spec.in_features
         if width % GROUPS[-1]:
-            said = f"groups of {width}" if spec.weight.group_size else f"{width} input features in one group"
+            said = f"groups of {width}" if spec.integers.group_size else f"{width} input features in one group"
             return f"{said} do not divide by {GROUPS[-1]}"
         if spec.out_features % STEP:
             return f"{spec.out_features} output features are not a multiple of {STEP}"
@@ -83,9 +83,9 @@ class Int4Pack:
 
     def note(self, spec: LinearSpec) -> str:
         said = remarks(spec)
-        if spec.weight.bits < 4:
-            said.append(f"{spec.weight.bits}-bit codes are held in 4 bits")
-        if not spec.weight.symmetric:
+        if spec.integers.bits < 4:
+            said.append(f"{spec.integers.bits}-bit codes are held in 4 bits")
+        if not spec.integers.symmetric:
             said.append("zero points times scales are rounded to bfloat16")
         return "; ".join(said)
 

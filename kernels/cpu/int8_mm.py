@@ -46,9 +46,9 @@ class Int8MM:
     name: str = "int8_mm"
 
     def supports(self, spec: LinearSpec) -> str | None:
-        weight, act, k = spec.weight, spec.act, spec.in_features
         if (reason := misfit(spec)) is not None:
             return reason
+        weight, act, k = spec.integers, spec.act, spec.in_features
         if act is None:
             return "activations are not quantized"
         if act.group_size not in (None, k):
@@ -67,7 +67,7 @@ class Int8MM:
         return selfcheck.int_mm(reach)
 
     def note(self, spec: LinearSpec) -> str:
-        held = "" if spec.weight.bits == 8 else f"; {spec.weight.bits}-bit codes are held in 8 bits"
+        held = "" if spec.integers.bits == 8 else f"; {spec.integers.bits}-bit codes are held in 8 bits"
         return f"exact int32 sums{held}"
 
     def lower(

@@ -50,9 +50,9 @@ class Int8Pack:
     name: str = "int8pack"
 
     def supports(self, spec: LinearSpec) -> str | None:
-        weight, k = spec.weight, spec.in_features
         if (reason := misfit(spec)) is not None:
             return reason
+        weight, k = spec.integers, spec.in_features
         if weight.bits != 8:
             return f"weights have {weight.bits} bits, it needs 8"
         if not weight.symmetric:

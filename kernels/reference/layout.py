@@ -15,7 +15,7 @@ import torch
 
 from dlqc.errors import ContractError
 from dlqc.formats.activation import ActFormat
-from dlqc.formats.integer import QuantizedWeight
+from dlqc.formats.integer import IntFormat, QuantizedWeight
 from dlqc.formats.packing import unpack
 
 if TYPE_CHECKING:
@@ -31,21 +31,23 @@ def canonical(
 ) -> QuantizedWeight:
     """Unpack a canonical weight; a ContractError if a tensor is not what `spec` says."""
     shape = (spec.out_features, spec.in_features)
-    codes = unpack(packed, spec.weight.bits, spec.in_features)
+    codes = unpack(packed, spec.integers.bits, spec.in_features)
     if codes.shape != shape:
         raise ContractError(f"the packed weight holds {codes.shape[0]} rows, not {shape[0]}", where="packed")
-    points = None if zeros is None else unpack(zeros, spec.weight.bits, spec.weight.groups(spec.in_features))
+    points = None if zeros is None else unpack(zeros, spec.integers.bits, spec.integers.groups(spec.in_features))
     if (bias is not None) != spec.has_bias:
         raise ContractError(
             f"has_bias={spec.has_bias}, but a bias {'is missing' if bias is None else 'came'}", where="bias"
         )
     if bias is not None and bias.shape != shape[:1]:
         raise ContractError(f"the bias is {tuple(bias.shape)}, not {shape[:1]}", where="bias")
-    return QuantizedWeight(codes, scales, points, spec.weight)
+    return QuantizedWeight(codes, scales, points, spec.integers)
 
 
 def misfit(spec: LinearSpec) -> str | None:
-    """None if the groups of weight and activation divide K, else the reason, one clause."""
+    """None if W is integers and the groups of weight and activation divide K, else the reason, one clause."""
+    if not isinstance(spec.weight, IntFormat):
+        return f"codes of {spec.weight.label} are not integers"
     return spec.weight.check(spec.in_features) or (spec.act.check(spec.in_features) if spec.act else None)
 
 

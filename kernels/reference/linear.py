@@ -79,11 +79,11 @@ class ReferenceLinear:
         return misfit(spec)
 
     def note(self, spec: LinearSpec) -> str:
-        return f"the definition in plain PyTorch; {spec.weight.bits}-bit codes are held in 8 bits"
+        return f"the definition in plain PyTorch; {spec.integers.bits}-bit codes are held in 8 bits"
 
     def lower(
         self, spec: LinearSpec, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None
     ) -> Lowered:
         weight = canonical(spec, packed, scales, zeros, bias)
         tensors = {"codes": weight.codes, "scales": weight.scales, "zeros": weight.zeros, "bias": bias}
-        return Lowered(torch.ops.dlqc_reference.linear.default, tensors, (spec.weight.bits, *act_scalars(spec.act)))
+        return Lowered(torch.ops.dlqc_reference.linear.default, tensors, (spec.integers.bits, *act_scalars(spec.act)))
