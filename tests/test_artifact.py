@@ -877,7 +877,7 @@ def test_a_user_s_pass_travels_as_text(tmp_path: Path) -> None:
     foreign = loaded.recipe.passes[1]
     assert isinstance(foreign, ForeignPass)
     assert foreign.path.endswith("test_artifact.Nothing")
-    assert foreign.options == {"required": True, "note": "hello"}
+    assert foreign.options == {"required": True, "strict": False, "note": "hello"}
     assert loaded.recipe.to_plain() == model.recipe.to_plain()
     assert loaded.report == model.report
     with pytest.raises(dlqc.DlqcError, match="the pass came with an artifact and was not imported. Write the recipe"):

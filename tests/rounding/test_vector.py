@@ -180,7 +180,7 @@ def test_errors() -> None:
         Ldlq().round(torch.randn(4, 12), LatticeFormat(), Ldlq().prepare({"hessian": hessian(12)}))
 
 
-def test_other_roundings_do_not_take_it_by_mistake() -> None:
-    # Rtn asks the format to quantize with a clip: what it would do with a lattice is an error, not a wrong result.
-    with pytest.raises(TypeError):
-        Rtn().round(torch.randn(4, 64), LatticeFormat(), {})  # type: ignore[arg-type]
+def test_nearest_rounding_takes_the_lattice_as_the_format_quantizes() -> None:
+    weight = torch.randn(4, 64)
+    found = Rtn().round(weight, LatticeFormat(), {}).weight
+    assert torch.equal(found.dequantize(), LatticeFormat().quantize(weight).dequantize())
