@@ -1,4 +1,7 @@
-"""Canonical form, rule by rule: what is rewritten, what looks alike and must stay, and that nothing else changes."""
+"""Canonical form, rule by rule: what is rewritten, what looks alike and must stay, and that nothing else changes.
+
+One long file: a rule is a short test, and the rules share the models that spell things out.
+"""
 
 from __future__ import annotations
 

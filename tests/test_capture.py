@@ -1,4 +1,7 @@
-"""Capture: the graph computes what the model computes, the model stays as it was, and a wrong graph is caught."""
+"""Capture: the graph computes what the model computes, the model stays as it was, and a wrong graph is caught.
+
+One long file: what is captured and what is caught are the two sides of one contract.
+"""
 
 from __future__ import annotations
 

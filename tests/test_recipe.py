@@ -1,4 +1,7 @@
-"""Recipes: Python, YAML, TOML, one line and plain data say the same; names tell the truth; errors can be read."""
+"""Recipes: Python, YAML, TOML, one line and plain data say the same; names tell the truth; errors can be read.
+
+One long file: most of it is tables, of presets and of messages.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Regions: who is refused and why, word for word; transforms that stay online; pushing what was taken out."""
+"""Regions: who is refused and why, word for word; transforms that stay online; pushing what was taken out.
+
+One long file: refusals and what stays online are shown on the same small models, captured once.
+"""
 
 from __future__ import annotations
 
