@@ -8,11 +8,13 @@ checks the whole order before any work and never sorts it.
 
     normal-form            canonical spelling (holds after capture)
     float-weights          no linear is quantized yet (holds after capture)
-    float-activations      no activation is quantized yet (holds after capture)
+    float-activations      no input of a linear is quantized yet (holds after capture)
+    float-attention        no query, key, value or attention probability is quantized yet (holds after capture)
     states                 denoising states for calibration exist
     unit-gain              every norm that feeds only linears has gain one
     quantized-weights      the linears that were asked for are linear_q
     quantized-activations  their inputs are quantized
+    quantized-attention    what attentions read is quantized as asked for
     packed                 no linear_q is left: codes are stored as bit streams
     lowered                every quantized linear is a kernel of the backend
 """
@@ -34,8 +36,9 @@ if TYPE_CHECKING:
     from dlqc.backend import Backend, LinearSpec
     from dlqc.blocks import Block
     from dlqc.calibration import States, TokenRows
+    from dlqc.observers import Observer
 
-FACTS_OF_CAPTURE = frozenset({"normal-form", "float-weights", "float-activations"})
+FACTS_OF_CAPTURE = frozenset({"normal-form", "float-weights", "float-activations", "float-attention"})
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ class Context:
         states: denoising states, once `calibrate` has made them.
         block: the block at hand while a block-scoped pass runs, else None.
         stats: statistics of the inputs of the block's linears: weight name → statistic → tensor.
+        observed: the observers that the pass at hand asked for, by its names for them, after they saw the states.
         facts: what holds now.
         blocks: the stack of blocks, in order.
     """
@@ -119,6 +123,7 @@ class Context:
     states: States | None = None
     block: Block | None = None
     stats: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
+    observed: Mapping[str, Observer] = field(default_factory=dict)
     facts: set[str] = field(default_factory=lambda: set(FACTS_OF_CAPTURE))
     blocks: Sequence[Block] = ()
 
@@ -167,6 +172,10 @@ class Pass:
     def statistics(self) -> frozenset[str]:
         """Statistics of linear inputs that `apply` reads from `ctx.stats` (names of `dlqc.stats`)."""
         return frozenset()
+
+    def observers(self, graph: fx.Graph, ctx: Context) -> Mapping[str, Observer]:
+        """What a block-scoped pass that needs "states" wants to see of the block at hand; it finds them in `ctx.observed`."""
+        return {}
 
     def plan(self, graph: fx.Graph, ctx: Context, plan: Plan) -> None:
         """Say what `apply` will do and what would fail, reading no weight."""

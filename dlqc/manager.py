@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,7 @@ from dlqc.contract import FACTS_OF_CAPTURE, Context, Pass, PassReport, Plan
 from dlqc.errors import ContractError, FeasibilityError
 from dlqc.execute import Executor, placeholder
 from dlqc.graph import fingerprint, linears
+from dlqc.observers import Batch, Observer
 from dlqc.stats import Collector
 
 Progress = Callable[[str, int, int], None]
@@ -190,7 +191,7 @@ class PassManager:
                 instrument.before(p, graph, ctx)
         # Between blocks some blocks are rewritten and some are not: only facts that no member ends hold throughout.
         lasting = ctx.facts - frozenset().union(*(p.invalidates for p in passes))
-        uses_states = any(p.statistics() for p in passes)
+        uses_states = any(p.statistics() or "states" in p.needed_facts() for p in passes)
         try:
             flow = _StateFlow(graph, ctx, self.batch) if uses_states else None
             for block in ctx.blocks:
@@ -200,6 +201,9 @@ class PassManager:
                     started = time.perf_counter()
                     try:
                         ctx.stats = flow.collect(block, p.statistics()) if flow and p.statistics() else {}
+                        ctx.observed = p.observers(graph, ctx)
+                        if flow and ctx.observed:
+                            flow.observe(block, ctx.observed.values())
                         report = self._apply(p, graph, ctx)
                         check(graph, ctx.weights, ctx.spec, lasting, after=f"pass {p.name!r}", propagate=False)
                     except Exception as error:
@@ -209,7 +213,7 @@ class PassManager:
                     total.merge(report)
                     for instrument in self.instruments:
                         instrument.after_block(p, graph, ctx, report)
-                    ctx.stats = {}
+                    ctx.stats, ctx.observed = {}, {}
                     # The share of the pass in the nested pipeline, its statistics included.
                     total.metrics["seconds"] = total.metrics.get("seconds", 0.0) + time.perf_counter() - started
                 if flow and block is not ctx.blocks[-1]:
@@ -246,10 +250,10 @@ class _StateFlow:
         start = Executor(graph, ctx.weights, [placeholder(graph)], [first], keep_weights=True)
         self._hidden = [start(self._states.ids[s])[0] for s in self._slices]
 
-    def _runs(self, block: Block) -> Iterable[tuple[int, slice, Any]]:
+    def _runs(self, block: Block, wanted: Sequence[fx.Node] = ()) -> Iterable[tuple[int, slice, Any]]:
         source, target = block.input(self._graph), block.output(self._graph)
         inputs = [placeholder(self._graph), source]
-        run = Executor(self._graph, self._ctx.weights, inputs, [target], keep_weights=True)
+        run = Executor(self._graph, self._ctx.weights, inputs, wanted or [target], keep_weights=True)
         for i, s in enumerate(self._slices):
             yield i, s, run
 
@@ -261,6 +265,15 @@ class _StateFlow:
             taps: Any = collector.taps(self._states.weights[s], ids == self._ctx.spec.mask_id)
             run(ids, self._hidden[i], taps=taps)
         return collector.result()
+
+    def observe(self, block: Block, observers: Collection[Observer]) -> None:
+        """Run the block as it is now and show each observer the values that it wants."""
+        wanted = list(dict.fromkeys(node for observer in observers for node in observer.nodes))
+        for i, s, run in self._runs(block, wanted):
+            ids = self._states.ids[s]
+            values = dict(zip(wanted, run(ids, self._hidden[i]), strict=True))
+            for observer in observers:
+                observer.add([values[node] for node in observer.nodes], Batch(ids, self._states.weights[s]))
 
     def advance(self, block: Block) -> None:
         """Move the states through the rewritten block."""

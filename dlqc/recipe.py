@@ -48,6 +48,7 @@ PASSES = {
     "calibrate": "Calibrate",
     "quantize_weights": "QuantizeWeights",
     "quantize_activations": "QuantizeActivations",
+    "quantize_attention": "QuantizeAttention",
     "pack": "Pack",
     "lower": "Lower",
 }

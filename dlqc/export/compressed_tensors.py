@@ -29,7 +29,7 @@ from dlqc.formats.coded import decode
 from dlqc.formats.integer import IntFormat
 from dlqc.formats.packing import pack, unpack
 from dlqc.graph import (
-    activation_quantizer,
+    act_format,
     args_of,
     as_linear,
     constant_name,
@@ -69,12 +69,7 @@ def sites_of(graph: fx.Graph, weights: Weights) -> Iterator[Site]:
         if name in seen:
             continue
         seen.add(name)
-        quantizer = activation_quantizer(node)
-        act = (
-            None
-            if quantizer is None
-            else ActFormat(args_of(quantizer)[1], args_of(quantizer)[2] or None, bool(args_of(quantizer)[3]))
-        )
+        act = act_format(node)
         dtype = str(weights[str(names[1])].leaf.dtype).removeprefix("torch.")
         fmt = IntFormat(bits, group or None, zeros is None, dtype)
         yield Site(name, fmt, act, width(x), str(names[0]), str(names[1]), names[2])
