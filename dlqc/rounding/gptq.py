@@ -37,7 +37,7 @@ import torch
 from dlqc.errors import CalibrationError, ContractError, FeasibilityError, RecipeError
 from dlqc.formats.integer import Clip, IntFormat, QuantizedWeight
 from dlqc.rounding.contract import Rounded, Rounding
-from dlqc.rounding.hessian import MAX_DAMP, Factor, factorize, output_energy, sqnr_db
+from dlqc.rounding.hessian import MAX_DAMP, Factor, energy, factorize, output_energy, sqnr_db
 
 Choice = tuple[Clip, float]
 Parameters = tuple[torch.Tensor, torch.Tensor | None]
@@ -123,7 +123,7 @@ def gptq(
             share a factor.
         dtype: arithmetic of the feedback, float32 or float64.
 
-    Metrics: `sqnr_db`; `loss`, tr(E H Eᵀ) without λ; `loss_rtn`, the same for rounding to nearest with scales chosen
+    Metrics: `sqnr_db`, whose signal is estimated on up to 256 rows; `loss`, tr(E H Eᵀ) without λ; `loss_rtn`, the same for rounding to nearest with scales chosen
     in the same way (from up to 256 evenly spaced rows, as the ratio to this method's loss on them); `damp` and
     `damp_tries`; `shrink`, the part of the weights' range that the scales cover, 0 if that was searched by group.
     """
@@ -138,7 +138,7 @@ def gptq(
         what = f"the factor was made with act_order={factor.act_order}, the options say {options.act_order}"
         raise ContractError(what, where="act_order", remedy="Pass the same options to factorize() and gptq()")
     exact = weight.to(dtype)
-    rows = torch.linspace(0, count - 1, min(count, SAMPLE), device=weight.device).round().long()
+    rows = sample_rows(weight)
     sample = exact[rows]
     if options.clip == "trial":
         # All trials at once, one below the other: rows do not depend on each other.
@@ -158,9 +158,8 @@ def gptq(
         noise = own
     elif noise < CANCELLED * loss:
         noise = output_energy(work[back].T, factor.hessian).sum().item()
-    signal = output_energy(exact, factor.hessian).sum().item()
     metrics = {
-        "sqnr_db": sqnr_db(signal, noise),
+        "sqnr_db": sqnr_db(energy(exact, factor.hessian, rows), noise),
         "loss": noise,
         "loss_rtn": other * (noise / own if own > 0 else count / len(rows)),
         "damp": factor.damp,
@@ -168,6 +167,12 @@ def gptq(
         "shrink": 0.0 if choice[0] == "mse" else choice[1],
     }
     return Rounded(rounded, metrics)
+
+
+def sample_rows(weight: torch.Tensor) -> torch.Tensor:
+    """Indices of up to SAMPLE rows of a weight [N, K], evenly spaced."""
+    count = len(weight)
+    return torch.linspace(0, count - 1, min(count, SAMPLE), device=weight.device).round().long()
 
 
 @dataclass(frozen=True, eq=False)
