@@ -124,7 +124,7 @@ def quantize_act_static(x: Tensor, scale: Tensor, zero: Tensor | None, bucket: T
     fmt = ActFormat(bits, x.shape[-1] // scale.shape[1], zero is None, scale.shape[0])
     chosen = (scale[0] if bucket is None else scale[bucket]).unsqueeze(-1)
     points = None if zero is None else (zero[0] if bucket is None else zero[bucket]).unsqueeze(-1)
-    return fmt.fake_quantize_at(fmt.grouped(x), chosen, points).flatten(-2)
+    return fmt.fake_quantize_at(fmt.grouped(x), chosen, points).flatten(-2).contiguous()
 
 
 @quantize_act_static.register_fake
@@ -167,7 +167,7 @@ def attention(
 ) -> Tensor:
     """Attention with probabilities rounded to `bits` (0: as they are), see `dlqc.attention`: q [B, Hq, L, D] → [B, Hq, L, D]."""
     found = scores(q, k, mask, causal, scale)
-    return attend(rounded(found, bits, by_row) if bits else probabilities(found), v, q.dtype)
+    return attend(rounded(found, bits, by_row) if bits else probabilities(found), v, q.dtype).contiguous()
 
 
 @attention.register_fake
