@@ -367,11 +367,6 @@ def _activations_quantized(graph: fx.Graph, weights: Weights) -> Iterator[str]:
             yield f"%{node.name} reads activations that are not quantized"
 
 
-def _some_attention_quantized(graph: fx.Graph, weights: Weights) -> Iterator[str]:
-    if not any(is_call(node, *HEAD_QUANTIZERS, ATTENTION) for node in graph.nodes):
-        yield "no attention reads anything quantized"
-
-
 def _is_kernel(node: fx.Node) -> bool:
     target = node.target
     return isinstance(target, torch._ops.OpOverload) and target.namespace not in ("aten", "dlqc")
@@ -384,7 +379,6 @@ FACT_CHECKS: dict[str, Callable[[fx.Graph, Weights], Iterator[str]]] = {
     "unit-gain": _unit_gain,
     "quantized-weights": _some_quantized,
     "quantized-activations": _activations_quantized,
-    "quantized-attention": _some_attention_quantized,
     "packed": _no_call(LINEAR_Q),
     "lowered": _no_call(LINEAR_PACKED, LINEAR_CODED),
 }

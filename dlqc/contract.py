@@ -77,6 +77,10 @@ class PassReport:
     certificate: float | None = None
     notes: list[str] = field(default_factory=list)
 
+    def note(self, *sentences: str) -> None:
+        """Add what is not said yet."""
+        self.notes += [sentence for sentence in sentences if sentence not in self.notes]
+
     def merge(self, other: PassReport) -> None:
         """Add the report of another block of the same pass."""
         self.sites += other.sites
@@ -85,7 +89,7 @@ class PassReport:
         self.choices |= other.choices
         if other.certificate is not None:
             self.certificate = max(self.certificate or 0.0, other.certificate)
-        self.notes += [note for note in other.notes if note not in self.notes]
+        self.note(*other.notes)
         for key, value in other.metrics.items():
             self.metrics[key] = self.metrics.get(key, 0.0) + value
 

@@ -136,7 +136,7 @@ class QuantizeActivations(Pass):
         assert isinstance(observer, RangeObserver)
         low, high = self.ranges.estimate(observer.seen, self.format)
         fixed = fixed_scales(observer.seen, low, high, self.format, f"input of {name}")
-        report.notes += fixed.notes
+        report.note(*fixed.notes)
         report.details[name] = summary(fixed, observer.seen)
         parts: list[fx.Node | None] = []
         for role, tensor in (("input_scale", fixed.scale), ("input_zero_point", fixed.zero)):

@@ -150,7 +150,7 @@ class QuantizeAttention(Pass):
         observer = ctx.observed[where]
         assert isinstance(observer, RangeObserver | AttendedObserver)
         fixed = fixed_scales(observer.seen, *scheme.estimate(observer.seen, bits), static_format(scheme, bits), where)
-        report.notes += fixed.notes
+        report.note(*fixed.notes)
         report.details[where] = summary(fixed, observer.seen)
         shape, parts = shape_of(scheme, value), list[fx.Node | None]()
         for role, tensor in (("scale", fixed.scale), ("zero_point", fixed.zero)):

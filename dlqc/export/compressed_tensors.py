@@ -4,8 +4,8 @@
                      and weight_zero_point int32 [⌈N·bits/32⌉, G] where there are zero points (packed along N)
     int-quantized    int8 weights with int8 activations: weight int8 [N, K], weight_scale [N, 1]
 
-Activations are dynamic per token, or have one fixed scale each: input_scale float32 [1], and input_zero_point int8 [1] unless they
-are symmetric. Linears that read the same value get the same numbers.
+Activations are dynamic per token, or have one fixed scale each: input_scale float32 [1], and input_zero_point int8 [1] unless
+they are symmetric. Linears that read the same value get the same numbers.
 
 Our packed rows are the format's words byte for byte, so codes are not touched on the way. Stored codes are unsigned;
 the format says q = code - 2^(bits-1), and so do its zero points. Everything that is not quantized is written under its
