@@ -409,7 +409,7 @@ def message(call: Callable[[], object]) -> str:
         ),
         ("dlqc.contract.Past", "dlqc.contract.Past: cannot import the pass (module 'dlqc.contract' has no attribute"),
         ("json.loads", "json.loads: not a subclass of dlqc.Pass. Derive it from dlqc.Pass"),
-        ("w4a16-rtn-clean", "w4a16-rtn-clean: -clean goes with gptq only. Use 'w4a16-rtn'"),
+        ("w4a16-rtn-clean", "w4a16-rtn-clean: -clean goes with gptq and fixed ranges only. Use 'w4a16-rtn'"),
         ("w4a16-g0-rtn", "group_size: a group of 0 input features is impossible"),
         ("", "passes: unknown recipe ''. Known: awq_clip"),
     ],
