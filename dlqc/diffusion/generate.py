@@ -18,9 +18,10 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from dlqc.diffusion.denoising import OnStep, Step
 from dlqc.diffusion.masking import LogitsFn, device_of
 from dlqc.diffusion.sampler_dream import DreamSampler
-from dlqc.diffusion.sampler_llada import LLaDASampler, OnStep, Step
+from dlqc.diffusion.sampler_llada import LLaDASampler
 from dlqc.diffusion.spec import DiffusionSpec
 from dlqc.errors import FeasibilityError, ModelError, RecipeError, nearest
 
