@@ -186,8 +186,13 @@ class Sampler(ABC):
     def stream(
         self, model: LogitsFn, prompt_ids: Prompts, spec: DiffusionSpec, *, seed: Seed = 0
     ) -> Iterator[Commit]:
-        """The tokens as they are fixed; arguments as of `run`. Nothing is computed ahead of what is asked for."""
-        for rows, batch in self._batches(model, prompt_ids, spec, seed):
+        """The tokens as they are fixed; arguments as of `run`. Prompts are refused at the call; nothing is computed ahead."""
+        return self._commits(model, self._batches(model, prompt_ids, spec, seed), spec)
+
+    def _commits(
+        self, model: LogitsFn, batches: list[tuple[list[int], Batch]], spec: DiffusionSpec
+    ) -> Iterator[Commit]:
+        for rows, batch in batches:
             for step in self._denoise(model, batch, spec):
                 for c in step.commits():
                     yield Commit(c.step, rows[c.row], c.position, c.token, c.confidence, c.edit)
