@@ -35,7 +35,7 @@ from dlqc.diffusion.masking import generator
 from dlqc.diffusion.spec import DiffusionSpec
 from dlqc.errors import FeasibilityError
 from dlqc.execute import placeholder
-from dlqc.graph import SDPA, aten, arg, args_of, is_call
+from dlqc.graph import SDPA, arg, args_of, aten, is_call
 from dlqc.ops import ROPE
 
 #: Deviation (root mean square, relative) up to which a node of the step counts as that of the full forward. Rounding differs
@@ -314,7 +314,9 @@ class _Window:
         for value in values if isinstance(values, tuple | list) else [values]:
             count = sum(map(self._grows, value.shape)) if isinstance(value, Tensor) else 0
             if count != 1:
-                what = "relates positions with each other outside of an attention op" if count else "joins all positions"
+                what = (
+                    "relates positions with each other outside of an attention op" if count else "joins all positions"
+                )
                 raise FeasibilityError(f"{node.target} {what}", where=node.name, remedy=_REMEDY)
 
     def _position_dims(self, node: fx.Node) -> list[int]:
@@ -356,10 +358,9 @@ def _why_no_padding(graph: fx.Graph) -> str | None:
 
 
 def _has_length(node: fx.Node, graph: fx.Graph) -> bool:
-    value, length = node.meta.get("val"), placeholder(graph).meta["val"].shape[1]
-    return isinstance(value, Tensor) and any(
-        isinstance(size, torch.SymInt) and length.node.expr in size.node.expr.free_symbols for size in value.shape
-    )
+    value, length = node.meta.get("val"), placeholder(graph).meta["val"].shape[1].node.expr
+    sizes: list[Any] = list(value.shape) if isinstance(value, Tensor) else []
+    return any(isinstance(size, torch.SymInt) and length in size.node.expr.free_symbols for size in sizes)
 
 
 def _value(run: fx.Interpreter, wanted: fx.Node, ids: Tensor) -> Tensor:
@@ -409,6 +410,8 @@ def _compare(model: CachedModel) -> None:
     for node, expected, found in _both(model.module.graph, full.values, step.values):
         expected = expected.narrow(_position_dim(node), start, stop - start).double()
         scale = expected.square().mean().sqrt().clamp_min(1e-30)
+        if not bool(torch.isfinite(scale)):
+            return  # the model itself fails; samplers say where
         deviation = float((found.double() - expected).square().mean().sqrt() / scale)
         if not deviation <= (_SAME_QUANTIZED if quantized else _SAME):
             raise FeasibilityError(

@@ -1,4 +1,4 @@
-"""The command line: compile, plan, generate, eval, report, explain, export, verify, doctor.
+"""The command line: compile, plan, generate, eval, bisect, report, explain, export, verify, doctor.
 
 Every verb takes `--json` and then prints one JSON object and nothing else. An error is one line on the error stream and exit
 status 2; it says what, where, why and what to do.
@@ -31,7 +31,8 @@ Trust = Annotated[bool, typer.Option(help="run the checkpoint's own Python code"
 Bidirectional = Annotated[bool, typer.Option(help="make a causal decoder see every position")]
 
 SamplerText = Annotated[
-    str | None, typer.Option("--sampler", "-s", help="such as llada(steps=32) or fast_dllm(cache='dual', threshold=0.8)")
+    str | None,
+    typer.Option("--sampler", "-s", help="such as llada(steps=32) or fast_dllm(cache='dual', threshold=0.8)"),
 ]
 
 
@@ -203,6 +204,67 @@ def eval_command(
         _print_json({name: e.to_plain() for name, e in columns.items()})
     else:
         screen.print(comparison_table(columns))
+
+
+@app.command("bisect")
+def bisect_command(
+    model: Source,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", help="what to look into; an artifact brings its own")
+    ] = None,
+    against: Annotated[str | None, typer.Option(help="the original of an artifact")] = None,
+    text: Annotated[str | None, typer.Option(help="calibration text file; without it the model's own rollouts")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="text to measure on; the bundled evaluation tales if absent")
+    ] = None,
+    tolerance: Annotated[float, typer.Option(help="KL in nats that a recipe may cost")] = 0.01,
+    worst: Annotated[int, typer.Option(help="blocks whose linears are looked at one by one")] = 1,
+    rows: Annotated[int, typer.Option(min=2, help="rows of text at most")] = 8,
+    length: Annotated[int, typer.Option(min=8, help="tokens a row, the model's maximum at most")] = 128,
+    seed: Annotated[int | None, typer.Option(help="of everything random; an artifact brings its own")] = None,
+    backend: Backend = "auto",
+    mask_id: MaskId = None,
+    trust_remote_code: Trust = False,
+    bidirectional: Bidirectional = False,
+    as_json: Json = False,
+) -> None:
+    """Name the pass and the layers behind a drop in quality."""
+    from dlqc.artifact import read_report
+    from dlqc.bisect import bisect
+    from dlqc.evaluate import rows_to_measure
+    from dlqc.models.describe import spec_of
+    from dlqc.models.load import load_tokenizer
+
+    artifact = (Path(model) / "manifest.json").is_file()
+    if artifact and (against is None or recipe is not None):
+        raise FeasibilityError(
+            "an artifact brings its recipe, and not its original",
+            where=model,
+            remedy="Name the original with --against, and leave --recipe out",
+        )
+    passes: Any = recipe
+    if artifact:
+        passes = _any(model, backend).recipe
+        seed = read_report(Path(model)).seed if seed is None else seed
+    elif recipe is None:
+        raise FeasibilityError("no recipe was named", where="recipe", remedy="Add --recipe, such as -r w4a16-rtn")
+    original = _model(against if artifact and against else model, trust_remote_code, bidirectional)
+    ids = rows_to_measure(load_tokenizer(original), spec_of(original, mask_id=mask_id), data, length=length)[:rows]
+    found = bisect(
+        original,
+        passes,
+        ids,
+        tolerance=tolerance,
+        worst=worst,
+        calibration=Path(text) if text else None,
+        backend=backend,
+        mask_id=mask_id,
+        seed=seed or 0,
+    )
+    if as_json:
+        _print_json(found.to_plain())
+    else:
+        screen.print(found.render(), highlight=False)
 
 
 @app.command()

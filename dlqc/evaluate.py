@@ -17,7 +17,7 @@ from rich.table import Table
 from dlqc.calibration import rows_from
 from dlqc.diffusion.denoising import Sampler
 from dlqc.diffusion.fidelity import FidelityTable, fidelity
-from dlqc.diffusion.intervals import Interval
+from dlqc.diffusion.intervals import Interval, brief
 from dlqc.diffusion.likelihood import NllTable, masked_nll, paired_difference
 from dlqc.diffusion.masking import LogitsFn
 from dlqc.diffusion.sampler_fast_dllm import FastDLLMSampler
@@ -143,25 +143,19 @@ def comparison_table(columns: dict[str, Evaluation]) -> Table:
         table.add_column(name, justify="right")
     first = next(iter(columns.values()))
     for k, ratio in enumerate(first.nll.ratios):
-        row = [_brief(e.nll.by_ratio[k], 3) for e in columns.values()]
+        row = [brief(e.nll.by_ratio[k], 3) for e in columns.values()]
         table.add_row(f"masked NLL, {ratio:.0%} masked", *row)
-    table.add_row("masked NLL, mean", *[_brief(e.nll.nelbo, 3) for e in columns.values()])
+    table.add_row("masked NLL, mean", *[brief(e.nll.nelbo, 3) for e in columns.values()])
     if any(e.difference for e in columns.values()):
-        table.add_row("  paired difference", *[_brief(e.difference, 4) for e in columns.values()])
+        table.add_row("  paired difference", *[brief(e.difference, 4) for e in columns.values()])
         kl = [e.fidelity.mean_kl if e.fidelity else None for e in columns.values()]
-        table.add_row("KL from the reference", *[_brief(i, 4) for i in kl])
+        table.add_row("KL from the reference", *[brief(i, 4) for i in kl])
         agreement = [e.fidelity.mean_agreement if e.fidelity else None for e in columns.values()]
-        table.add_row("top-1 agreement", *[_brief(i, 3) for i in agreement])
+        table.add_row("top-1 agreement", *[brief(i, 3) for i in agreement])
     if any(e.trajectory for e in columns.values()):
         measured = [e.trajectory.intervals() if e.trajectory else {} for e in columns.values()]
         for name, (label, digits) in _TRAJECTORY.items():
-            table.add_row(label, *[_brief(found.get(name), digits) for found in measured])
+            table.add_row(label, *[brief(found.get(name), digits) for found in measured])
     for task in first.tasks:
-        table.add_row(f"exact match, {task}", *[_brief(e.tasks[task], 2) for e in columns.values()])
+        table.add_row(f"exact match, {task}", *[brief(e.tasks[task], 2) for e in columns.values()])
     return table
-
-
-def _brief(interval: Interval | None, digits: int) -> str:
-    if interval is None:
-        return ""
-    return f"{interval.mean:.{digits}f} [{interval.low:.{digits}f}, {interval.high:.{digits}f}]"

@@ -30,10 +30,13 @@ def _in_graph(module: fx.GraphModule, ids: Tensor) -> str | None:
         def run_node(self, n: fx.Node) -> Any:
             value = super().run_node(n)
             # Masks hold infinities on purpose.
-            ours = n.op == "call_function" and not all(is_call(user, SDPA) and user.args[3:4] == (n,) for user in n.users)
+            ours = n.op == "call_function" and not all(
+                is_call(user, SDPA) and user.args[3:4] == (n,) for user in n.users
+            )
             if self.found is None and ours and n in tokens and _bad(value):
                 stack = n.meta.get("nn_module_stack") or {}
-                self.found = str(list(stack.values())[-1][0]) if stack else n.name
+                # The first part is the shell that capture puts around a model.
+                self.found = str(list(stack.values())[-1][0]).removeprefix("model.") if stack else n.name
             return value
 
     from dlqc.cached import reads_tokens

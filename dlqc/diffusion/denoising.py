@@ -162,7 +162,13 @@ class Sampler(ABC):
         return False
 
     def run(
-        self, model: LogitsFn, prompt_ids: Prompts, spec: DiffusionSpec, *, seed: Seed = 0, on_step: OnStep | None = None
+        self,
+        model: LogitsFn,
+        prompt_ids: Prompts,
+        spec: DiffusionSpec,
+        *,
+        seed: Seed = 0,
+        on_step: OnStep | None = None,
     ) -> Trajectory:
         """Continue each prompt by `gen_length` tokens.
 
@@ -183,9 +189,7 @@ class Sampler(ABC):
             found.append((rows, drive(steps, on_step)))
         return found[0][1] if len(found) == 1 else _join(found, spec)
 
-    def stream(
-        self, model: LogitsFn, prompt_ids: Prompts, spec: DiffusionSpec, *, seed: Seed = 0
-    ) -> Iterator[Commit]:
+    def stream(self, model: LogitsFn, prompt_ids: Prompts, spec: DiffusionSpec, *, seed: Seed = 0) -> Iterator[Commit]:
         """The tokens as they are fixed; arguments as of `run`. Prompts are refused at the call; nothing is computed ahead."""
         return self._commits(model, self._batches(model, prompt_ids, spec, seed), spec)
 
@@ -241,14 +245,14 @@ def _seeds(seed: Seed, rows: int) -> tuple[int, ...]:
 def _takes_padding(model: LogitsFn, spec: DiffusionSpec) -> bool:
     """Whether rows may be padded: only a graph can be told which keys to leave out."""
     from dlqc.cached import CachedModel
+    from dlqc.compiled import Compiled
 
-    held = model if isinstance(model, CachedModel) else None
-    if held is None and isinstance(model, nn.Module) and hasattr(type(model), "cached"):
-        try:
-            held = cached_model(model, spec)
-        except FeasibilityError:
-            return False
-    return held is not None and held.pads is None
+    if not isinstance(model, CachedModel | Compiled):
+        return False
+    try:
+        return cached_model(model, spec).pads is None
+    except FeasibilityError:
+        return False
 
 
 def _padded(rows: list[Tensor], seeds: tuple[int, ...], room: int, spec: DiffusionSpec) -> Batch:
@@ -360,12 +364,12 @@ def cached_model(model: LogitsFn, spec: DiffusionSpec) -> CachedModel:
         FeasibilityError: a plain function has no graph.
     """
     from dlqc.cached import CachedModel
+    from dlqc.compiled import Compiled
 
     if isinstance(model, CachedModel):
         return model
-    if isinstance(model, nn.Module) and hasattr(type(model), "cached"):
-        held: CachedModel = model.cached
-        return held
+    if isinstance(model, Compiled):
+        return model.cached
     if not isinstance(model, nn.Module):
         raise FeasibilityError(
             f"a {type(model).__name__} has no graph whose keys and values could be cached",

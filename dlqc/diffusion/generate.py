@@ -5,7 +5,7 @@
     generate_batch(model, ["Once upon a time", "A fox"], gen_length=64)
     for commit in stream(model, "Once upon a time", gen_length=64): ...
 
-The sampler is an object, text as in a recipe, or left out: Dream's where the logits are shifted by one (`spec.shift`), else LLaDA's.
+The sampler is an object, text as in a recipe, or left out: Dream's where logits are shifted by one (`spec.shift`), else LLaDA's.
 Options go to the sampler.
 """
 
@@ -103,7 +103,9 @@ def generate_batch(
     Prompt r gets the noise of `seed + r`, or of `seed[r]`: what `generate` gives it with that seed, up to rounding.
     """
     if isinstance(prompts, str):
-        raise FeasibilityError("one text is no batch", where="prompts", remedy="Give a list of texts, or use dlqc.generate")
+        raise FeasibilityError(
+            "one text is no batch", where="prompts", remedy="Give a list of texts, or use dlqc.generate"
+        )
     job = _job(model, list(prompts), sampler, tokenizer, spec, options)
     return _run(job, seed, progress, on_commit)
 

@@ -198,15 +198,14 @@ class BlockDiffusionSampler(Sampler):
         within = (entropy.sort(dim=1, stable=True).values.cumsum(1) < self.entropy_bound).sum(1).clamp(min=1)
         return most_certain(-entropy, within) & masked
 
-    def _end(
-        self, canvas: Tensor, prompt: int, stop: int, going: Tensor, spec: DiffusionSpec
-    ) -> tuple[Tensor, Tensor]:
+    def _end(self, canvas: Tensor, prompt: int, stop: int, going: Tensor, spec: DiffusionSpec) -> tuple[Tensor, Tensor]:
         """Rows that have come to their end are filled up, the others go on."""
         if not self.stop_at_eos:
             return canvas, going
-        over = going & (canvas[:, prompt:stop] == spec.eos_id).any(1)
+        assert spec.eos_id is not None
+        over = going & canvas[:, prompt:stop].eq(spec.eos_id).any(1)
         canvas = canvas.clone()
-        canvas[over, stop:] = int(spec.eos_id or 0)
+        canvas[over, stop:] = spec.eos_id
         return canvas, going & ~over
 
     def _refuse(self, model: LogitsFn, length: int, spec: DiffusionSpec) -> None:

@@ -122,9 +122,7 @@ class DreamSampler(Sampler):
 
     def _propose(self, logits: Tensor, spec: DiffusionSpec, noise: Noise, step: int) -> tuple[Tensor, Tensor]:
         """Token and certainty of each position: logits float64 [B, G, V] -> ids [B, G], float64 [B, G]."""
-        tokens, p = draw_filtered(
-            logits, self.temperature, self.top_p, self.top_k, spec.mask_id, noise, 0, step
-        )
+        tokens, p = draw_filtered(logits, self.temperature, self.top_p, self.top_k, spec.mask_id, noise, 0, step)
         if self.alg == "topk_margin":
             first, second = p.topk(2, dim=-1).values.unbind(-1)
             return tokens, first - second

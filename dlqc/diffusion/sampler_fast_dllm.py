@@ -150,10 +150,10 @@ class FastDLLMSampler(Sampler):
 
     def _choose(self, certainty: Tensor, quotas: Tensor) -> Tensor:
         """Positions to commit: certainty float64 [B, S], -inf where there is no mask -> bool [B, S]."""
-        if self._by_quota():
+        if self.factor is None and self.threshold is None:
             return most_certain(certainty, quotas)
         if self.factor is None:
-            wanted = (certainty >= self.threshold).sum(1)
+            wanted = (certainty >= (self.threshold or 0.0)).sum(1)
         else:
             # Certainty falls and the bound rises with n, so those that pass come first.
             ordered = certainty.sort(dim=1, descending=True).values

@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_attention import MASK, VOCAB, ToyDenoiser, naive_forward
 from torch import Tensor
+from toy_attention import MASK, VOCAB, ToyDenoiser, naive_forward
 
 from dlqc.cached import CachedModel
 from dlqc.diffusion.denoising import Step, cached_model

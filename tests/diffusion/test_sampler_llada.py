@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dlqc.diffusion.masking import generator
 from dlqc.diffusion.denoising import Step, draw, most_certain, quota
+from dlqc.diffusion.masking import generator
 from dlqc.diffusion.sampler_llada import LLaDASampler
 from dlqc.diffusion.spec import DiffusionSpec
 from dlqc.errors import FeasibilityError, ModelError

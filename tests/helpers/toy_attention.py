@@ -1,4 +1,4 @@
-"""A small denoiser twice: as a module that can be captured, and position by position in plain loops, with keys and values by hand.
+"""A small denoiser twice: as a module that can be captured, and position by position in plain loops.
 
 Both compute in float64, from the same parameters. The second knows nothing of graphs and caches: it is told, for every position,
 whether keys and values are to be computed now or taken from an earlier time.
@@ -74,7 +74,9 @@ def naive_forward(
             queries = {}
             for i in fresh:
                 q, k, v = (model.qkv[layer] @ hidden[i]).split(WIDTH)
-                angle = torch.tensor([i / 100.0 ** (2 * (j % (size // 2)) / size) for j in range(size)], dtype=torch.float64)
+                angle = torch.tensor(
+                    [i / 100.0 ** (2 * (j % (size // 2)) / size) for j in range(size)], dtype=torch.float64
+                )
                 cut = [slice(h * size, (h + 1) * size) for h in range(HEADS)]
                 queries[i] = [_turn(q[c], angle) for c in cut]
                 store[layer, i] = [(_turn(k[c], angle), v[c]) for c in cut]
