@@ -73,7 +73,7 @@ def published(
     return x, nfe, at
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=16, deadline=None)
 @given(
     seed=st.integers(0, 2),
     words=st.lists(st.integers(0, 9), min_size=1, max_size=5),
