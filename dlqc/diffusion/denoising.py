@@ -1,4 +1,4 @@
-"""What all samplers share: prompts to canvas, the network they ask, noise, and what a run gives.
+"""What all samplers share: prompts to canvas, batches, noise, and what a run gives.
 
     run      denoise a batch, a `Trajectory` at the end; `on_step` sees every forward
     stream   the same, as an iterator of `Commit`: each token when it is fixed
@@ -21,18 +21,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dlqc.diffusion.blame import first_not_finite
-from dlqc.diffusion.masking import LogitsFn, check_clean, check_finite, device_of, generator, logits_of
+from dlqc.diffusion.masking import LogitsFn, check_clean, device_of, generator
+from dlqc.diffusion.network import Network, cached_model
 from dlqc.diffusion.spec import DiffusionSpec
 from dlqc.errors import FeasibilityError, nearest
-
-if TYPE_CHECKING:
-    from dlqc.cached import CachedModel, KeyValueCache
 
 Prompts = Tensor | Sequence[Tensor | Sequence[int]]
 Seed = int | Sequence[int]
@@ -306,84 +303,6 @@ def drive(steps: Steps, on_step: OnStep | None) -> Trajectory:
             on_step(step)
 
 
-class Network:
-    """A model as samplers ask it: logits whose row i predicts position i, checked, counted, with a cache where one is asked for.
-
-    Attributes:
-        nfe: forwards so far. computed: positions per row that went through them.
-    """
-
-    def __init__(self, model: LogitsFn, spec: DiffusionSpec, batch: Batch, *, cache: bool = False) -> None:
-        self._model, self._spec, self._visible = model, spec, batch.visible
-        self._graph: CachedModel | None = None
-        self._cache: KeyValueCache | None = None
-        if cache or batch.visible is not None:
-            self._graph = cached_model(model, spec)
-        if cache and self._graph is not None:
-            self._cache = self._graph.new_cache(*batch.canvas.shape)
-        self.nfe = self.computed = 0
-
-    def full(self, canvas: Tensor, *, given: Tensor | None = None, scale: float = 0.0) -> Tensor:
-        """Logits [B, L, V] of the whole canvas, guided where `scale` is not 0 (see `guided_logits`)."""
-        guided = bool(scale) and given is not None
-        self._count(canvas.shape[1], 2 if guided else 1)
-        ask: LogitsFn = self._model
-        if self._visible is not None and self._graph is not None:
-            seen = self._visible.repeat(2, 1) if guided else self._visible
-            graph = self._graph
-            ask = lambda ids: graph.padded(ids, seen)  # noqa: E731
-        return guided_logits(ask, canvas, given, self._spec, scale) if guided else logits_of(ask, canvas, self._spec)  # type: ignore[arg-type]
-
-    def window(self, canvas: Tensor, start: int, stop: int, *, total: int | None = None) -> Tensor:
-        """Logits of positions start .. stop, [B, stop - start, V]; all others from the cache, which takes the window's own.
-
-        Where logits are shifted, the position before the window is computed, too: its row predicts the first.
-        """
-        assert self._graph is not None
-        assert self._cache is not None
-        first = start - 1 if self._spec.shift and start else start
-        self._count(stop - first, 1)
-        rows = self._graph.step(canvas[:, first:stop], first, self._cache, total=total, visible=self._visible)
-        if not self._spec.shift:
-            return rows
-        return rows[:, :-1] if first < start else torch.cat([rows[:, :1], rows[:, :-1]], dim=1)
-
-    def check(self, logits: Tensor, step: int, canvas: Tensor) -> None:
-        """Refuse logits that are not finite; names the step, and the layer where a second run finds it."""
-        check_finite(logits, step, blame=lambda: first_not_finite(self._graph or self._model, canvas))
-
-    def _count(self, positions: int, times: int) -> None:
-        self.nfe += times
-        self.computed += times * positions
-
-
-def cached_model(model: LogitsFn, spec: DiffusionSpec) -> CachedModel:
-    """Full forward and block step of a model: its own where `dlqc.compile` made it, else of a fresh capture of the module.
-
-    Raises:
-        FeasibilityError: a plain function has no graph.
-    """
-    from dlqc.cached import CachedModel
-    from dlqc.compiled import Compiled
-
-    if isinstance(model, CachedModel):
-        return model
-    if isinstance(model, Compiled):
-        return model.cached
-    if not isinstance(model, nn.Module):
-        raise FeasibilityError(
-            f"a {type(model).__name__} has no graph whose keys and values could be cached",
-            where="model",
-            remedy="Give a module or what dlqc.compile made of it, or decode with cache='none'",
-        )
-    from dlqc.capture import capture
-    from dlqc.compiled import build_module
-
-    own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    captured = capture(model, spec, dtype=own if own is torch.float64 else torch.float32)
-    return CachedModel(build_module(captured.graph, captured.weights, share=True), spec)
-
-
 class Noise:
     """Uniform random numbers of a run, one stream for each row, block, step and purpose."""
 
@@ -440,18 +359,6 @@ def most_certain(ranking: Tensor, count: Tensor) -> Tensor:
     order = ranking.argsort(dim=1, descending=True, stable=True)
     rank = torch.arange(ranking.shape[1], device=ranking.device).expand_as(order)
     return torch.zeros_like(order).scatter_(1, order, rank) < count[:, None]
-
-
-def guided_logits(model: LogitsFn, canvas: Tensor, given: Tensor, spec: DiffusionSpec, scale: float) -> Tensor:
-    """Logits [B, L, V], guided by what was given: un + (scale + 1) * (cond - un), `given` masked in `un`.
-
-    LLaDA, arXiv 2502.09992, appendix A.2 (unsupervised classifier-free guidance). Both halves run as one batch of 2B.
-    """
-    if not scale:
-        return logits_of(model, canvas, spec)
-    blind = canvas.masked_fill(given, spec.mask_id)
-    conditional, unconditional = logits_of(model, torch.cat([canvas, blind]), spec).chunk(2)
-    return unconditional + (scale + 1) * (conditional - unconditional)
 
 
 class Ledger:

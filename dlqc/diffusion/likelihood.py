@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dlqc.diffusion.denoising import guided_logits
 from dlqc.diffusion.intervals import Interval, mean_interval
 from dlqc.diffusion.masking import (
     LogitsFn,
@@ -30,6 +29,7 @@ from dlqc.diffusion.masking import (
     logits_of,
     ratio_mask,
 )
+from dlqc.diffusion.network import guided_logits
 from dlqc.diffusion.spec import DiffusionSpec
 from dlqc.errors import FeasibilityError, ModelError
 

@@ -38,12 +38,10 @@ from torch import Tensor
 from dlqc.diffusion.denoising import (
     Batch,
     Ledger,
-    Network,
     Noise,
     Sampler,
     Step,
     Steps,
-    cached_model,
     check_known,
     check_not_negative,
     check_positive,
@@ -53,6 +51,7 @@ from dlqc.diffusion.denoising import (
     spread,
 )
 from dlqc.diffusion.masking import LogitsFn
+from dlqc.diffusion.network import Network, cached_model
 from dlqc.diffusion.sampler_dream import draw_filtered
 from dlqc.diffusion.spec import DiffusionSpec
 from dlqc.errors import FeasibilityError
@@ -128,7 +127,10 @@ class BlockDiffusionSampler(Sampler):
     def _denoise(self, model: LogitsFn, batch: Batch, spec: DiffusionSpec) -> Steps:
         self._refuse(model, batch.canvas.shape[1], spec)
         canvas, books, size = batch.canvas, Ledger(batch.canvas), self.block_length
-        net, noise = Network(model, spec, batch, cache=self.cache), Noise(batch.seeds, self.name, canvas.device)
+        net, noise = (
+            Network(model, spec, batch.canvas, batch.visible, cache=self.cache),
+            Noise(batch.seeds, self.name, canvas.device),
+        )
         prompt, length = batch.prompt, batch.canvas.shape[1]
         joint, first = self.strategy == "joint_threshold", prompt // size * size
         going = torch.ones_like(canvas[:, 0], dtype=torch.bool)

@@ -35,7 +35,6 @@ from torch import Tensor
 from dlqc.diffusion.denoising import (
     Batch,
     Ledger,
-    Network,
     Noise,
     Sampler,
     Step,
@@ -49,6 +48,7 @@ from dlqc.diffusion.denoising import (
     spread,
 )
 from dlqc.diffusion.masking import LogitsFn
+from dlqc.diffusion.network import Network
 from dlqc.diffusion.spec import DiffusionSpec
 from dlqc.errors import FeasibilityError
 
@@ -91,7 +91,7 @@ class DreamSampler(Sampler):
 
     @torch.no_grad()
     def _denoise(self, model: LogitsFn, batch: Batch, spec: DiffusionSpec) -> Steps:
-        canvas, net, books = batch.canvas, Network(model, spec, batch), Ledger(batch.canvas)
+        canvas, net, books = batch.canvas, Network(model, spec, batch.canvas, batch.visible), Ledger(batch.canvas)
         noise = Noise(batch.seeds, self.name, canvas.device)
         prompt, steps, length = batch.prompt, self.steps or self.gen_length, self.gen_length
         grid = torch.linspace(1, self.eps, steps + 1)

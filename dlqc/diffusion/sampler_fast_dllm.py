@@ -35,7 +35,6 @@ from torch import Tensor
 from dlqc.diffusion.denoising import (
     Batch,
     Ledger,
-    Network,
     Noise,
     Sampler,
     Step,
@@ -50,6 +49,7 @@ from dlqc.diffusion.denoising import (
     spread,
 )
 from dlqc.diffusion.masking import LogitsFn
+from dlqc.diffusion.network import Network
 from dlqc.diffusion.sampler_llada import REMASKING, propose
 from dlqc.diffusion.spec import DiffusionSpec
 from dlqc.errors import FeasibilityError
@@ -110,7 +110,7 @@ class FastDLLMSampler(Sampler):
     @torch.no_grad()
     def _denoise(self, model: LogitsFn, batch: Batch, spec: DiffusionSpec) -> Steps:
         canvas, books = batch.canvas, Ledger(batch.canvas)
-        net = Network(model, spec, batch, cache=self.cache != "none")
+        net = Network(model, spec, batch.canvas, batch.visible, cache=self.cache != "none")
         noise = Noise(batch.seeds, self.name, canvas.device)
         length, block = canvas.shape[1], self._block()
         per_block = (self.steps or self.gen_length) * block // self.gen_length if self._by_quota() else block

@@ -28,7 +28,6 @@ from torch import Tensor
 from dlqc.diffusion.denoising import (
     Batch,
     Ledger,
-    Network,
     Noise,
     OnStep,
     Sampler,
@@ -46,6 +45,7 @@ from dlqc.diffusion.denoising import (
     spread,
 )
 from dlqc.diffusion.masking import LogitsFn, check_ids
+from dlqc.diffusion.network import Network
 from dlqc.diffusion.spec import DiffusionSpec
 from dlqc.errors import FeasibilityError
 
@@ -100,7 +100,7 @@ class LLaDASampler(Sampler):
 
     @torch.no_grad()
     def _blocks(self, model: LogitsFn, batch: Batch, spans: list[slice], steps: int, spec: DiffusionSpec) -> Steps:
-        canvas, net, books = batch.canvas, Network(model, spec, batch), Ledger(batch.canvas)
+        canvas, net, books = batch.canvas, Network(model, spec, batch.canvas, batch.visible), Ledger(batch.canvas)
         noise = Noise(batch.seeds, self.name, canvas.device)
         given, per_block = canvas != spec.mask_id, steps // len(spans)
         for number, span in enumerate(spans):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from toy_attention import MASK, VOCAB, ToyDenoiser, naive_forward
 
 from dlqc.cached import CachedModel
-from dlqc.diffusion.denoising import cached_model
+from dlqc.diffusion.network import cached_model
 from dlqc.diffusion.sampler_block import STRATEGIES, BlockDiffusionSampler
 from dlqc.diffusion.spec import DiffusionSpec
 from dlqc.errors import FeasibilityError

@@ -8,7 +8,8 @@ from torch import Tensor
 from toy_attention import MASK, VOCAB, ToyDenoiser, naive_forward
 
 from dlqc.cached import CachedModel
-from dlqc.diffusion.denoising import Step, cached_model
+from dlqc.diffusion.denoising import Step
+from dlqc.diffusion.network import cached_model
 from dlqc.diffusion.sampler_fast_dllm import FastDLLMSampler
 from dlqc.diffusion.sampler_llada import LLaDASampler
 from dlqc.diffusion.spec import DiffusionSpec
