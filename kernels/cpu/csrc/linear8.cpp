@@ -1,0 +1,331 @@
+// y = (codes of x · (codes of W - zeros)ᵀ) · scales + bias: low-bit weights by 8-bit activations, in integers.
+//
+// Tokens are quantized first, once. Up to kRows tokens, a panel of the weight is spread out in registers and used at once.
+// More tokens take a panel in slices of input features: a slice is spread out into the first-level cache and meets all tokens of
+// a chunk, a tile at a time. A *segment* is a run of input features with one scale on both sides: its sum is an exact integer,
+//
+//   sum = Σ code·q - zero·Σ q,      y += sum · scale of W (· scale of x, where groups of x have their own)
+//
+// and what follows is float32, in an order that depends on shapes alone.
+#include <atomic>
+#include <type_traits>
+
+#include "product8.h"
+#include "quantize.h"
+#include "threads.h"
+#include "weights.h"
+
+namespace {
+
+#if DLQC_ISA == 2
+constexpr int64_t kChunk = 256;  // tokens whose results wait in the second-level cache
+constexpr int64_t kSlice = 256;  // input features of a panel that are spread out at a time: 12 KiB
+#else
+constexpr int64_t kChunk = 128;
+constexpr int64_t kSlice = 128;
+#endif
+
+struct Call {
+    Weight w;
+    Place place;
+    Tokens x;
+    void* y;
+    int64_t y_stride;
+    int act_bits;
+    int64_t act_group = 0;  // padded K for one scale a token
+    int64_t segment = 0, segments = 0, act_groups = 0, padded = 0, slice = 0;
+    // Of all tokens: codes in tiles, sums [M, segments], scales [M, act_groups].
+    int8_t* codes = nullptr;
+    int32_t* sums = nullptr;
+    float* scales = nullptr;
+    // Of one thread, from the start of its memory on.
+    int64_t results_at = 0, whole_at = 0, bytes = 0;
+};
+
+// Results of a tile in [kRows][kPanel], and int32 sums of a segment that is longer than a slice.
+struct Tile {
+    const int8_t* a;
+    int64_t token;  // the first one
+    float* results;
+    Ints* whole;
+};
+
+template <int kR, int kS, class Product>
+DLQC_INLINE void segments_of(const Call& call, const Tile& tile, int64_t panel, int64_t strip, int64_t from, int64_t to,
+                             const Product& product) {
+    const int64_t width = call.place.strips_of(panel) * kStrip;
+    const bool grouped = call.act_groups > 1;
+    const int32_t low = lowered(call.w.bits);
+    for (int64_t k = from; k < to;) {
+        const int64_t segment = k / call.segment, end = std::min((segment + 1) * call.segment, to);
+        const bool first = k == segment * call.segment;
+        const bool last = end == std::min((segment + 1) * call.segment, call.padded);
+        const int64_t at = call.place.scales_at(panel) + k / call.w.group * width + strip * kStrip;
+        const int32_t* const sum = call.sums + tile.token * call.segments + segment;
+        Ints acc[kR][kS];
+        if (!first) {
+#pragma GCC unroll 8
+            for (int r = 0; r < kR; ++r)
+#pragma GCC unroll 3
+                for (int s = 0; s < kS; ++s) acc[r][s] = tile.whole[r * kStrips + strip + s];
+        } else if (call.w.zeros) {
+#pragma GCC unroll 3
+            for (int s = 0; s < kS; ++s) {
+                const Words zero = (Words)(load_bytes(call.w.zeros + at + s * kStrip) - low);
+#pragma GCC unroll 8
+                for (int r = 0; r < kR; ++r) acc[r][s] = -(Ints)(zero * (Words)all(sum[r * call.segments]));
+            }
+        } else {
+            const int32_t zero = (1 << (call.w.bits - 1)) - low;
+#pragma GCC unroll 8
+            for (int r = 0; r < kR; ++r) {
+                const Ints start = all(-zero * sum[r * call.segments]);
+#pragma GCC unroll 3
+                for (int s = 0; s < kS; ++s) acc[r][s] = start;
+            }
+        }
+        product(k, end, acc);
+        if (!last) {
+#pragma GCC unroll 8
+            for (int r = 0; r < kR; ++r)
+#pragma GCC unroll 3
+                for (int s = 0; s < kS; ++s) tile.whole[r * kStrips + strip + s] = acc[r][s];
+        } else {
+            Floats scale[kS];
+#pragma GCC unroll 3
+            for (int s = 0; s < kS; ++s) scale[s] = load_scales(call.w.scales, call.w.half_scales, at + s * kStrip);
+            const float* const of_x = call.scales + tile.token * call.act_groups + (grouped ? k / call.act_group : 0);
+#pragma GCC unroll 8
+            for (int r = 0; r < kR; ++r) {
+#pragma GCC unroll 3
+                for (int s = 0; s < kS; ++s) {
+                    float* const kept = tile.results + r * kPanel + (strip + s) * kStrip;
+                    Floats found = to_floats(acc[r][s]);
+                    if (grouped) found *= of_x[r * call.act_groups];
+                    store(kept, k < call.segment ? found * scale[s] : load<Floats>(kept) + found * scale[s]);
+                }
+            }
+        }
+        k = end;
+    }
+}
+
+template <int kBits, int kR, int kS>
+__attribute__((noinline)) void run_direct(const Call& call, const Tile& tile, int64_t panel, int64_t strip) {
+    const int64_t pitch = call.place.strips_of(panel) * kBits * 64;
+    const uint8_t* const w = call.w.codes + call.place.codes_at(panel, kBits) + strip * kBits * 64;
+    segments_of<kR, kS>(call, tile, panel, strip, 0, call.padded, [&](int64_t k, int64_t end, Ints(&acc)[kR][kS]) DLQC_LAMBDA {
+        direct<kBits, kR, kS>(w + k / kBlock * pitch, pitch, tile.a + k * kR, (end - k) / kBlock, acc);
+    });
+}
+
+template <bool kWhole, int kR, int kS>
+__attribute__((noinline)) void run_plain(const Call& call, const Tile& tile, const uint8_t* slice, int64_t panel,
+                                         int64_t strip, int64_t from, int64_t to) {
+    const int64_t pitch = call.place.strips_of(panel) * 64;
+    const uint8_t* const w = slice + strip * 64;
+    segments_of<kR, kS>(call, tile, panel, strip, from, to, [&](int64_t k, int64_t end, Ints(&acc)[kR][kS]) DLQC_LAMBDA {
+        plain<kWhole, kR, kS>(w + (k - from) / kStep * pitch, pitch, tile.a + k * kR, (end - k) / kStep, acc);
+    });
+}
+
+// Calls work(number of rows), a constant where it is called.
+template <class F>
+DLQC_INLINE void for_rows(int64_t rows, const F& work) {
+    switch (rows) {
+        case 1: return work(std::integral_constant<int, 1>());
+        case 2: return work(std::integral_constant<int, 2>());
+        case 3: return work(std::integral_constant<int, 3>());
+        case 4: return work(std::integral_constant<int, 4>());
+#if DLQC_ISA == 2
+        case 5: return work(std::integral_constant<int, 5>());
+        case 6: return work(std::integral_constant<int, 6>());
+        case 7: return work(std::integral_constant<int, 7>());
+        case 8: return work(std::integral_constant<int, 8>());
+#endif
+    }
+}
+
+template <class F>
+DLQC_INLINE void for_bits(int bits, const F& work) {
+    if (bits == 2) work(std::integral_constant<int, 2>());
+    if (bits == 3) work(std::integral_constant<int, 3>());
+    if (bits == 4) work(std::integral_constant<int, 4>());
+    if (bits == 8) work(std::integral_constant<int, 8>());
+}
+
+// Calls work(first strip, number of strips, a constant) until the panel is done.
+template <class F>
+DLQC_INLINE void for_strips(int64_t strips, const F& work) {
+    if (strips == kWide) return work(int64_t{0}, std::integral_constant<int, kWide>());
+    for (int64_t strip = 0; strip < strips; ++strip) work(strip, std::integral_constant<int, 1>());
+}
+
+template <class Y>
+void finish(const Call& call, const Tile& tile, int64_t rows, int64_t panel, Y* y) {
+    const int64_t first = panel * kPanel, count = std::min(kPanel, call.w.n - first);
+    for (int64_t r = 0; r < rows; ++r) {
+        const float scale = call.act_groups > 1 ? 1.0f : call.scales[tile.token + r];
+        const float* const kept = tile.results + r * kPanel;
+        Y* const out = y + (tile.token + r) * call.y_stride + first;
+        float made[kPanel];
+        if (call.w.bias)
+            for (int64_t i = 0; i < count; ++i) made[i] = kept[i] * scale + call.w.bias[first + i];
+        else
+            for (int64_t i = 0; i < count; ++i) made[i] = kept[i] * scale;
+        for (int64_t i = 0; i < count; ++i) {
+            if constexpr (sizeof(Y) == 4)
+                out[i] = made[i];
+            else
+                out[i] = to_bfloat16(made[i]);
+        }
+    }
+}
+
+void finish(const Call& call, const Tile& tile, int64_t rows, int64_t panel) {
+    if (call.x.type == kFloat32)
+        finish(call, tile, rows, panel, static_cast<float*>(call.y));
+    else
+        finish(call, tile, rows, panel, static_cast<uint16_t*>(call.y));
+}
+
+void one_tile(const Call& call, int64_t panel, char* space) {
+    const Tile tile{call.codes, 0, reinterpret_cast<float*>(space + call.results_at),
+                    reinterpret_cast<Ints*>(space + call.whole_at)};
+    for_strips(call.place.strips_of(panel), [&](int64_t strip, auto wide) {
+        for_bits(call.w.bits, [&](auto bits) {
+            for_rows(call.x.count, [&](auto rows) { run_direct<bits(), rows(), wide()>(call, tile, panel, strip); });
+        });
+    });
+    finish(call, tile, call.x.count, panel);
+}
+
+void spread_slice(const Call& call, int64_t panel, int64_t from, int64_t to, uint8_t* slice) {
+    const int64_t strips = call.place.strips_of(panel);
+    for_bits(call.w.bits, [&](auto bits) {
+        const uint8_t* w = call.w.codes + call.place.codes_at(panel, bits()) + from / kBlock * strips * bits() * 64;
+        for (int64_t k = from; k < to; k += kBlock, slice += kSteps * strips * 64)
+            for (int64_t s = 0; s < strips; ++s, w += bits() * 64) {
+                // The next block comes from memory while this one is used.
+                for (int i = 0; i < bits(); ++i) __builtin_prefetch(w + strips * bits() * 64 * (kSlice / kBlock) + 64 * i);
+#pragma GCC unroll 8
+                for (int j = 0; j < kSteps; ++j) store(slice + (j * strips + s) * 64, spread<bits()>(w, j));
+            }
+    });
+}
+
+void many_tiles(const Call& call, int64_t panel, int64_t chunk, char* space) {
+    const int64_t start = chunk * kChunk, end = std::min(start + kChunk, call.x.count);
+    uint8_t* const slice = reinterpret_cast<uint8_t*>(space);
+    float* const results = reinterpret_cast<float*>(space + call.results_at);
+    Ints* const whole = reinterpret_cast<Ints*>(space + call.whole_at);
+    const auto tile_at = [&](int64_t token) {
+        const int64_t t = token - start;
+        return Tile{call.codes + token * call.padded, token, results + t * kPanel, whole + t * kStrips};
+    };
+    for (int64_t from = 0; from < call.padded; from += call.slice) {
+        const int64_t to = std::min(from + call.slice, call.padded);
+        spread_slice(call, panel, from, to, slice);
+        for_strips(call.place.strips_of(panel), [&](int64_t strip, auto wide) {
+            for (int64_t token = start; token < end; token += kRows)
+                for_rows(std::min<int64_t>(kRows, end - token), [&](auto rows) {
+                    if (call.w.bits == 8 && DLQC_ISA != 2)
+                        run_plain<DLQC_ISA != 2, rows(), wide()>(call, tile_at(token), slice, panel, strip, from, to);
+                    else
+                        run_plain<false, rows(), wide()>(call, tile_at(token), slice, panel, strip, from, to);
+                });
+        });
+    }
+    for (int64_t token = start; token < end; token += kRows)
+        finish(call, tile_at(token), std::min<int64_t>(kRows, end - token), panel);
+}
+
+void quantize_tile(const Call& call, int64_t tile, int8_t* row) {
+    const int64_t token = tile * kRows, rows = std::min<int64_t>(kRows, call.x.count - token);
+    int8_t* const to = call.codes + token * call.padded;
+    for (int64_t r = 0; r < rows; ++r) {
+        int8_t* const codes = rows == 1 ? to : row;
+        float* const scales = call.scales + (token + r) * call.act_groups;
+        int32_t* const sums = call.sums + (token + r) * call.segments;
+        const auto quantize = [&](const auto* x) {
+            quantize_row(x + (token + r) * call.x.stride, call.w.k, call.padded, call.act_bits, call.act_group, call.segment,
+                         codes, scales, sums);
+        };
+        if (call.x.type == kFloat32)
+            quantize(static_cast<const float*>(call.x.x));
+        else
+            quantize(static_cast<const uint16_t*>(call.x.x));
+        if (rows > 1) interleave(row, call.padded, rows, r, to);
+    }
+}
+
+int64_t rounded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+thread_local Scratch of_call, of_thread;
+
+}  // namespace
+
+extern "C" {
+
+int dlqc_isa() { return DLQC_ISA; }
+
+int64_t dlqc_codes_bytes(int64_t n, int64_t k, int bits) {
+    return (n + kStrip - 1) / kStrip * ((k + kBlock - 1) / kBlock) * bits * 64;
+}
+
+void dlqc_arrange(const uint8_t* codes, int64_t n, int64_t k, int bits, uint8_t* to) { arrange(codes, n, k, bits, to); }
+
+// x [m, k] and y [m, n] of type 0 (float32) or 1 (bfloat16), rows `*_stride` elements apart; act_group 0: per token.
+// Returns 0, or 1 if there is no memory (then y is not written).
+int dlqc_linear8(const Weight* weight, const void* x, int type, int64_t m, int64_t x_stride, void* y, int64_t y_stride,
+                 int act_bits, int64_t act_group, int threads, Team team) {
+    if (m <= 0 || weight->n <= 0) return 0;
+    Call call{*weight, Place(*weight), {x, type, m, x_stride}, y, y_stride, act_bits};
+    call.padded = call.place.blocks * kBlock;
+    if (call.place.groups == 1) call.w.group = call.padded;
+    call.act_group = act_group ? act_group : call.padded;
+    call.segment = std::min(call.act_group, call.w.group);
+    call.segments = (call.padded + call.segment - 1) / call.segment;
+    call.act_groups = (call.padded + call.act_group - 1) / call.act_group;
+    call.slice = std::min(call.segment <= kSlice ? kSlice / call.segment * call.segment : kSlice, call.padded);
+
+    const int64_t sums_at = rounded(m * call.padded), scales_at = sums_at + rounded(4 * m * call.segments);
+    char* const shared = static_cast<char*>(of_call.get(scales_at + rounded(4 * m * call.act_groups)));
+    if (!shared) return 1;
+    call.codes = reinterpret_cast<int8_t*>(shared);
+    call.sums = reinterpret_cast<int32_t*>(shared + sums_at);
+    call.scales = reinterpret_cast<float*>(shared + scales_at);
+
+    const int64_t chunk = std::min(m, kChunk);
+    call.results_at = std::max(rounded(call.slice * kPanel), rounded(call.padded));
+    call.whole_at = call.results_at + rounded(4 * chunk * kPanel);
+    call.bytes = call.whole_at + rounded(4 * chunk * kPanel);
+    if (!of_thread.get(call.bytes)) return 1;  // so that at least this thread can do all the work
+
+    const int64_t tiles = (m + kRows - 1) / kRows, chunks = (m + kChunk - 1) / kChunk;
+    std::atomic<int64_t> next{0};
+    auto quantize = [&] {
+        int8_t* const row = static_cast<int8_t*>(of_thread.get(call.bytes));
+        if (!row) return;
+        for (int64_t tile; (tile = next.fetch_add(1)) < tiles;) quantize_tile(call, tile, row);
+    };
+    in_threads(static_cast<int>(std::min<int64_t>(threads, m * call.padded >> 16)), team, quantize);
+
+    next = 0;
+    auto multiply = [&] {
+        char* const space = static_cast<char*>(of_thread.get(call.bytes));
+        if (!space) return;
+        for (int64_t task; (task = next.fetch_add(1)) < call.place.panels * chunks;) {
+            const int64_t panel = task / chunks;
+            if (m <= kRows)
+                one_tile(call, panel, space);
+            else
+                many_tiles(call, panel, task % chunks, space);
+        }
+    };
+    const int64_t work = m * call.padded * call.place.strips * kStrip;
+    in_threads(static_cast<int>(std::min<int64_t>(threads, work >> 18)), team, multiply);
+    return 0;
+}
+
+}  // extern "C"

@@ -1,0 +1,94 @@
+// Dynamic quantization of activations, as dlqc.formats.activation defines it, into the order that the products read.
+//
+//   scale = max|x| / top over a token or a group of it (1 where that is 0), code = round(x / scale), ties to even
+//
+// Tokens come in tiles of up to kRows; a tile of r tokens is [K/4][r][4] codes, so that the four codes that meet one step of
+// the weight are one word, and the words of all tokens of the tile are neighbours.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "vectors.h"
+#include "weights.h"
+
+namespace {
+
+enum : int { kFloat32 = 0, kBfloat16 = 1 };
+
+struct Tokens {
+    const void* x;
+    int type;
+    int64_t count, stride;  // of rows, in elements
+};
+
+// Sixteen values from x[at] on; 0 past the end.
+DLQC_INLINE Floats values(const float* x, int64_t at, int64_t k) {
+    if (at + kLanes <= k) return load<Floats>(x + at);
+    Floats found{};
+    for (int64_t i = at; i < k; ++i) found[i - at] = x[i];
+    return found;
+}
+
+DLQC_INLINE Floats values(const uint16_t* x, int64_t at, int64_t k) {
+    if (at + kLanes <= k) return load_halves(x + at);
+    Floats found{};
+    for (int64_t i = at; i < k; ++i) found[i - at] = from_bfloat16(x[i]);
+    return found;
+}
+
+template <class T>
+DLQC_INLINE T larger(const T& a, const T& b) {
+    return a > b ? a : b;
+}
+
+template <class T>
+DLQC_INLINE int32_t largest(T v) {
+    int32_t found = v[0];
+    for (int i = 1; i < kLanes; ++i) found = std::max(found, v[i]);
+    return found;
+}
+
+// One token: codes [Kp] (0 past K), a scale for each `group` features, a sum of codes for each `segment`. Both lengths are
+// multiples of kBlock, or Kp.
+template <class X>
+void quantize_row(const X* x, int64_t k, int64_t padded, int bits, int64_t group, int64_t segment, int8_t* codes,
+                  float* scales, int32_t* sums) {
+    const int32_t top = (1 << (bits - 1)) - 1;
+    const float round = 12582912.0f;  // 1.5 · 2^23: adding it leaves the nearest whole number in the lowest bits
+    for (int64_t start = 0; start < padded; start += group) {
+        const int64_t end = std::min(start + group, padded);
+        Ints most{};
+        for (int64_t i = start; i < end; i += kLanes) most = larger<Ints>(most, (Ints)values(x, i, k) & 0x7fffffff);
+        const int32_t bits_of_most = largest(most);
+        float scale;
+        std::memcpy(&scale, &bits_of_most, 4);
+        scale /= static_cast<float>(top);
+        scale = scale == 0.0f ? 1.0f : std::max(scale, 0x1p-126f);
+        scales[start / group] = scale;
+        const Floats divisor = all(scale);
+        for (int64_t first = start; first < end;) {  // to the end of a segment, or of the group
+            const int64_t last = std::min(end, first / segment * segment + segment);
+            Ints sum{};
+            for (int64_t i = first; i < last; i += kLanes) {
+                Ints code = (Ints)(values(x, i, k) / divisor + round) - 0x4b400000;
+                code = code > top ? all(top) : code;
+                code = code < -top ? all(-top) : code;
+                store(codes + i, __builtin_convertvector(code, Sixteen8));
+                sum += code;
+            }
+            int32_t total = 0;
+            for (int i = 0; i < kLanes; ++i) total += sum[i];
+            int32_t& kept = sums[first / segment];
+            kept = first % segment == 0 ? total : kept + total;
+            first = last;
+        }
+    }
+}
+
+// Token `row` of a tile of `rows`.
+inline void interleave(const int8_t* codes, int64_t padded, int64_t rows, int64_t row, int8_t* tile) {
+    for (int64_t i = 0; i < padded / kStep; ++i) std::memcpy(tile + (i * rows + row) * kStep, codes + i * kStep, kStep);
+}
+
+}  // namespace
