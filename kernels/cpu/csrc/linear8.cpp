@@ -25,6 +25,8 @@ constexpr int64_t kChunk = 128;
 constexpr int64_t kSlice = 128;
 #endif
 
+int64_t rounded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
 struct Call {
     Weight w;
     Place place;
@@ -50,63 +52,60 @@ struct Tile {
     Ints* whole;
 };
 
+// Calls work(r, s) for a tile of constant size, unrolled: accumulators stay in registers.
+template <int kR, int kS, class F>
+DLQC_INLINE void each(const F& work) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kR; ++r)
+#pragma GCC unroll 3
+        for (int s = 0; s < kS; ++s) work(r, s);
+}
+
 template <int kR, int kS, class Product>
 DLQC_INLINE void segments_of(const Call& call, const Tile& tile, int64_t panel, int64_t strip, int64_t from, int64_t to,
                              const Product& product) {
-    const int64_t width = call.place.strips_of(panel) * kStrip;
-    const bool grouped = call.act_groups > 1;
+    const int64_t width = call.place.strips_of(panel) * kStrip, length = call.segment, half = call.w.half_scales;
     const int32_t low = lowered(call.w.bits);
+    int64_t segment = from / length, past = from - segment * length;  // past: input features that are already in `whole`
+    const int64_t per_group = call.w.group / length;  // segments that share the parameters of the weight
+    int64_t group = segment / per_group, in_group = segment - group * per_group;
+    int64_t at = call.place.scales_at(panel) + strip * kStrip + group * width;
+    const int32_t* sum = call.sums + tile.token * call.segments + segment * kR;
+    float* const results = tile.results + strip * kStrip;
+    Ints* const whole = tile.whole + strip;
     for (int64_t k = from; k < to;) {
-        const int64_t segment = k / call.segment, end = std::min((segment + 1) * call.segment, to);
-        const bool first = k == segment * call.segment;
-        const bool last = end == std::min((segment + 1) * call.segment, call.padded);
-        const int64_t at = call.place.scales_at(panel) + k / call.w.group * width + strip * kStrip;
-        const int32_t* const sum = call.sums + tile.token * call.segments + segment;
+        const int64_t full = std::min(k - past + length, call.padded), end = std::min(full, to);
         Ints acc[kR][kS];
-        if (!first) {
-#pragma GCC unroll 8
-            for (int r = 0; r < kR; ++r)
-#pragma GCC unroll 3
-                for (int s = 0; s < kS; ++s) acc[r][s] = tile.whole[r * kStrips + strip + s];
+        if (past) {
+            each<kR, kS>([&](int r, int s) DLQC_LAMBDA { acc[r][s] = whole[r * kStrips + s]; });
         } else if (call.w.zeros) {
+            Words zero[kS];
 #pragma GCC unroll 3
-            for (int s = 0; s < kS; ++s) {
-                const Words zero = (Words)(load_bytes(call.w.zeros + at + s * kStrip) - low);
-#pragma GCC unroll 8
-                for (int r = 0; r < kR; ++r) acc[r][s] = -(Ints)(zero * (Words)all(sum[r * call.segments]));
-            }
+            for (int s = 0; s < kS; ++s) zero[s] = (Words)(all(low) - load_bytes(call.w.zeros + at + s * kStrip));
+            each<kR, kS>([&](int r, int s) DLQC_LAMBDA { acc[r][s] = (Ints)(zero[s] * (Words)all(sum[r])); });
         } else {
-            const int32_t zero = (1 << (call.w.bits - 1)) - low;
-#pragma GCC unroll 8
-            for (int r = 0; r < kR; ++r) {
-                const Ints start = all(-zero * sum[r * call.segments]);
-#pragma GCC unroll 3
-                for (int s = 0; s < kS; ++s) acc[r][s] = start;
-            }
+            each<kR, kS>([&](int r, int s) DLQC_LAMBDA { acc[r][s] = all(sum[r]); });
         }
         product(k, end, acc);
-        if (!last) {
-#pragma GCC unroll 8
-            for (int r = 0; r < kR; ++r)
-#pragma GCC unroll 3
-                for (int s = 0; s < kS; ++s) tile.whole[r * kStrips + strip + s] = acc[r][s];
-        } else {
-            Floats scale[kS];
-#pragma GCC unroll 3
-            for (int s = 0; s < kS; ++s) scale[s] = load_scales(call.w.scales, call.w.half_scales, at + s * kStrip);
-            const float* const of_x = call.scales + tile.token * call.act_groups + (grouped ? k / call.act_group : 0);
-#pragma GCC unroll 8
-            for (int r = 0; r < kR; ++r) {
-#pragma GCC unroll 3
-                for (int s = 0; s < kS; ++s) {
-                    float* const kept = tile.results + r * kPanel + (strip + s) * kStrip;
-                    Floats found = to_floats(acc[r][s]);
-                    if (grouped) found *= of_x[r * call.act_groups];
-                    store(kept, k < call.segment ? found * scale[s] : load<Floats>(kept) + found * scale[s]);
-                }
-            }
+        if (end != full) {
+            each<kR, kS>([&](int r, int s) DLQC_LAMBDA { whole[r * kStrips + s] = acc[r][s]; });
+            return;
         }
-        k = end;
+        Floats scale[kS];
+#pragma GCC unroll 3
+        for (int s = 0; s < kS; ++s) scale[s] = load_scales(call.w.scales, half, at + s * kStrip);
+        const auto add = [&](int r, int s, const Floats& by) DLQC_LAMBDA {
+            float* const kept = results + r * kPanel + s * kStrip;
+            store(kept, load<Floats>(kept) + to_floats(acc[r][s]) * by);
+        };
+        if (call.act_groups > 1) {
+            const float* const of_x = call.scales + tile.token * call.act_groups + k / call.act_group;
+            each<kR, kS>([&](int r, int s) DLQC_LAMBDA { add(r, s, scale[s] * of_x[r * call.act_groups]); });
+        } else {
+            each<kR, kS>([&](int r, int s) DLQC_LAMBDA { add(r, s, scale[s]); });
+        }
+        k = end, past = 0, sum += kR;
+        if (++in_group == per_group) in_group = 0, at += width;
     }
 }
 
@@ -192,6 +191,7 @@ void finish(const Call& call, const Tile& tile, int64_t rows, int64_t panel) {
 void one_tile(const Call& call, int64_t panel, char* space) {
     const Tile tile{call.codes, 0, reinterpret_cast<float*>(space + call.results_at),
                     reinterpret_cast<Ints*>(space + call.whole_at)};
+    std::memset(tile.results, 0, 4 * call.x.count * kPanel);
     for_strips(call.place.strips_of(panel), [&](int64_t strip, auto wide) {
         for_bits(call.w.bits, [&](auto bits) {
             for_rows(call.x.count, [&](auto rows) { run_direct<bits(), rows(), wide()>(call, tile, panel, strip); });
@@ -219,6 +219,7 @@ void many_tiles(const Call& call, int64_t panel, int64_t chunk, char* space) {
     uint8_t* const slice = reinterpret_cast<uint8_t*>(space);
     float* const results = reinterpret_cast<float*>(space + call.results_at);
     Ints* const whole = reinterpret_cast<Ints*>(space + call.whole_at);
+    std::memset(results, 0, 4 * (end - start) * kPanel);
     const auto tile_at = [&](int64_t token) {
         const int64_t t = token - start;
         return Tile{call.codes + token * call.padded, token, results + t * kPanel, whole + t * kStrips};
@@ -240,13 +241,16 @@ void many_tiles(const Call& call, int64_t panel, int64_t chunk, char* space) {
         finish(call, tile_at(token), std::min<int64_t>(kRows, end - token), panel);
 }
 
-void quantize_tile(const Call& call, int64_t tile, int8_t* row) {
+// A tile of tokens: codes; scales; and what each segment's sum starts from, the sum of codes, times -zero where that is the
+// same everywhere, [segment][row].
+void quantize_tile(const Call& call, int64_t tile, int8_t* space) {
     const int64_t token = tile * kRows, rows = std::min<int64_t>(kRows, call.x.count - token);
     int8_t* const to = call.codes + token * call.padded;
+    int32_t* const sums = reinterpret_cast<int32_t*>(space + rounded(call.padded));
+    const int32_t factor = call.w.zeros ? 1 : lowered(call.w.bits) - (1 << (call.w.bits - 1));
     for (int64_t r = 0; r < rows; ++r) {
-        int8_t* const codes = rows == 1 ? to : row;
+        int8_t* const codes = rows == 1 ? to : space;
         float* const scales = call.scales + (token + r) * call.act_groups;
-        int32_t* const sums = call.sums + (token + r) * call.segments;
         const auto quantize = [&](const auto* x) {
             quantize_row(x + (token + r) * call.x.stride, call.w.k, call.padded, call.act_bits, call.act_group, call.segment,
                          codes, scales, sums);
@@ -255,11 +259,11 @@ void quantize_tile(const Call& call, int64_t tile, int8_t* row) {
             quantize(static_cast<const float*>(call.x.x));
         else
             quantize(static_cast<const uint16_t*>(call.x.x));
-        if (rows > 1) interleave(row, call.padded, rows, r, to);
+        int32_t* const starts = call.sums + token * call.segments + r;
+        for (int64_t i = 0; i < call.segments; ++i) starts[i * rows] = factor * sums[i];
+        if (rows > 1) interleave(space, call.padded, rows, r, to);
     }
 }
-
-int64_t rounded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 thread_local Scratch of_call, of_thread;
 
@@ -297,7 +301,7 @@ int dlqc_linear8(const Weight* weight, const void* x, int type, int64_t m, int64
     call.scales = reinterpret_cast<float*>(shared + scales_at);
 
     const int64_t chunk = std::min(m, kChunk);
-    call.results_at = std::max(rounded(call.slice * kPanel), rounded(call.padded));
+    call.results_at = std::max(rounded(call.slice * kPanel), rounded(call.padded) + rounded(4 * call.segments));
     call.whole_at = call.results_at + rounded(4 * chunk * kPanel);
     call.bytes = call.whole_at + rounded(4 * chunk * kPanel);
     if (!of_thread.get(call.bytes)) return 1;  // so that at least this thread can do all the work

@@ -47,11 +47,21 @@ DLQC_INLINE Floats all(float value) { return Floats{} + value; }
 DLQC_INLINE Floats to_floats(const Ints& value) { return __builtin_convertvector(value, Floats); }
 
 // Sixteen zero points, a byte each.
-DLQC_INLINE Ints load_bytes(const uint8_t* from) { return __builtin_convertvector(load<Sixteen8>(from), Ints); }
+DLQC_INLINE Ints load_bytes(const uint8_t* from) {
+#if DLQC_ISA == 2
+    return (Ints)_mm512_cvtepu8_epi32(load<__m128i>(from));
+#else
+    return __builtin_convertvector(load<Sixteen8>(from), Ints);
+#endif
+}
 
 // Sixteen bfloat16: the upper halves of float32.
 DLQC_INLINE Floats load_halves(const uint16_t* from) {
+#if DLQC_ISA == 2
+    return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load<__m256i>(from)), 16);
+#else
     return (Floats)(__builtin_convertvector(load<Sixteen16>(from), Words) << 16);
+#endif
 }
 
 DLQC_INLINE Floats load_scales(const void* from, bool half, int64_t at) {
