@@ -8,11 +8,11 @@
 //
 // and what follows is float32, in an order that depends on shapes alone.
 #include <atomic>
-#include <type_traits>
 
 #include "product8.h"
 #include "quantize.h"
 #include "threads.h"
+#include "tiles.h"
 #include "weights.h"
 
 namespace {
@@ -25,14 +25,11 @@ constexpr int64_t kChunk = 128;
 constexpr int64_t kSlice = 128;
 #endif
 
-int64_t rounded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
-
 struct Call {
     Weight w;
     Place place;
     Tokens x;
-    void* y;
-    int64_t y_stride;
+    Result y;
     int act_bits;
     int64_t act_group = 0;  // padded K for one scale a token
     int64_t segment = 0, segments = 0, act_groups = 0, padded = 0, slice = 0;
@@ -52,24 +49,15 @@ struct Tile {
     Ints* whole;
 };
 
-// Calls work(r, s) for a tile of constant size, unrolled: accumulators stay in registers.
-template <int kR, int kS, class F>
-DLQC_INLINE void each(const F& work) {
-#pragma GCC unroll 8
-    for (int r = 0; r < kR; ++r)
-#pragma GCC unroll 3
-        for (int s = 0; s < kS; ++s) work(r, s);
-}
-
 template <int kR, int kS, class Product>
 DLQC_INLINE void segments_of(const Call& call, const Tile& tile, int64_t panel, int64_t strip, int64_t from, int64_t to,
                              const Product& product) {
-    const int64_t width = call.place.strips_of(panel) * kStrip, length = call.segment, half = call.w.half_scales;
+    const int64_t length = call.segment;
     const int32_t low = lowered(call.w.bits);
     int64_t segment = from / length, past = from - segment * length;  // past: input features that are already in `whole`
     const int64_t per_group = call.w.group / length;  // segments that share the parameters of the weight
     int64_t group = segment / per_group, in_group = segment - group * per_group;
-    int64_t at = call.place.scales_at(panel) + strip * kStrip + group * width;
+    int64_t at = call.place.scales_at(panel) + strip * kStrip + group * kPanel;
     const int32_t* sum = call.sums + tile.token * call.segments + segment * kR;
     float* const results = tile.results + strip * kStrip;
     Ints* const whole = tile.whole + strip;
@@ -93,7 +81,7 @@ DLQC_INLINE void segments_of(const Call& call, const Tile& tile, int64_t panel, 
         }
         Floats scale[kS];
 #pragma GCC unroll 3
-        for (int s = 0; s < kS; ++s) scale[s] = load_scales(call.w.scales, half, at + s * kStrip);
+        for (int s = 0; s < kS; ++s) scale[s] = load_scales(call.w.scales, call.w.half_scales, at + s * kStrip);
         const auto add = [&](int r, int s, const Floats& by) DLQC_LAMBDA {
             float* const kept = results + r * kPanel + s * kStrip;
             store(kept, load<Floats>(kept) + to_floats(acc[r][s]) * by);
@@ -105,13 +93,13 @@ DLQC_INLINE void segments_of(const Call& call, const Tile& tile, int64_t panel, 
             each<kR, kS>([&](int r, int s) DLQC_LAMBDA { add(r, s, scale[s]); });
         }
         k = end, past = 0, sum += kR;
-        if (++in_group == per_group) in_group = 0, at += width;
+        if (++in_group == per_group) in_group = 0, at += kPanel;
     }
 }
 
 template <int kBits, int kR, int kS>
 __attribute__((noinline)) void run_direct(const Call& call, const Tile& tile, int64_t panel, int64_t strip) {
-    const int64_t pitch = call.place.strips_of(panel) * kBits * 64;
+    constexpr int64_t pitch = kStrips * kBits * 64;
     const uint8_t* const w = call.w.codes + call.place.codes_at(panel, kBits) + strip * kBits * 64;
     segments_of<kR, kS>(call, tile, panel, strip, 0, call.padded, [&](int64_t k, int64_t end, Ints(&acc)[kR][kS]) DLQC_LAMBDA {
         direct<kBits, kR, kS>(w + k / kBlock * pitch, pitch, tile.a + k * kR, (end - k) / kBlock, acc);
@@ -121,95 +109,39 @@ __attribute__((noinline)) void run_direct(const Call& call, const Tile& tile, in
 template <bool kWhole, int kR, int kS>
 __attribute__((noinline)) void run_plain(const Call& call, const Tile& tile, const uint8_t* slice, int64_t panel,
                                          int64_t strip, int64_t from, int64_t to) {
-    const int64_t pitch = call.place.strips_of(panel) * 64;
+    constexpr int64_t pitch = kStrips * 64;
     const uint8_t* const w = slice + strip * 64;
     segments_of<kR, kS>(call, tile, panel, strip, from, to, [&](int64_t k, int64_t end, Ints(&acc)[kR][kS]) DLQC_LAMBDA {
         plain<kWhole, kR, kS>(w + (k - from) / kStep * pitch, pitch, tile.a + k * kR, (end - k) / kStep, acc);
     });
 }
 
-// Calls work(number of rows), a constant where it is called.
-template <class F>
-DLQC_INLINE void for_rows(int64_t rows, const F& work) {
-    switch (rows) {
-        case 1: return work(std::integral_constant<int, 1>());
-        case 2: return work(std::integral_constant<int, 2>());
-        case 3: return work(std::integral_constant<int, 3>());
-        case 4: return work(std::integral_constant<int, 4>());
-#if DLQC_ISA == 2
-        case 5: return work(std::integral_constant<int, 5>());
-        case 6: return work(std::integral_constant<int, 6>());
-        case 7: return work(std::integral_constant<int, 7>());
-        case 8: return work(std::integral_constant<int, 8>());
-#endif
-    }
-}
-
-template <class F>
-DLQC_INLINE void for_bits(int bits, const F& work) {
-    if (bits == 2) work(std::integral_constant<int, 2>());
-    if (bits == 3) work(std::integral_constant<int, 3>());
-    if (bits == 4) work(std::integral_constant<int, 4>());
-    if (bits == 8) work(std::integral_constant<int, 8>());
-}
-
-// Calls work(first strip, number of strips, a constant) until the panel is done.
-template <class F>
-DLQC_INLINE void for_strips(int64_t strips, const F& work) {
-    if (strips == kWide) return work(int64_t{0}, std::integral_constant<int, kWide>());
-    for (int64_t strip = 0; strip < strips; ++strip) work(strip, std::integral_constant<int, 1>());
-}
-
-template <class Y>
-void finish(const Call& call, const Tile& tile, int64_t rows, int64_t panel, Y* y) {
-    const int64_t first = panel * kPanel, count = std::min(kPanel, call.w.n - first);
-    for (int64_t r = 0; r < rows; ++r) {
-        const float scale = call.act_groups > 1 ? 1.0f : call.scales[tile.token + r];
-        const float* const kept = tile.results + r * kPanel;
-        Y* const out = y + (tile.token + r) * call.y_stride + first;
-        float made[kPanel];
-        if (call.w.bias)
-            for (int64_t i = 0; i < count; ++i) made[i] = kept[i] * scale + call.w.bias[first + i];
-        else
-            for (int64_t i = 0; i < count; ++i) made[i] = kept[i] * scale;
-        for (int64_t i = 0; i < count; ++i) {
-            if constexpr (sizeof(Y) == 4)
-                out[i] = made[i];
-            else
-                out[i] = to_bfloat16(made[i]);
-        }
-    }
-}
-
 void finish(const Call& call, const Tile& tile, int64_t rows, int64_t panel) {
-    if (call.x.type == kFloat32)
-        finish(call, tile, rows, panel, static_cast<float*>(call.y));
-    else
-        finish(call, tile, rows, panel, static_cast<uint16_t*>(call.y));
+    const float* const scales = call.act_groups > 1 ? nullptr : call.scales + tile.token;
+    finish(call.w, call.y, tile.token, rows, panel, tile.results, scales);
 }
 
 void one_tile(const Call& call, int64_t panel, char* space) {
     const Tile tile{call.codes, 0, reinterpret_cast<float*>(space + call.results_at),
                     reinterpret_cast<Ints*>(space + call.whole_at)};
     std::memset(tile.results, 0, 4 * call.x.count * kPanel);
-    for_strips(call.place.strips_of(panel), [&](int64_t strip, auto wide) {
+    for_strips(call.w.n - panel * kPanel, [&](int64_t strip) {
         for_bits(call.w.bits, [&](auto bits) {
-            for_rows(call.x.count, [&](auto rows) { run_direct<bits(), rows(), wide()>(call, tile, panel, strip); });
+            for_rows(call.x.count, [&](auto rows) { run_direct<bits(), rows(), kWide>(call, tile, panel, strip); });
         });
     });
     finish(call, tile, call.x.count, panel);
 }
 
 void spread_slice(const Call& call, int64_t panel, int64_t from, int64_t to, uint8_t* slice) {
-    const int64_t strips = call.place.strips_of(panel);
     for_bits(call.w.bits, [&](auto bits) {
-        const uint8_t* w = call.w.codes + call.place.codes_at(panel, bits()) + from / kBlock * strips * bits() * 64;
-        for (int64_t k = from; k < to; k += kBlock, slice += kSteps * strips * 64)
-            for (int64_t s = 0; s < strips; ++s, w += bits() * 64) {
+        const uint8_t* w = call.w.codes + call.place.codes_at(panel, bits()) + from / kBlock * kStrips * bits() * 64;
+        for (int64_t k = from; k < to; k += kBlock, slice += kSteps * kStrips * 64)
+            for (int64_t s = 0; s < kStrips; ++s, w += bits() * 64) {
                 // The next block comes from memory while this one is used.
-                for (int i = 0; i < bits(); ++i) __builtin_prefetch(w + strips * bits() * 64 * (kSlice / kBlock) + 64 * i);
+                for (int i = 0; i < bits(); ++i) __builtin_prefetch(w + kStrips * bits() * 64 * (kSlice / kBlock) + 64 * i);
 #pragma GCC unroll 8
-                for (int j = 0; j < kSteps; ++j) store(slice + (j * strips + s) * 64, spread<bits()>(w, j));
+                for (int j = 0; j < kSteps; ++j) store(slice + (j * kStrips + s) * 64, spread<bits()>(w, j));
             }
     });
 }
@@ -227,13 +159,13 @@ void many_tiles(const Call& call, int64_t panel, int64_t chunk, char* space) {
     for (int64_t from = 0; from < call.padded; from += call.slice) {
         const int64_t to = std::min(from + call.slice, call.padded);
         spread_slice(call, panel, from, to, slice);
-        for_strips(call.place.strips_of(panel), [&](int64_t strip, auto wide) {
+        for_strips(call.w.n - panel * kPanel, [&](int64_t strip) {
             for (int64_t token = start; token < end; token += kRows)
                 for_rows(std::min<int64_t>(kRows, end - token), [&](auto rows) {
                     if (call.w.bits == 8 && DLQC_ISA != 2)
-                        run_plain<DLQC_ISA != 2, rows(), wide()>(call, tile_at(token), slice, panel, strip, from, to);
+                        run_plain<DLQC_ISA != 2, rows(), kWide>(call, tile_at(token), slice, panel, strip, from, to);
                     else
-                        run_plain<false, rows(), wide()>(call, tile_at(token), slice, panel, strip, from, to);
+                        run_plain<false, rows(), kWide>(call, tile_at(token), slice, panel, strip, from, to);
                 });
         });
     }
@@ -273,10 +205,6 @@ extern "C" {
 
 int dlqc_isa() { return DLQC_ISA; }
 
-int64_t dlqc_codes_bytes(int64_t n, int64_t k, int bits) {
-    return (n + kStrip - 1) / kStrip * ((k + kBlock - 1) / kBlock) * bits * 64;
-}
-
 void dlqc_arrange(const uint8_t* codes, int64_t n, int64_t k, int bits, uint8_t* to) { arrange(codes, n, k, bits, to); }
 
 // x [m, k] and y [m, n] of type 0 (float32) or 1 (bfloat16), rows `*_stride` elements apart; act_group 0: per token.
@@ -284,7 +212,7 @@ void dlqc_arrange(const uint8_t* codes, int64_t n, int64_t k, int bits, uint8_t*
 int dlqc_linear8(const Weight* weight, const void* x, int type, int64_t m, int64_t x_stride, void* y, int64_t y_stride,
                  int act_bits, int64_t act_group, int threads, Team team) {
     if (m <= 0 || weight->n <= 0) return 0;
-    Call call{*weight, Place(*weight), {x, type, m, x_stride}, y, y_stride, act_bits};
+    Call call{*weight, Place(*weight), {x, type, m, x_stride}, {y, type, y_stride}, act_bits};
     call.padded = call.place.blocks * kBlock;
     if (call.place.groups == 1) call.w.group = call.padded;
     call.act_group = act_group ? act_group : call.padded;
@@ -327,7 +255,7 @@ int dlqc_linear8(const Weight* weight, const void* x, int type, int64_t m, int64
                 many_tiles(call, panel, task % chunks, space);
         }
     };
-    const int64_t work = m * call.padded * call.place.strips * kStrip;
+    const int64_t work = m * call.padded * call.place.panels * kPanel;
     in_threads(static_cast<int>(std::min<int64_t>(threads, work >> 18)), team, multiply);
     return 0;
 }

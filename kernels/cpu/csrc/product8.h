@@ -7,15 +7,13 @@
 // exactly (modulo 2^32, so only the end result must fit). `direct` reads the stored weight, `plain` one that was spread out.
 #pragma once
 
-#include "quantize.h"
+#include "tiles.h"
 #include "vectors.h"
 #include "weights.h"
 
 namespace {
 
 #if DLQC_ISA == 2
-
-constexpr int kRows = 8, kWide = 3;
 
 // gcc moves accumulators of the intrinsic between registers and memory; of this it keeps 24 in registers.
 DLQC_INLINE void dot(Ints& sum, const Bytes& codes, const int8_t* word) {
@@ -55,8 +53,6 @@ DLQC_INLINE void plain(const uint8_t* w, int64_t pitch, const int8_t* a, int64_t
 }
 
 #else
-
-constexpr int kRows = 4, kWide = 1;
 
 #if DLQC_ISA == 1
 

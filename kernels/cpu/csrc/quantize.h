@@ -10,32 +10,10 @@
 #include <cstdint>
 
 #include "vectors.h"
+#include "tiles.h"
 #include "weights.h"
 
 namespace {
-
-enum : int { kFloat32 = 0, kBfloat16 = 1 };
-
-struct Tokens {
-    const void* x;
-    int type;
-    int64_t count, stride;  // of rows, in elements
-};
-
-// Sixteen values from x[at] on; 0 past the end.
-DLQC_INLINE Floats values(const float* x, int64_t at, int64_t k) {
-    if (at + kLanes <= k) return load<Floats>(x + at);
-    Floats found{};
-    for (int64_t i = at; i < k; ++i) found[i - at] = x[i];
-    return found;
-}
-
-DLQC_INLINE Floats values(const uint16_t* x, int64_t at, int64_t k) {
-    if (at + kLanes <= k) return load_halves(x + at);
-    Floats found{};
-    for (int64_t i = at; i < k; ++i) found[i - at] = from_bfloat16(x[i]);
-    return found;
-}
 
 template <class T>
 DLQC_INLINE T larger(const T& a, const T& b) {

@@ -6,7 +6,9 @@
 #include <cstring>
 
 // What this file was compiled for: DLQC_ISA is 2 for AVX512 with VNNI, 1 for AVX2 with FMA, 0 for anything else.
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+#if defined(DLQC_PORTABLE)
+#define DLQC_ISA 0
+#elif defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 #define DLQC_ISA 2
 #include <immintrin.h>
 #elif defined(__AVX2__) && defined(__FMA__)

@@ -9,12 +9,13 @@
 //              4 bits  vector i holds step 2i in its lower and step 2i + 1 in its upper halves of bytes
 //              2 bits  vector i holds step 4i + j at bit 2j of each byte
 //              3 bits  vectors 0 and 1 hold the two lower bits likewise, vector 2 the upper bit of step j at bit j
-//   scales   [panel][group][strip][16], float32 or bfloat16; 0 for columns past N
+//   scales   [panel][group][strip][16], float32 or bfloat16
 //   zeros    [panel][group][strip][16], one byte each, or null: 2^(b-1) everywhere
 //
-// A panel at the right edge has as many strips as are left. K is padded to whole blocks; activations are 0 there.
+// N is padded to whole panels, K to whole blocks; scales are 0 past N, activations past K.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "vectors.h"
@@ -27,6 +28,8 @@ constexpr int64_t kBlock = 32, kStep = 4, kSteps = 8, kStrip = 16, kStrips = 3, 
 
 extern "C" {
 
+enum : int32_t { kIntegers = 0, kTable = 1, kTables = 2, kPlanes = 3 };
+
 struct Weight {
     int64_t n, k;
     int64_t group;  // input features that share a scale; K for one scale a channel
@@ -34,9 +37,14 @@ struct Weight {
     const void* scales;
     const uint8_t* zeros;
     const float* bias;   // or null
-    const float* table;  // 16 values that codes stand for, or null: code - zero
     int32_t bits;
     int32_t half_scales;  // 1: bfloat16
+    // Formats that are not integers (linear16.cpp):
+    int32_t kind;
+    const float* table;    // kTable: 16 values; kTables: [panel][group][2^bits][48]
+    const float* rows;     // kPlanes: [panel][plane][48]
+    const float* columns;  // kPlanes: [plane][group size]
+    const int32_t* first;  // kPlanes: [groups + 1], the first plane of each group
 };
 
 }  // extern "C"
@@ -45,15 +53,11 @@ namespace {
 
 // Where things are in a weight.
 struct Place {
-    int64_t blocks, groups, strips, panels;
+    int64_t blocks, groups, panels;
     explicit Place(const Weight& w)
-        : blocks((w.k + kBlock - 1) / kBlock),
-          groups((w.k + w.group - 1) / w.group),
-          strips((w.n + kStrip - 1) / kStrip),
-          panels((strips + kStrips - 1) / kStrips) {}
-    int64_t strips_of(int64_t panel) const { return std::min(kStrips, strips - panel * kStrips); }
-    int64_t codes_at(int64_t panel, int bits) const { return panel * kStrips * blocks * bits * 64; }
-    int64_t scales_at(int64_t panel) const { return panel * kPanel * groups; }
+        : blocks((w.k + kBlock - 1) / kBlock), groups((w.k + w.group - 1) / w.group), panels((w.n + kPanel - 1) / kPanel) {}
+    int64_t codes_at(int64_t panel, int bits) const { return panel * blocks * kStrips * bits * 64; }
+    int64_t scales_at(int64_t panel) const { return panel * groups * kPanel; }
 };
 
 // Step j of a block of one strip, spread out to one code a byte.
@@ -75,11 +79,11 @@ DLQC_INLINE Bytes spread(const uint8_t* block, int j) {
 
 // Codes [N, K], one byte each, into the layout above. `to` holds zeros.
 inline void arrange(const uint8_t* codes, int64_t n, int64_t k, int bits, uint8_t* to) {
-    const Weight w{n, k, k, nullptr, nullptr, nullptr, nullptr, nullptr, bits, 0};
+    const Weight w{n, k, k, nullptr, nullptr, nullptr, nullptr, bits, 0, 0, nullptr, nullptr, nullptr, nullptr};
     const Place place(w);
     for (int64_t row = 0; row < n; ++row) {
         const int64_t panel = row / kPanel, strip = row % kPanel / kStrip, lane = row % kStrip;
-        const int64_t pitch = place.strips_of(panel) * bits * 64;
+        const int64_t pitch = kStrips * bits * 64;
         uint8_t* const base = to + place.codes_at(panel, bits) + strip * bits * 64 + lane * 4;
         const uint8_t* const from = codes + row * k;
         for (int64_t i = 0; i < k; ++i) {
