@@ -8,7 +8,8 @@ In order of preference:
     int8pack  8-bit per-channel weights, bfloat16 product
     int4pack  2- to 4-bit weights, bfloat16 product
     dequant   whatever is left of integers
-    coded     formats that are not integers, by their definition
+    coded16   native: normal floats, codebooks, sign planes
+    coded     other formats that are not integers, by their definition
 
 Of torch's ops no two in bfloat16 compete (they differ in bits); int8_mm goes before them because its sums are exact.
 """
@@ -18,6 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dlqc.backend import AnyKernel, Backend
+from dlqc.kernels.cpu.coded16 import Coded16
 from dlqc.kernels.cpu.dequant import Dequant
 from dlqc.kernels.cpu.int4pack import Int4Pack
 from dlqc.kernels.cpu.int8_mm import Int8MM
@@ -32,7 +34,7 @@ class CpuBackend:
     """Native kernels and the ops of torch, on the CPU."""
 
     name: str = "cpu"
-    kernels: tuple[AnyKernel, ...] = (Linear8(), Int8MM(), Linear16(), Int8Pack(), Int4Pack(), Dequant(), Coded())
+    kernels: tuple[AnyKernel, ...] = (Linear8(), Int8MM(), Linear16(), Int8Pack(), Int4Pack(), Dequant(), Coded16(), Coded())
 
     def available(self) -> str | None:
         """Always: torch has a CPU, and each kernel checks for itself what it needs of this one."""
