@@ -68,8 +68,8 @@ def test_values(fmt: Any, tokens: int, n: int, dtype: torch.dtype) -> None:
     assert ((y.double() - expected).abs() <= (K + 8) * 2.0**-24 * size + rounding * expected.abs()).all()
 
 
-def test_one_group_of_an_odd_width() -> None:
-    fmt = CodebookFormat(3)
+@pytest.mark.parametrize("fmt", [CodebookFormat(3), PlanesFormat(2, None), PlanesFormat(3, None)], ids=lambda f: f.label)
+def test_one_group_of_an_odd_width(fmt: Any) -> None:
     weight = stored(fmt, 5, 77)
     lowered = KERNEL.lower_coded(LinearSpec(77, 5, fmt, None, False), weight.pack(), None)
     x = torch.randn(3, 77)

@@ -99,17 +99,17 @@ void fill_tables(const Weight& w, const Place& place, int64_t panel, int64_t fro
 struct Signs {
     Floats rows[3];
     const float* columns;
-    int64_t start, size;
+    int64_t size;
     int planes;
 };
 
 // Σ ±rows[plane][column] · columns[plane][input feature], + where the plane's bit of the code is set
 template <int kBits>
 void fill_planes(const Weight& w, const Place& place, int64_t panel, int64_t from, int64_t to, float* slice) {
-    const int64_t total = w.first[place.groups];
+    const int64_t total = w.first[place.groups], size = place.groups == 1 ? w.k : w.group;
     const auto start = [&](int64_t k, int64_t column) DLQC_LAMBDA {
         const int64_t group = k / w.group, plane = w.first[group];
-        Signs held{{}, w.columns + plane * w.group - group * w.group, 0, w.group, w.first[group + 1] - w.first[group]};
+        Signs held{{}, w.columns + (plane - group) * size, size, w.first[group + 1] - w.first[group]};
         for (int p = 0; p < held.planes; ++p)
             held.rows[p] = load<Floats>(w.rows + (panel * total + plane + p) * kPanel + column);
         return held;
