@@ -34,7 +34,16 @@ class CpuBackend:
     """Native kernels and the ops of torch, on the CPU."""
 
     name: str = "cpu"
-    kernels: tuple[AnyKernel, ...] = (Linear8(), Int8MM(), Linear16(), Int8Pack(), Int4Pack(), Dequant(), Coded16(), Coded())
+    kernels: tuple[AnyKernel, ...] = (
+        Linear8(),
+        Int8MM(),
+        Linear16(),
+        Int8Pack(),
+        Int4Pack(),
+        Dequant(),
+        Coded16(),
+        Coded(),
+    )
 
     def available(self) -> str | None:
         """Always: torch has a CPU, and each kernel checks for itself what it needs of this one."""

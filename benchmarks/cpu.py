@@ -54,8 +54,8 @@ PEAK = """
 #define ONE(i) "vpdpbusd %%zmm12, %%zmm12, %%zmm" #i "\\n"
 #define TWELVE ONE(0) ONE(1) ONE(2) ONE(3) ONE(4) ONE(5) ONE(6) ONE(7) ONE(8) ONE(9) ONE(10) ONE(11)
 static void turns(int64_t n) {
-    asm volatile("vpxord %%zmm12, %%zmm12, %%zmm12\\n1:\\n" TWELVE TWELVE "dec %0\\njnz 1b\\n" : "+r"(n) : : "zmm0", "zmm1", "zmm2",
-                 "zmm3", "zmm4", "zmm5", "zmm6", "zmm7", "zmm8", "zmm9", "zmm10", "zmm11", "zmm12", "cc");
+    asm volatile("vpxord %%zmm12, %%zmm12, %%zmm12\\n1:\\n" TWELVE TWELVE "dec %0\\njnz 1b\\n" : "+r"(n) : : "zmm0", "zmm1",
+                 "zmm2", "zmm3", "zmm4", "zmm5", "zmm6", "zmm7", "zmm8", "zmm9", "zmm10", "zmm11", "zmm12", "cc");
 }
 extern "C" void peak(int64_t n, int threads) {
     std::vector<std::thread> others;
@@ -113,7 +113,9 @@ class Machine:
 
     def limits(self) -> dict[str, Any]:
         return {
-            "processor": next((x.split(":")[1].strip() for x in _cpuinfo() if x.startswith("model name")), platform.processor()),
+            "processor": next(
+                (x.split(":")[1].strip() for x in _cpuinfo() if x.startswith("model name")), platform.processor()
+            ),
             "threads": self.threads,
             "peak GOP/s, one thread": round(self.rate(1)),
             "peak GOP/s, all threads": round(self.rate(self.threads)),
@@ -136,7 +138,9 @@ Call = Callable[[torch.Tensor], torch.Tensor]
 class Entry:
     """One implementation of one shape: how to call it, the float64 weight that it has, and its stored bytes."""
 
-    def __init__(self, name: str, mode: str, call: Call, weight: torch.Tensor, bytes_: float, dtype: torch.dtype) -> None:
+    def __init__(
+        self, name: str, mode: str, call: Call, weight: torch.Tensor, bytes_: float, dtype: torch.dtype
+    ) -> None:
         self.name, self.mode, self.call, self.weight, self.bytes, self.dtype = name, mode, call, weight, bytes_, dtype
 
 
@@ -181,7 +185,7 @@ def torch_peers(k: int, n: int, w: torch.Tensor) -> list[Entry]:
         Entry("torch bfloat16", "fp", lambda x: x @ half.T, half.double(), 2 * n * k, torch.bfloat16),
     ]
     try:
-        ready = torch.ops.mkldnn._reorder_linear_weight(half.to_mkldnn())
+        ready = torch.ops.mkldnn._reorder_linear_weight(half.to_mkldnn(), None)
         entries.append(
             Entry(
                 "torch bfloat16 prepacked",
@@ -205,7 +209,9 @@ def torch_peers(k: int, n: int, w: torch.Tensor) -> list[Entry]:
             return torch.ops.quantized.linear_dynamic(x, packed, reduce_range=False)  # type: ignore[no-any-return]
 
         entries.append(
-            Entry(f"torch linear_dynamic {engine}", "W8A8 tensor", call, codes.dequantize().double(), n * k, torch.float32)
+            Entry(
+                f"torch linear_dynamic {engine}", "W8A8 tensor", call, codes.dequantize().double(), n * k, torch.float32
+            )
         )
     return entries
 
@@ -222,7 +228,13 @@ def onnx_peers(k: int, n: int, w: torch.Tensor) -> list[Entry]:
         blob = pack(stored.codes, bits).reshape(n, k // 128, 16 * bits).numpy()
         scales = stored.scales.float().numpy()
         node = helper.make_node(
-            *("MatMulNBits", ["x", "b", "s"], ["y"]), domain="com.microsoft", K=k, N=n, bits=bits, block_size=128, accuracy_level=4
+            *("MatMulNBits", ["x", "b", "s"], ["y"]),
+            domain="com.microsoft",
+            K=k,
+            N=n,
+            bits=bits,
+            block_size=128,
+            accuracy_level=4,
         )
         graph = helper.make_graph(
             *([node], "g", [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["m", k])]),
@@ -232,7 +244,9 @@ def onnx_peers(k: int, n: int, w: torch.Tensor) -> list[Entry]:
                 helper.make_tensor("s", TensorProto.FLOAT, [scales.size], np.ravel(scales).tobytes(), raw=True),
             ],
         )
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)])
+        model = helper.make_model(
+            graph, opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+        )
         options = ort.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.add_session_config_entry("session.force_spinning_stop", "1")
@@ -306,7 +320,9 @@ def gather(k: int, n: int) -> list[Entry]:
         try:
             entries += peers(k, n, w)
         except Exception as error:  # a peer that is not there, or not in a version that this file knows
-            print(f"  {name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", file=sys.stderr)
+            print(
+                f"  {name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", file=sys.stderr
+            )
     return entries
 
 
@@ -317,7 +333,9 @@ def error_of(entry: Entry, x: torch.Tensor) -> float:
     return float((entry.call(given).double() - expected).abs().max() / expected.abs().max())
 
 
-def measure(entries: list[Entry], k: int, n: int, m: int, machine: Machine, args: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(
+    entries: list[Entry], k: int, n: int, m: int, machine: Machine, args: argparse.Namespace
+) -> list[dict[str, Any]]:
     x = torch.randn(m, k, generator=torch.Generator().manual_seed(m))
     given = {dtype: x.to(dtype) for dtype in {entry.dtype for entry in entries}}
     errors = {entry.name: error_of(entry, x[: min(m, 32)]) for entry in entries}

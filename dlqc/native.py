@@ -1,9 +1,10 @@
 """Native code, built by the user's own C++ compiler when it is first used.
 
 `library("fwht")` compiles `dlqc/csrc/fwht.cpp` once for this processor and compiler, in a second or two, and keeps it in a
-cache folder (kernels bring sources of their own, in a folder of their own): $DLQC_CACHE, else $XDG_CACHE_HOME/dlqc, else ~/.cache/dlqc, and in a private temporary folder if that cannot
-be used. Sources have a plain C interface and know nothing of torch or Python, so nothing else is needed to build them and no
-version has to match. Where there is no compiler, `available` tells why, and callers have a slower way in torch.
+cache folder: $DLQC_CACHE, else $XDG_CACHE_HOME/dlqc, else ~/.cache/dlqc, and in a private temporary folder if that cannot
+be used. Others bring sources in a folder of their own. Sources have a plain C interface and know nothing of torch or Python,
+so nothing else is needed to build them and no version has to match. Where there is no compiler, `available` tells why, and
+callers have a slower way in torch.
 
 A library is code that runs as the user: it is loaded only from a folder that nobody else can write to. Processes that
 build at the same time each write a file of their own and move it into place as a whole.

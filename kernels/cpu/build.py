@@ -31,7 +31,7 @@ BLOCK = 32  # input features likewise
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 _COMMON = ("-ffp-contract=fast", "-Wno-psabi")
-_FORCED = {"avx512vnni": "-march=x86-64-v4 -mavx512vnni", "avx2": "-march=x86-64-v3", "portable": "-march=x86-64"}
+_FORCED = {"avx512vnni": "-march=x86-64-v4 -mavx512vnni", "avx2": "-march=x86-64-v3", "portable": "-march=x86-64 -O1"}
 
 _forked = False
 

@@ -54,7 +54,9 @@ def coded16(
     if not x.numel():
         return blank(x, in_features, out_features)
     where = [part.data_ptr() for part in tensors]
-    scales, table, own = None, None, (None, None, None)
+    scales: int | None = None
+    table: int | None = None
+    own: tuple[int, ...] = ()
     if kind == "nf4":
         scales, table = where[1], where[2]
     elif kind == "codebook":

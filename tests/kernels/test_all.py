@@ -65,7 +65,9 @@ def specs(draw: st.DrawFn, name: str) -> LinearSpec:
         group, act_group = draw(st.sampled_from([None, 32, 64, 96, 128])), None
         k = k if group is None else group * draw(st.integers(1, 5))
         if group is not None and k % 64 == 0:
-            act_group = draw(st.sampled_from([None, *(g for g in (32, 64, group, k) if max(g, group) % min(g, group) == 0)]))
+            act_group = draw(
+                st.sampled_from([None, *(g for g in (32, 64, group, k) if max(g, group) % min(g, group) == 0)])
+            )
         act = ActFormat(draw(st.integers(2, 8)), act_group)
     else:
         if name == "int8pack":

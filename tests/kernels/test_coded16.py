@@ -50,7 +50,9 @@ def stored(fmt: Any, n: int, k: int = K) -> Any:
 
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.label)
-@pytest.mark.parametrize(("tokens", "n", "dtype"), [(1, 50, torch.float32), (9, 33, torch.bfloat16), (30, 97, torch.float64)])
+@pytest.mark.parametrize(
+    ("tokens", "n", "dtype"), [(1, 50, torch.float32), (9, 33, torch.bfloat16), (30, 97, torch.float64)]
+)
 def test_values(fmt: Any, tokens: int, n: int, dtype: torch.dtype) -> None:
     weight = stored(fmt, n)
     bias = torch.randn(n) if tokens > 1 else None
@@ -68,7 +70,9 @@ def test_values(fmt: Any, tokens: int, n: int, dtype: torch.dtype) -> None:
     assert ((y.double() - expected).abs() <= (K + 8) * 2.0**-24 * size + rounding * expected.abs()).all()
 
 
-@pytest.mark.parametrize("fmt", [CodebookFormat(3), PlanesFormat(2, None), PlanesFormat(3, None)], ids=lambda f: f.label)
+@pytest.mark.parametrize(
+    "fmt", [CodebookFormat(3), PlanesFormat(2, None), PlanesFormat(3, None)], ids=lambda f: f.label
+)
 def test_one_group_of_an_odd_width(fmt: Any) -> None:
     weight = stored(fmt, 5, 77)
     lowered = KERNEL.lower_coded(LinearSpec(77, 5, fmt, None, False), weight.pack(), None)

@@ -47,9 +47,7 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     symmetric=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_sums_are_exact(
-    bits: int, shape: tuple[int, int, int], group: int | None, symmetric: bool, seed: int
-) -> None:
+def test_sums_are_exact(bits: int, shape: tuple[int, int, int], group: int | None, symmetric: bool, seed: int) -> None:
     """Tokens are whole numbers up to 127, and each row shows one of its groups by a scale of 1 there: nothing is rounded."""
     g = torch.Generator().manual_seed(seed)
     m, n, k = shape

@@ -59,14 +59,24 @@ def test_sanitizers(tmp_path: Path) -> None:
     (tmp_path / "main.cpp").write_text(MAIN)
     (tmp_path / "empty.cpp").write_text("int main() {}\n")
     program = str(tmp_path / "program")
-    flags = "-std=c++17 -O1 -march=native -ffp-contract=fast -w -pthread -fsanitize=address,undefined"
-    command = [*native._compiler()[0], *flags.split(), "-fno-sanitize-recover=all", "-I", str(build.SOURCES), "-o", program]
+    flags = "-std=c++17 -O0 -march=native -ffp-contract=fast -w -pthread -fsanitize=address,undefined"
+    command = [
+        *native._compiler()[0],
+        *flags.split(),
+        "-fno-sanitize-recover=all",
+        "-I",
+        str(build.SOURCES),
+        "-o",
+        program,
+    ]
     if subprocess.run([*command, str(tmp_path / "empty.cpp")], capture_output=True).returncode:
         pytest.skip("the compiler has no sanitizers")
     if subprocess.run([program], capture_output=True).returncode:
         pytest.skip("programs with sanitizers do not run here")
     # Both sources have an entry of the same names: those of the first are made local.
-    (tmp_path / "eight.cpp").write_text('#define dlqc_isa isa8\n#define dlqc_arrange arrange8\n#include "linear8.cpp"\n')
+    (tmp_path / "eight.cpp").write_text(
+        '#define dlqc_isa isa8\n#define dlqc_arrange arrange8\n#include "linear8.cpp"\n'
+    )
     sources = [str(tmp_path / "main.cpp"), str(tmp_path / "eight.cpp"), str(build.SOURCES / "linear16.cpp")]
     subprocess.run([*command, *sources], check=True)
     found = subprocess.run([program], capture_output=True, text=True)
