@@ -173,15 +173,19 @@ void many_tiles(const Call& call, int64_t panel, int64_t chunk, char* space) {
         finish(call, tile_at(token), std::min<int64_t>(kRows, end - token), panel);
 }
 
+// Rows a power of two apart would share few lines of the cache.
+int64_t row_pitch(int64_t padded) { return rounded(padded) + 64; }
+
 // A tile of tokens: codes; scales; and what each segment's sum starts from, the sum of codes, times -zero where that is the
 // same everywhere, [segment][row].
 void quantize_tile(const Call& call, int64_t tile, int8_t* space) {
     const int64_t token = tile * kRows, rows = std::min<int64_t>(kRows, call.x.count - token);
     int8_t* const to = call.codes + token * call.padded;
-    int32_t* const sums = reinterpret_cast<int32_t*>(space + rounded(call.padded));
+    const int64_t pitch = row_pitch(call.padded);
+    int32_t* const sums = reinterpret_cast<int32_t*>(space + kRows * pitch);
     const int32_t factor = call.w.zeros ? 1 : lowered(call.w.bits) - (1 << (call.w.bits - 1));
     for (int64_t r = 0; r < rows; ++r) {
-        int8_t* const codes = rows == 1 ? to : space;
+        int8_t* const codes = rows == 1 ? to : space + r * pitch;
         float* const scales = call.scales + (token + r) * call.act_groups;
         const auto quantize = [&](const auto* x) {
             quantize_row(x + (token + r) * call.x.stride, call.w.k, call.padded, call.act_bits, call.act_group, call.segment,
@@ -193,8 +197,8 @@ void quantize_tile(const Call& call, int64_t tile, int8_t* space) {
             quantize(static_cast<const uint16_t*>(call.x.x));
         int32_t* const starts = call.sums + token * call.segments + r;
         for (int64_t i = 0; i < call.segments; ++i) starts[i * rows] = factor * sums[i];
-        if (rows > 1) interleave(space, call.padded, rows, r, to);
     }
+    if (rows > 1) interleave(space, pitch, call.padded, rows, to);
 }
 
 thread_local Scratch of_call, of_thread;
@@ -229,7 +233,7 @@ int dlqc_linear8(const Weight* weight, const void* x, int type, int64_t m, int64
     call.scales = reinterpret_cast<float*>(shared + scales_at);
 
     const int64_t chunk = std::min(m, kChunk);
-    call.results_at = std::max(rounded(call.slice * kPanel), rounded(call.padded) + rounded(4 * call.segments));
+    call.results_at = std::max(rounded(call.slice * kPanel), kRows * row_pitch(call.padded) + rounded(4 * call.segments));
     call.whole_at = call.results_at + rounded(4 * chunk * kPanel);
     call.bytes = call.whole_at + rounded(4 * chunk * kPanel);
     if (!of_thread.get(call.bytes)) return 1;  // so that at least this thread can do all the work

@@ -71,6 +71,25 @@ DLQC_INLINE Floats load_scales(const void* from, bool half, int64_t at) {
     return load<Floats>(static_cast<const float*>(from) + at);
 }
 
+// The lowest bytes of sixteen numbers.
+DLQC_INLINE void store_bytes(void* to, const Ints& value) {
+#if DLQC_ISA == 2
+    _mm_storeu_si128(static_cast<__m128i*>(to), _mm512_cvtepi32_epi8((__m512i)value));
+#else
+    store(to, __builtin_convertvector(value, Sixteen8));
+#endif
+}
+
+DLQC_INLINE int32_t total(const Ints& value) {
+#if DLQC_ISA == 2
+    return _mm512_reduce_add_epi32((__m512i)value);
+#else
+    int32_t sum = 0;
+    for (int i = 0; i < kLanes; ++i) sum += value[i];
+    return sum;
+#endif
+}
+
 inline float from_bfloat16(uint16_t bits) {
     const uint32_t wide = static_cast<uint32_t>(bits) << 16;
     float value;
