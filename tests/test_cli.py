@@ -248,5 +248,6 @@ def test_verify_refuses_a_backend_that_computes_something_else(
         return right(self, spec, packed, scales * 0, zeros, bias)
 
     monkeypatch.setattr(Int4Pack, "lower", wrong)
+    monkeypatch.setenv("DLQC_NATIVE", "0")  # so that it is the one that is chosen
     assert run(monkeypatch, "verify", str(artifact), "--backend", "cpu") == 2
     assert "the logits differ from the reference by" in capsys.readouterr().err
