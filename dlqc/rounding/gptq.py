@@ -24,7 +24,7 @@ in TRIALS and keeps the one with the least loss; rows are independent, which mak
 
 The feedback is float32 (`dtype`), between blocks of columns a product of matrices, inside a block native code where there
 is a compiler (`dlqc.intround`). So is the factor, if H is far enough from singular (`factorize`). Peak memory: H, one
-float32 copy of it, two float32 copies and one uint8 copy of the weight.
+float32 copy of it, three float32 copies and one uint8 copy of the weight.
 """
 
 from __future__ import annotations
