@@ -235,6 +235,19 @@ def test_shared_weights_layer_by_layer_compare_all_calls(case: CaseMaker) -> Non
     assert close(down["hessian"], moment(k.ctx, x, x))
 
 
+@pytest.mark.parametrize("name", ["post norm", "dream", "llada bf16"])
+def test_every_kind_of_block_goes_through_both_streams(case: CaseMaker, name: str) -> None:
+    """Linears that read the block's own input; biases and grouped queries; 16-bit weights."""
+    k = case(name)
+    expected = k.forward(k.ctx.rows.ids).float()
+    sites = sum(len(list(linears(block.nodes(k.graph), k.ctx.weights))) for block in k.ctx.blocks)
+    p = QuantizeWeights(4, 32, method=Gptaq(), sequential="layer")
+    report = PassManager((Calibrate(sequences=16, length=16), p)).run(k.graph, k.ctx)[-1][1]
+    assert report.sites == sites
+    found = k.forward(k.ctx.rows.ids).float()
+    assert 0 < (found - expected).norm() < 0.35 * expected.norm()
+
+
 class Chained(nn.Module):
     """Linears that read each other's output, as a factorized projection does."""
 
