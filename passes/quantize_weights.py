@@ -5,7 +5,8 @@ After:   y = linear_q(x, codes, scales, zeros, b),   W ≈ (codes - zeros)·scal
          y = linear_coded(x, parts, b),              W ≈ what the parts stand for in `format`, stored packed at once
 
 How codes are chosen is the `method`'s business (`dlqc.rounding`): round-to-nearest, GPTQ, … Not every method rounds to every
-format: nf4, fp8, microscaling and lattice take rtn, planes rtn and daq, lattice ldlq, codebook kmeans. It gets the weight
+format: nf4, fp8, microscaling and lattice take rtn, planes rtn and daq, lattice ldlq, codebook kmeans,
+offset rtn and hqq. It gets the weight
 with all folds evaluated in float64 and the statistics of the layer's inputs on the denoising states, as they arrive through the
 blocks that are quantized already. Lossy; the report gives each site's output signal-to-noise ratio.
 
@@ -38,12 +39,13 @@ from dlqc.rounding.contract import Rounded
 from dlqc.rounding.daq import Daq
 from dlqc.rounding.gptq import Gptq
 from dlqc.rounding.hessian import sqnr_db
+from dlqc.rounding.hqq import Hqq
 from dlqc.rounding.kmeans import Kmeans
 from dlqc.rounding.rtn import Rtn
 from dlqc.rounding.vector import Ldlq
 from dlqc.routers import KEPT, is_router
 
-Method = Rtn | Gptq | Daq | Kmeans | Ldlq
+Method = Rtn | Gptq | Daq | Kmeans | Ldlq | Hqq
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,10 @@ from dlqc.formats.fp8 import Fp8Format
 from dlqc.formats.lattice import LatticeFormat
 from dlqc.formats.microscaling import MicroscalingFormat
 from dlqc.formats.nf4 import Nf4Format
+from dlqc.formats.offset import OffsetFormat
 from dlqc.formats.planes import PlanesFormat
 
-CodedFormat = PlanesFormat | CodebookFormat | Nf4Format | Fp8Format | MicroscalingFormat | LatticeFormat
+CodedFormat = PlanesFormat | CodebookFormat | Nf4Format | Fp8Format | MicroscalingFormat | LatticeFormat | OffsetFormat
 CLASSES: dict[str, type[Any]] = {cls.name: cls for cls in typing.get_args(CodedFormat)}
 
 _SPEC = re.compile(r"([a-z0-9]{1,16})\(((?:[a-z_]{1,16}=[A-Za-z0-9_.+-]{1,24},?){0,8})\)")
