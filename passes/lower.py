@@ -27,7 +27,7 @@ from dlqc.graph import (
     call_before,
     constant_name,
     is_call,
-    module_name,
+    quantized_module,
     read,
     replace,
     sweep,
@@ -84,7 +84,7 @@ class Lower(Pass):
     def _choose(self, node: fx.Node, ctx: Context) -> tuple[str, AnyKernel | None, LinearSpec, dict[str, str]]:
         spec = spec_of_node(node, ctx)
         kernel, refusals = choose_kernel(ctx.backend, spec)
-        return site_name(node), kernel, spec, refusals
+        return quantized_module(node), kernel, spec, refusals
 
     def _lower(self, node: fx.Node, name: str, kernel: AnyKernel, spec: LinearSpec, ctx: Context) -> _Made:
         parts, last = _parts_and_bias(node)
@@ -124,14 +124,6 @@ def _parts_and_bias(node: fx.Node) -> tuple[list[fx.Node | None], fx.Node | None
     if is_call(node, LINEAR_CODED):
         return list(args_of(node)[1]), args_of(node)[2]
     return list(args_of(node)[1:4]), args_of(node)[4]
-
-
-def site_name(node: fx.Node) -> str:
-    """The module name of a packed or coded linear."""
-    name = str(constant_name(_parts_and_bias(node)[0][0]))
-    if is_call(node, LINEAR_CODED):
-        return name.rpartition(".")[0]
-    return module_name(name.removesuffix("_packed"))
 
 
 def spec_of_node(node: fx.Node, ctx: Context) -> LinearSpec:

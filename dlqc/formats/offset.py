@@ -47,7 +47,9 @@ class OffsetFormat:
     scale_dtype: str = "float16"
 
     def __post_init__(self) -> None:
-        IntFormat(self.bits, self.group_size, scale_dtype=self.scale_dtype)  # refuses what is wrong, with the option's name
+        IntFormat(
+            self.bits, self.group_size, scale_dtype=self.scale_dtype
+        )  # refuses what is wrong, with the option's name
 
     @property
     def top(self) -> int:

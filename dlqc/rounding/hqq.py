@@ -113,9 +113,7 @@ class Hqq(Rounding):
             least = torch.minimum(distance, least)
         return best, least, start
 
-    def step(
-        self, unit: torch.Tensor, zero: torch.Tensor, scale: torch.Tensor, beta: float, top: int
-    ) -> torch.Tensor:
+    def step(self, unit: torch.Tensor, zero: torch.Tensor, scale: torch.Tensor, beta: float, top: int) -> torch.Tensor:
         """One iteration: zero points [...] from those before, of weights `unit` [..., g] in steps of `scale` [...]."""
         code = (unit + zero.unsqueeze(-1)).round_().clamp_(0, top)
         error = unit + zero.unsqueeze(-1) - code

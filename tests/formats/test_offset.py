@@ -84,7 +84,9 @@ def test_errors() -> None:
     fmt = OffsetFormat(4, 64)
     with pytest.raises(ContractError, match=r"^codes: codes are torch.int8, not torch.uint8$"):
         OffsetWeight(codes.to(torch.int8), ones, ones, fmt)
-    with pytest.raises(ContractError, match=r"^offsets: offsets are \(2, 1\) torch.float32, not \(2, 1\) torch.float16$"):
+    with pytest.raises(
+        ContractError, match=r"^offsets: offsets are \(2, 1\) torch.float32, not \(2, 1\) torch.float16$"
+    ):
         OffsetWeight(codes, ones, ones.float(), fmt)
     with pytest.raises(ContractError, match=r"^scales: scales are \(1, 2\) torch.float16, not \(2, 1\)"):
         OffsetWeight(codes, ones.T, ones, fmt)

@@ -48,9 +48,7 @@ def test_the_iterations_are_those_of_the_article(bits: int, p: float, size: floa
     scales, offsets = (part.double() for part in fmt.parameters(weight))
     unit = (weight / scales).unsqueeze(1)
     zero, beta, moved = -offsets / scales, options.beta, 0.0
-    rows = [
-        published(weight[i].tolist(), scales[i].item(), zero[i].item(), top, options) for i in range(len(weight))
-    ]
+    rows = [published(weight[i].tolist(), scales[i].item(), zero[i].item(), top, options) for i in range(len(weight))]
     plain = Hqq(p=p, beta=1e30, unit="weight").step(unit, zero, scales, 1e30, top)
     for step in range(options.iterations):
         zero = options.step(unit, zero, scales, beta, top)
@@ -118,7 +116,9 @@ def test_no_group_gets_worse(
     assert bool((error <= start * (1 + 1e-4) + 1e-6 * weight.abs().max()).all())
     assert result.metrics["error"] <= result.metrics["error_rtn"]
     if float(weight.abs().sum()) > 1e-20:
-        assert result.metrics["error"] * weight.abs().sum().item() == pytest.approx(error.sum().item(), rel=1e-3, abs=1e-5)
+        assert result.metrics["error"] * weight.abs().sum().item() == pytest.approx(
+            error.sum().item(), rel=1e-3, abs=1e-5
+        )
 
 
 def test_steps_make_the_result_the_same_for_any_multiple() -> None:
@@ -160,7 +160,9 @@ def test_impossible_options(options: dict[str, object], message: str) -> None:
 
 
 def test_whole_zero_points_are_refused() -> None:
-    message = r"^method: hqq moves zero points by parts of a step, and those of int4 g128 asymmetric are whole numbers\. Use"
+    message = (
+        r"^method: hqq moves zero points by parts of a step, and those of int4 g128 asymmetric are whole numbers\. Use"
+    )
     with pytest.raises(RecipeError, match=message):
         QuantizeWeights(method=Hqq())
     assert Hqq().refusal(IntFormat(4)) is not None
