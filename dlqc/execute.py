@@ -99,6 +99,7 @@ class Executor:
             return self._constant(node)
         if node.op != "call_function":
             raise RuntimeError(f"{node.name}: {node.op} node was given no value")
+        args: tuple[Any, ...]
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n])
         if self._dtype is not None:
             args, kwargs = self._retype(args), self._retype(kwargs)

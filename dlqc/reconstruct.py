@@ -53,7 +53,8 @@ def round_block(
     if not isinstance(method, BlockRounding) or not sites:
         return {}
     exact = {site.weight: ctx.weights.value(site.weight, torch.float64) for site in sites}
-    found, numbers = method.round_block(exact, fmt, Reconstruction(graph, ctx, sites, method.act), ctx.seed)
+    objective = Reconstruction(graph, ctx, sites, method.act)
+    found, numbers = method.round_block(exact, fmt, objective, ctx.seed)
     report.metrics |= numbers
     return found
 

@@ -106,6 +106,9 @@ class QuantizeWeights(Pass):
         if self.sequential not in typing.get_args(Sequential):
             what = f"{self.sequential!r} is no sequence of statistics"
             raise RecipeError(what, where="sequential", remedy="Use 'block', 'layer' or 'none'")
+        if self.sequential != "block" and isinstance(self.method, BlockRounding):
+            what = f"{self.method.name} rounds the linears of a block together, so sequential={self.sequential!r} has no say"
+            raise RecipeError(what, where="sequential", remedy="Leave it out, or use method=gptq")
         if self.sequential != "block" and not self.statistics():
             what = f"{self.method.name} takes no statistics, so sequential={self.sequential!r} has no say"
             raise RecipeError(what, where="sequential", remedy="Leave it out, or use method=gptq")

@@ -11,7 +11,7 @@ passes gradients as if it were the identity. All linears of a block are learned 
 from V = 0, α = β = 1, which is rounding to nearest. With lr = 1/steps V can travel half a step of the grid, no more.
 
 What is kept is the best of the points at which the loss on all states is looked at, the start among them: on the calibration
-states the result is never worse than rounding to nearest.
+states the result is never worse than its start.
 
 Differences from the official code:
     - there the best step is the one whose minibatch, eight random sequences, had the least loss: which minibatch it was counts
@@ -36,6 +36,7 @@ from dlqc.formats.activation import ActFormat
 from dlqc.formats.integer import SCALE_DTYPES, IntFormat, QuantizedWeight
 from dlqc.reconstruct import Objective
 from dlqc.rounding.contract import BlockRounding, Rounded
+from dlqc.straight_through import straight_through
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ class SignRound(BlockRounding):
         looks: how many times the loss on all states is looked at.
         seed: of the order of parts; None takes the compilation's.
 
-    Metrics: `changed`, the share of codes that are not those of rounding to nearest on the grid that was learned.
+    Metrics: `changed`, the share of codes that are not those of rounding to nearest on the grid that was learned. Of the block:
+    `block_loss_start` and `block_loss`, summed over blocks.
     """
 
     name: ClassVar[str] = "signround"
@@ -159,11 +161,11 @@ class Learned:
             low, high = low.clamp(max=0), high.clamp(min=0)
             span = high - low
         dtype = SCALE_DTYPES[self.fmt.scale_dtype]
-        scale = _through(span / self.fmt.top, lambda s: s.to(dtype).float().clamp(min=self.fmt.smallest))
+        scale = straight_through(span / self.fmt.top, lambda s: s.to(dtype).float().clamp(min=self.fmt.smallest))
         scale = torch.where(self.fixed | (span == 0), self.start[0], scale)
         if self.fmt.symmetric:
             return scale, self.start[1]
-        zero = _through(-low / scale, lambda z: z.round().clamp(0, self.fmt.top))
+        zero = straight_through(-low / scale, lambda z: z.round().clamp(0, self.fmt.top))
         return scale, torch.where(self.fixed, self.start[1], zero)
 
     def value(self) -> Tensor:
@@ -180,13 +182,8 @@ class Learned:
         return QuantizedWeight(codes, scale.to(SCALE_DTYPES[self.fmt.scale_dtype]), zeros, self.fmt)
 
     def _code(self, scale: Tensor, zero: Tensor) -> Tensor:
-        return (_through(self.part / scale + self.v, torch.round) + zero).clamp(0, self.fmt.top)
+        return (straight_through(self.part / scale + self.v, torch.round) + zero).clamp(0, self.fmt.top)
 
 
 def _values(learned: Mapping[str, Learned]) -> dict[str, Tensor]:
     return {name: one.value() for name, one in learned.items()}
-
-
-def _through(x: Tensor, rounding: Any) -> Tensor:
-    """rounding(x), with the gradient of x."""
-    return x + (rounding(x.detach()) - x.detach())
