@@ -79,6 +79,13 @@ def module_name(weight: str) -> str:
     return weight.removesuffix(".weight").removesuffix(".codes").removesuffix(".packed")
 
 
+def site_name(node: fx.Node) -> str:
+    """The module name of a quantized linear, from that of its first stored tensor."""
+    if is_call(node, LINEAR_CODED):
+        return str(constant_name(args_of(node)[1][0])).rpartition(".")[0]
+    return module_name(str(constant_name(args_of(node)[1])).removesuffix("_packed"))
+
+
 def as_linear(node: fx.Node, weights: Weights) -> Linear | None:
     """The node read as a linear on a constant weight, or None."""
     if not is_call(node, LINEAR):
@@ -263,13 +270,6 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     for node in graph.nodes:
         env[node] = new.node_copy(node, lambda n: env[n])
     return new
-
-
-def quantized_module(node: fx.Node) -> str:
-    """The module name of a quantized linear."""
-    if is_call(node, LINEAR_CODED):
-        return str(constant_name(args_of(node)[1][0])).rpartition(".")[0]
-    return module_name(str(constant_name(args_of(node)[1])).removesuffix("_packed"))
 
 
 def corrected(node: fx.Node) -> fx.Node:

@@ -31,6 +31,10 @@ PRESETS = {
     "w4a16-gptq-cgq": "as w4a16-gptq with certainty-weighted statistics",
     "w4a16-gptq-tmas": "as w4a16-gptq on snapshots of the model's own denoising",
     "w4a16-gptq-tmas-cgq": "as w4a16-gptq-tmas with certainty-weighted statistics",
+    "w4a16-gptaq": "4-bit weights g128 by GPTAQ on masked states",
+    "w4a16-gptaq-cgq": "as w4a16-gptaq with certainty-weighted statistics",
+    "w4a16-gptaq-tmas": "as w4a16-gptaq on snapshots of the model's own denoising",
+    "w4a16-gptaq-tmas-cgq": "as w4a16-gptaq-tmas with certainty-weighted statistics",
     "w4a16-smooth": "4-bit weights g128 after smoothing on masked states, nearest rounding",
     "w4a16-awq": "4-bit weights g128 after AWQ's scaling and clipping on masked states, nearest rounding",
     "w4a4-smoothquant": "as w4a4-rtn after SmoothQuant on masked states",
@@ -40,6 +44,8 @@ PRESETS = {
     "w4a4-duquant": "as w4a4-rtn after smoothing and DuQuant's rotations on masked states",
     "w3a16-gptq": "3-bit weights g128 by GPTQ on masked states",
     "w2a16-gptq": "2-bit weights g128 by GPTQ on masked states",
+    "w3a16-gptaq": "3-bit weights g128 by GPTAQ on masked states",
+    "w2a16-gptaq": "2-bit weights g128 by GPTAQ on masked states",
     "w8a16-fp8": "fp8 (E4M3) weights, a scale per channel, nearest rounding, no calibration",
     "w4a16-nf4": "nf4 weights in blocks of 64 with doubly quantized scales, nearest rounding, no calibration",
     "w4a16-mxfp4": "mxfp4 weights, blocks of 32, nearest rounding, no calibration",
@@ -47,13 +53,17 @@ PRESETS = {
     "w3a16-squeezellm": "3-bit tables per channel by k-means weighted with diag(H) on masked states, 0.45 % of weights sparse",
     "w2a16-daq": "two sign planes g128 by DAQ on masked states, with the steps beyond the paper",
     "w2a16-quant-dllm": "two sign planes g128 on average by DAQ and ABMP as the paper has them, on masked states",
-    "w2a16-e8p": "2-bit E8P lattice per channel by LDLQ on masked states, without QuIP#'s rotations",
+    "w2a16-e8p": "2-bit E8P lattice per channel by LDLQ and descent on masked states, without rotations",
+    "w2a16-quip": "as w2a16-e8p after QuaRot's rotations, in place of QuIP#'s two-sided ones",
 }
 
 GRAMMAR = re.compile(
     r"w(?P<w>[2348])a(?P<a>4|6|8|16)(?:-(?:g(?P<g>\d+)|(?P<channel>channel)))?(?P<sym>-sym)?"
-    r"-(?P<method>[a-z]+)(?:-(?P<variant>clean|cgq|tmas|tmas-cgq|rtn|gptq))?"
+    r"-(?P<method>[a-z]+)(?:-(?P<variant>clean|cgq|tmas|tmas-cgq|rtn|gptq|gptaq))?"
 )
+
+#: Roundings of integers that take statistics.
+CALIBRATED = ("gptq", "gptaq")
 
 Maker = Callable[..., Pass]
 
@@ -71,17 +81,17 @@ def preset(name: str, pass_class: Callable[[str], Any]) -> tuple[Pass, ...] | No
         return None
     before, needs_states, rounding = METHODS[found["method"]]
     variant = found["variant"]
-    if variant in ("clean", "cgq", "tmas", "tmas-cgq") and rounding != "gptq":
+    if variant in ("clean", "cgq", "tmas", "tmas-cgq") and rounding not in CALIBRATED:
         without = name.removesuffix("-" + variant)
-        raise RecipeError(f"-{variant} goes with gptq only", where=name, remedy=f"Use {without!r}")
-    if variant in ("rtn", "gptq"):
+        raise RecipeError(f"-{variant} goes with gptq and gptaq only", where=name, remedy=f"Use {without!r}")
+    if variant in ("rtn", *CALIBRATED):
         if not before:
             without = name.removesuffix("-" + variant)
             raise RecipeError(f"-{variant} goes with transforms only", where=name, remedy=f"Use {without!r}")
         rounding = variant
     weights, act = _format(found), int(found["a"])
     widths = {**weights, "weight_bits": weights["bits"], "act_bits": act if act < 16 else None}
-    steps = [_calibrate(pass_class, variant)] if needs_states or rounding == "gptq" else []
+    steps = [_calibrate(pass_class, variant)] if needs_states or rounding in CALIBRATED else []
     for step, options in before:
         rounded = {option: widths[option] for option in ROUNDED.get(step, ())}
         steps.append(pass_class(step)(**rounded, **options))
@@ -91,9 +101,10 @@ def preset(name: str, pass_class: Callable[[str], Any]) -> tuple[Pass, ...] | No
     return (*steps, pass_class("pack")(), pass_class("lower")())
 
 
-def _coded(pass_class: Callable[[str], Any], fmt: Any, method: Any) -> tuple[Pass, ...]:
+def _coded(pass_class: Callable[[str], Any], fmt: Any, method: Any, before: tuple[Step, ...] = ()) -> tuple[Pass, ...]:
     """Weights in a format that is not integers: there is nothing left to pack."""
-    steps = [_calibrate(pass_class, None)] if method.statistics else []
+    steps = [pass_class(step)(**options) for step, options in before]
+    steps += [_calibrate(pass_class, None)] if method.statistics else []
     return (*steps, pass_class("quantize_weights")(format=fmt, method=method), pass_class("lower")())
 
 
@@ -135,8 +146,12 @@ def _e8p() -> tuple[Any, Any]:
     return LatticeFormat(), Ldlq()
 
 
-#: Presets whose weights are not integers: name → format and rounding. Their names are listed, not composed.
-CODED: dict[str, Callable[[], tuple[Any, Any]]] = {
+def _quip() -> tuple[Any, Any, tuple[Step, ...]]:
+    return (*_e8p(), METHODS["quarot"][0])
+
+
+#: Presets whose weights are not integers: name → format, rounding, and the transforms before them. They are listed, not composed.
+CODED: dict[str, Callable[[], tuple[Any, ...]]] = {
     "w8a16-fp8": _data_free(lambda formats: formats.Fp8Format()),
     "w4a16-nf4": _data_free(lambda formats: formats.Nf4Format()),
     "w4a16-mxfp4": _data_free(lambda formats: formats.MicroscalingFormat("mxfp4")),
@@ -145,6 +160,7 @@ CODED: dict[str, Callable[[], tuple[Any, Any]]] = {
     "w2a16-daq": _daq,
     "w2a16-quant-dllm": _quant_dllm,
     "w2a16-e8p": _e8p,
+    "w2a16-quip": _quip,
 }
 
 
@@ -167,10 +183,12 @@ def _format(found: re.Match[str]) -> dict[str, Any]:
 
 
 def _quantize(pass_class: Callable[[str], Any], weights: dict[str, Any], rounding: str) -> Pass:
+    from dlqc.rounding.gptaq import Gptaq
     from dlqc.rounding.gptq import Gptq
     from dlqc.rounding.rtn import Rtn
 
-    made: Pass = pass_class("quantize_weights")(**weights, method=Gptq() if rounding == "gptq" else Rtn())
+    method = {"rtn": Rtn, "gptq": Gptq, "gptaq": Gptaq}[rounding]()
+    made: Pass = pass_class("quantize_weights")(**weights, method=method)
     return made
 
 
@@ -188,6 +206,7 @@ ROUNDED = {
 METHODS: dict[str, tuple[tuple[Step, ...], bool, str]] = {
     "rtn": ((), False, "rtn"),
     "gptq": ((), False, "gptq"),
+    "gptaq": ((), False, "gptaq"),
     "smooth": ((("smooth", {}),), True, "rtn"),
     "smoothquant": ((("smooth", {}),), True, "rtn"),
     "awq": ((("awq_scale", {"relative": True}), ("awq_clip", {})), True, "rtn"),

@@ -7,7 +7,8 @@ Two streams of hidden values stand at the input of the current block:
 
 Both are in the same basis: transforms that fold into weights come before rounding, so the block that the exact stream goes
 through has them, too. It is a copy of the graph and of the expressions of the weights, whose tensors are the checkpoint's;
-it is made when the first pass is about to end 'float-weights' and dropped when the stream has gone through it.
+it is made when the first pass is about to end 'float-weights' and dropped when the stream has gone through it. What passes
+before that change on purpose (a clipped weight) is part of it: it is the model that rounding gets.
 """
 
 from __future__ import annotations

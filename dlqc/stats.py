@@ -107,6 +107,9 @@ class Collector:
             scaled = x * c.sqrt()[:, None]
             _add_product(sums, "hessian", scaled, scaled)
         if "drift" in self.wanted:
+            if node not in self._exact:
+                what = "the statistic 'drift' compares with the model before rounding, and what that reads here was not given"
+                raise ContractError(what, where="statistics", remedy="Collect it by a PassManager, over blocks")
             shift = self._rows(node, self._exact[node], " of the model before rounding") - x
             _add_product(sums, "drift", shift.mul_(c[:, None]), x)
 

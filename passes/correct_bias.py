@@ -43,8 +43,8 @@ from dlqc.graph import (
     corrected,
     is_call,
     linears,
-    quantized_module,
     read,
+    site_name,
     sweep,
     uses,
 )
@@ -92,7 +92,7 @@ class CorrectBias(Pass):
         before, constants = ctx.original
         wanted = dict(by_call((s.name, s) for s in linears(ctx.block.nodes(before), constants)))
         quantized = [n for n in ctx.nodes(graph) if is_call(n, *QUANTIZED_LINEARS)]
-        found = dict(by_call((quantized_module(n), n) for n in quantized))
+        found = dict(by_call((site_name(n), n) for n in quantized))
         groups: dict[fx.Node, list[Call]] = {}
         for call, node in found.items():
             groups.setdefault(args_of(node)[0], []).append(call)
@@ -125,7 +125,7 @@ class CorrectBias(Pass):
         value = shift if old is None else shift + weights.value(old, torch.float64)
         name = old
         if old is None or len(uses(graph, old)) > 1:
-            name = f"{quantized_module(node)}.{ADDED_BIAS}"
+            name = f"{site_name(node)}.{ADDED_BIAS}"
             name = next(n for n in (name, *(f"{name}.{i}" for i in range(1, len(graph.nodes)))) if n not in weights)
         assert name is not None
         weights.put(name, value.float())

@@ -27,9 +27,9 @@ from dlqc.graph import (
     call_before,
     constant_name,
     is_call,
-    quantized_module,
     read,
     replace,
+    site_name,
     sweep,
     width,
 )
@@ -84,7 +84,7 @@ class Lower(Pass):
     def _choose(self, node: fx.Node, ctx: Context) -> tuple[str, AnyKernel | None, LinearSpec, dict[str, str]]:
         spec = spec_of_node(node, ctx)
         kernel, refusals = choose_kernel(ctx.backend, spec)
-        return quantized_module(node), kernel, spec, refusals
+        return site_name(node), kernel, spec, refusals
 
     def _lower(self, node: fx.Node, name: str, kernel: AnyKernel, spec: LinearSpec, ctx: Context) -> _Made:
         parts, last = _parts_and_bias(node)

@@ -17,9 +17,12 @@ Declines:
 
 A weight that several calls share is rounded once, on the sum of their statistics, and all calls are rewritten.
 
-What the statistics are of is `sequential`. "block": a block as it comes, behind blocks that are quantized (GPTQ's own setting in
-most tools). "layer", true-sequential: linears that read the same value are rounded together, in the order of the dataflow, and the
-statistics of the next are taken behind them. "none": the model before any rounding, so that no error is seen downstream.
+What the statistics are of is `sequential`:
+
+    block    the block as the pass finds it, behind blocks that are quantized already
+    layer    true-sequential: linears that read the same value are rounded together, in the order of the dataflow, and the
+             statistics of the next are taken behind them; those of one group are held at a time
+    none     the model before any rounding: no error is seen downstream
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ from dlqc.graph import (
     constant_name,
     is_call,
     module_name,
-    quantized_module,
+    site_name,
     width,
 )
 from dlqc.ops import LINEAR_CODED, LINEAR_PACKED, LINEAR_Q, LOW_RANK
@@ -105,7 +105,7 @@ def check_exportable(model: Compiled) -> list[Site]:
     problems += [f"{s.name} has activations in groups" for s in sites if s.act and s.act.group_size is not None]
     problems += [f"constant {n!r} is a transform" for n in model.weights if n.startswith("transform.")]
     corrections = [n for n in model.graph.nodes if is_call(n, LOW_RANK)]
-    problems += [f"{quantized_module(args_of(n)[0])} has a correction of low rank" for n in corrections]
+    problems += [f"{site_name(args_of(n)[0])} has a correction of low rank" for n in corrections]
     added = [n for n in model.weights if ADDED_BIAS in n.split(".")]
     problems += [f"{n.partition(f'.{ADDED_BIAS}')[0]} has a bias that its class does not read" for n in added]
     if problems:

@@ -29,7 +29,7 @@ from torch import fx
 from dlqc.errors import CalibrationError, RecipeError
 from dlqc.formats.coded import spell
 from dlqc.formats.low_rank import LowRankFormat
-from dlqc.graph import QUANTIZED_LINEARS, args_of, call_before, follow, is_call, quantized_module, read
+from dlqc.graph import QUANTIZED_LINEARS, args_of, call_before, follow, is_call, read, site_name
 from dlqc.ops import LOW_RANK
 from dlqc.rounding.hessian import output_energy, sqnr_db
 from dlqc.weights import Weights
@@ -137,7 +137,7 @@ def add_low_rank(
     for role, part in parts.items():
         weights.put(f"{module}.low_rank.{role}", part)
     for node in nodes:
-        if not is_call(node, *QUANTIZED_LINEARS) or quantized_module(node) != module:
+        if not is_call(node, *QUANTIZED_LINEARS) or site_name(node) != module:
             continue
         before = node.next
         factors = [read(graph, weights, f"{module}.low_rank.{role}", before) for role in sorted(parts)]

@@ -19,7 +19,7 @@ from dlqc.errors import CalibrationError, ContractError, ExportError, RecipeErro
 from dlqc.execute import Executor, placeholder
 from dlqc.export import export
 from dlqc.formats.nf4 import Nf4Format
-from dlqc.graph import ADDED_BIAS, QUANTIZED_LINEARS, args_of, corrected, is_call, linears, quantized_module
+from dlqc.graph import ADDED_BIAS, QUANTIZED_LINEARS, args_of, corrected, is_call, linears, site_name
 from dlqc.manager import PassManager
 from dlqc.ops import QUANTIZE_ACT
 from dlqc.passes.calibrate import Calibrate
@@ -56,7 +56,7 @@ def errors(graph: fx.Graph, ctx: Any, against: str) -> list[Tensor]:
     before, constants = ctx.original
     calls = [n for n in ctx.block.nodes(graph) if is_call(n, *QUANTIZED_LINEARS)]
     sites = list(linears(ctx.block.nodes(before), constants))
-    assert [s.name for s in sites] == [quantized_module(n) for n in calls]
+    assert [s.name for s in sites] == [site_name(n) for n in calls]
     read = [args_of(n)[0] for n in calls]
     read = [args_of(x)[0] if is_call(x, QUANTIZE_ACT) else x for x in read]
     inputs, place = [placeholder(before), ctx.block.input(before)], [placeholder(graph), ctx.block.input(graph)]

@@ -17,7 +17,7 @@ from dlqc.errors import ContractError, FeasibilityError, LoweringError
 from dlqc.execute import Executor, placeholder
 from dlqc.formats.activation import ActFormat
 from dlqc.formats.integer import IntFormat
-from dlqc.graph import fingerprint, is_call, quantized_module
+from dlqc.graph import fingerprint, is_call, site_name
 from dlqc.kernels.reference.linear import ReferenceLinear
 from dlqc.manager import PassManager
 from dlqc.ops import LINEAR_PACKED, QUANTIZE_ACT
@@ -159,7 +159,7 @@ def test_plan_and_lowering_see_the_same_sites(case: CaseMaker) -> None:
     plan = PassManager(passes).plan(k.graph, k.ctx)
     PassManager(passes).run(k.graph, k.ctx)
     nodes = [n for n in k.graph.nodes if is_call(n, LINEAR_PACKED)]
-    assert {quantized_module(n): spec_of_node(n, k.ctx) for n in nodes} == plan.sites
+    assert {site_name(n): spec_of_node(n, k.ctx) for n in nodes} == plan.sites
     spec = plan.sites["model.layers.0.self_attn.k_proj"]
     assert spec == LinearSpec(64, 32, IntFormat(4, 32, False), ActFormat(4, 32, False), True)
 
