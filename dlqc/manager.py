@@ -209,7 +209,7 @@ class PassManager:
                     total.merge(report)
                     for instrument in self.instruments:
                         instrument.after_block(p, graph, ctx, report)
-                    ctx.stats, ctx.collect, ctx.inputs, ctx.original = {}, None, (), None
+                    ctx.stats, ctx.collect, ctx.inputs, ctx.original, ctx.observed = {}, None, (), None, {}
                     # The share of the pass in the nested pipeline, its statistics included.
                     total.metrics["seconds"] = total.metrics.get("seconds", 0.0) + time.perf_counter() - started
                 if flow and block is not ctx.blocks[-1]:

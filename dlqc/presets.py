@@ -1,10 +1,15 @@
 """Presets: recipes whose name says what they make.
 
-    w<bits>a<bits>[-g<size>|-channel][-sym]-<method>[-<variant>]
+    w<bits>a<bits>[-g<size>|-channel][-sym][-<activations>]-<method>[-<variant>]
 
 `w4a16-gptq` is 4-bit weights in groups of 128 with zero points, 16-bit activations, GPTQ on masked states. Weights of 8 bits, and
 weights next to activations of fewer than 8 bits, have one scale per channel and no zero points unless the name says
-otherwise. Activations are quantized per token. Keys, values and attention scores stay as they are.
+otherwise. Activations are quantized per token, and queries, keys, values and attention probabilities stay as they are, unless
+the name says otherwise: see `dlqc.activation_presets`.
+
+DLLMQuant (arXiv 2508.14090) is TMAS, IA-AQ and CGQ behind the rotations of QuaRot, or (`-awq`) behind AWQ: the model is
+transformed first, its rollouts are drawn then, values get the fixed scales of IA-AQ, and weights are rounded last, by GPTQ on
+certainty-weighted statistics. Values have the width of the activations.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from dlqc.activation_presets import WORDS, Activations
 from dlqc.contract import Pass
 from dlqc.errors import RecipeError
 
@@ -42,6 +48,18 @@ PRESETS = {
     "w4a4-spinquant": "as w4a4-rtn after rotations that are learned on the masked loss",
     "w4a4-flatquant": "as w4a4-rtn after affine transforms that are learned edge by edge",
     "w4a4-duquant": "as w4a4-rtn after smoothing and DuQuant's rotations on masked states",
+    "w8a8-static-rtn": "as w8a8-rtn with fixed activation ranges from states at all mask ratios",
+    "w8a8-static4-rtn": "as w8a8-static-rtn with ranges for each of four mask ratios",
+    "w8a8-static4-smoothquant": "as w8a8-smoothquant with fixed activation ranges for each of four mask ratios",
+    "w4a4-ag128-quarot": "as w4a4-quarot with activations in groups of 128",
+    "w4a4-kv4-quarot": "as w4a4-quarot with 4-bit keys, rotated, and values, per token",
+    "w4a4-asym-qkv4-smoothquant": "as w4a4-smoothquant with zero points, and 4-bit queries, keys and values per token and head",
+    "w4a4-asym-qkv4-duquant": "as w4a4-duquant with zero points, and 4-bit queries, keys and values per token and head",
+    "w8a8-qkv8-p8-smoothquant": "as w8a8-smoothquant with all that attention reads in 8 bits",
+    "w4a4-dllmquant": "as w4a4-quarot by DLLMQuant: TMAS, 4-bit values with fixed scales by IA-AQ, CGQ",
+    "w8a8-dllmquant": "as w4a4-dllmquant with 8 bits throughout",
+    "w4a4-kv4-dllmquant": "as w4a4-dllmquant with 4-bit keys, rotated, per token",
+    "w4a4-dllmquant-awq": "as w4a4-dllmquant after AWQ's scaling and clipping instead of rotations",
     "w3a16-gptq": "3-bit weights g128 by GPTQ on masked states",
     "w2a16-gptq": "2-bit weights g128 by GPTQ on masked states",
     "w3a16-gptaq": "3-bit weights g128 by GPTAQ on masked states",
@@ -59,7 +77,7 @@ PRESETS = {
 
 GRAMMAR = re.compile(
     r"w(?P<w>[2348])a(?P<a>4|6|8|16)(?:-(?:g(?P<g>\d+)|(?P<channel>channel)))?(?P<sym>-sym)?"
-    r"-(?P<method>[a-z]+)(?:-(?P<variant>clean|cgq|tmas|tmas-cgq|rtn|gptq|gptaq))?"
+    rf"(?P<acts>{WORDS})-(?P<method>[a-z]+)(?:-(?P<variant>clean|cgq|tmas|tmas-cgq|rtn|gptq|gptaq|awq))?"
 )
 
 #: Roundings of integers that take statistics.
@@ -80,25 +98,70 @@ def preset(name: str, pass_class: Callable[[str], Any]) -> tuple[Pass, ...] | No
     if found is None or found["method"] not in METHODS:
         return None
     before, needs_states, rounding = METHODS[found["method"]]
-    variant = found["variant"]
-    if variant in ("clean", "cgq", "tmas", "tmas-cgq") and rounding not in CALIBRATED:
-        without = name.removesuffix("-" + variant)
-        raise RecipeError(f"-{variant} goes with gptq and gptaq only", where=name, remedy=f"Use {without!r}")
+    variant, without = found["variant"], name.removesuffix(f"-{found['variant']}")
+    activations = Activations.of(found["acts"], int(found["a"]), name)
+    if found["method"] == "dllmquant":
+        return _dllmquant(name, found, activations, pass_class)
+    if variant == "awq":
+        raise RecipeError("-awq goes with dllmquant only", where=name, remedy=f"Use {without!r}")
+    if variant in ("clean", "cgq", "tmas", "tmas-cgq") and rounding not in CALIBRATED and not activations.static:
+        remedy = f"Use {without!r}"
+        raise RecipeError(f"-{variant} goes with gptq, gptaq and fixed ranges only", where=name, remedy=remedy)
     if variant in ("rtn", *CALIBRATED):
         if not before:
-            without = name.removesuffix("-" + variant)
             raise RecipeError(f"-{variant} goes with transforms only", where=name, remedy=f"Use {without!r}")
         rounding = variant
-    weights, act = _format(found), int(found["a"])
-    widths = {**weights, "weight_bits": weights["bits"], "act_bits": act if act < 16 else None}
-    steps = [_calibrate(pass_class, variant)] if needs_states or rounding in CALIBRATED else []
-    for step, options in before:
-        rounded = {option: widths[option] for option in ROUNDED.get(step, ())}
-        steps.append(pass_class(step)(**rounded, **options))
+    weights = _format(found, activations)
+    drawn = needs_states or rounding in CALIBRATED or activations.static
+    steps = [_calibrate(pass_class, variant, everywhere=activations.static)] if drawn else []
+    steps += _transforms(pass_class, found["method"], weights, activations)
     steps.append(_quantize(pass_class, weights, rounding))
-    if act < 16:
-        steps.append(pass_class("quantize_activations")(bits=act))
+    steps += activations.of_linears(pass_class)
+    steps += activations.of_attention(pass_class, "token" if found["method"] == "quarot" else "head")
     return (*steps, pass_class("pack")(), pass_class("lower")())
+
+
+def _transforms(
+    pass_class: Callable[[str], Any], method: str, weights: dict[str, Any], activations: Activations
+) -> list[Pass]:
+    """The transforms of a method. Rotations include that of queries and keys where keys are quantized."""
+    widths = {**weights, "weight_bits": weights["bits"], "act_bits": activations.bits}
+    steps = [
+        pass_class(step)(**{option: widths[option] for option in ROUNDED.get(step, ())}, **options)
+        for step, options in METHODS[method][0]
+    ]
+    rotated = method in ("quarot", "duquant") and "keys" in activations.attention
+    return [*steps, pass_class("rotate_qk")()] if rotated else steps
+
+
+def _dllmquant(
+    name: str, found: re.Match[str], activations: Activations, pass_class: Callable[[str], Any]
+) -> tuple[Pass, ...]:
+    """TMAS on the transformed model, IA-AQ, CGQ."""
+    from dlqc.heads import IaAq
+
+    variant = found["variant"]
+    if variant not in (None, "awq"):
+        remedy = f"Use {name.removesuffix('-' + variant)!r}"
+        raise RecipeError(
+            f"dllmquant brings its own states and rounding, there is no -{variant}", where=name, remedy=remedy
+        )
+    if activations.bits is None:
+        what = "DLLMQuant is about activations of fewer than 16 bits"
+        raise RecipeError(what, where=name, remedy="Use w8a8-dllmquant, or w4a16-gptq-tmas-cgq")
+    weights, method = _format(found, activations), "awq" if variant else "quarot"
+    heads = {"values": activations.bits} | activations.attention
+    steps = _transforms(pass_class, method, weights, activations)
+    return (
+        *([_calibrate(pass_class, "tmas")] if variant else []),  # AWQ itself looks at states
+        *steps,
+        _calibrate(pass_class, "tmas-cgq"),
+        *dataclasses.replace(activations, attention=heads).of_attention(pass_class, "token", IaAq()),
+        _quantize(pass_class, weights, "gptq"),
+        *activations.of_linears(pass_class),
+        pass_class("pack")(),
+        pass_class("lower")(),
+    )
 
 
 def _coded(pass_class: Callable[[str], Any], fmt: Any, method: Any, before: tuple[Step, ...] = ()) -> tuple[Pass, ...]:
@@ -164,22 +227,25 @@ CODED: dict[str, Callable[[], tuple[Any, ...]]] = {
 }
 
 
-def _calibrate(pass_class: Callable[[str], Any], variant: str | None) -> Pass:
-    from dlqc.calibration import Certainty, Clean, MaskedSimulation, Rollout, Uniform
+def _calibrate(pass_class: Callable[[str], Any], variant: str | None, *, everywhere: bool = False) -> Pass:
+    """States on masked text, or as the variant says; `everywhere`: at all mask ratios, which a visible prefix rules out."""
+    from dlqc.calibration import Certainty, Clean, ForwardProcess, MaskedSimulation, Rollout, Uniform
 
     parts = (variant or "").split("-")
-    sampler = Clean() if "clean" in parts else Rollout() if "tmas" in parts else MaskedSimulation()
+    masked = ForwardProcess() if everywhere else MaskedSimulation()
+    sampler = Clean() if "clean" in parts else Rollout() if "tmas" in parts else masked
     weight = Certainty() if "cgq" in parts else Uniform()
     made: Pass = pass_class("calibrate")(sampler=sampler, weight=weight)
     return made
 
 
-def _format(found: re.Match[str]) -> dict[str, Any]:
+def _format(found: re.Match[str], activations: Activations) -> dict[str, Any]:
     """The weight format that a name spells, as options of the passes that round."""
     bits = int(found["w"])
     wide = bits == 8 or found["a"] in ("4", "6")
     group = None if found["channel"] or (wide and not found["g"]) else int(found["g"] or 128)
-    return {"bits": bits, "group_size": group, "symmetric": wide or found["sym"] is not None}
+    symmetric = found["sym"] is not None or (wide and activations.symmetric)
+    return {"bits": bits, "group_size": group, "symmetric": symmetric}
 
 
 def _quantize(pass_class: Callable[[str], Any], weights: dict[str, Any], rounding: str) -> Pass:
@@ -220,6 +286,7 @@ METHODS: dict[str, tuple[tuple[Step, ...], bool, str]] = {
         False,
         "gptq",
     ),
+    "dllmquant": ((), True, "gptq"),
     "spinquant": (
         (("fold_norm_scale", {"untie": True}), ("rotate_down", {"required": False}), ("learn_rotation", {})),
         True,

@@ -49,6 +49,7 @@ PASSES = {
     "quantize_weights": "QuantizeWeights",
     "quantize_activations": "QuantizeActivations",
     "correct_bias": "CorrectBias",
+    "quantize_attention": "QuantizeAttention",
     "pack": "Pack",
     "lower": "Lower",
 }

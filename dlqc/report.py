@@ -21,7 +21,7 @@ from torch import fx
 from dlqc.contract import Pass, PassReport
 from dlqc.graph import ADDED_BIAS, QUANTIZED_LINEARS, args_of, constant_name, is_call, uses, width
 from dlqc.instruments import Record
-from dlqc.ops import LINEAR_CODED, LOW_RANK
+from dlqc.ops import LINEAR_CODED, LOW_RANK, QUANTIZE_ACT_STATIC, QUANTIZE_HEADS_STATIC
 from dlqc.weights import Weights
 
 
@@ -218,6 +218,8 @@ def measure_storage(original: Weights, graph: fx.Graph, weights: Weights, kept: 
     quantized = bits_quantized = 0
     seen: set[str] = set()
     for node in graph.nodes:
+        if is_call(node, QUANTIZE_ACT_STATIC, QUANTIZE_HEADS_STATIC):
+            seen |= {str(constant_name(part)) for part in args_of(node)[1:3]}  # counted in the whole, but no weights
         if not is_call(node, *QUANTIZED_LINEARS, LOW_RANK):
             continue
         parts = _parts(node)

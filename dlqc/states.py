@@ -14,7 +14,7 @@ before that change on purpose (a clipped weight) is part of it: it is the model 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,7 @@ from dlqc.contract import BlockInput, Context, Pass, Reads, Statistics
 from dlqc.errors import ContractError
 from dlqc.execute import Executor, placeholder
 from dlqc.graph import Linear, copy_graph, linears
+from dlqc.observers import Batch, Observer
 from dlqc.stats import PAIRED, Collector
 from dlqc.weights import Weights
 
@@ -84,6 +85,9 @@ class StateFlow:
             [self._part(i, p.reads()) for i in range(len(self._slices))] if p.reads() != "nothing" else ()
         )
         self._ctx.original = self._original if p.reads() in ("original", "paired") else None
+        self._ctx.observed = p.observers(self._graph, self._ctx)
+        if self._ctx.observed:
+            self.observe(block, self._ctx.observed.values())
 
     def _part(self, i: int, reads: Reads) -> BlockInput:
         s, exact = self._slices[i], self._stream(reads == "paired")[i]
@@ -110,6 +114,16 @@ class StateFlow:
             taps: Any = collector.taps(self._states.weights[s], ids == self._ctx.spec.mask_id, before)
             run(ids, self._stream(exact)[i], taps=taps)
         return collector.result()
+
+    def observe(self, block: Block, observers: Collection[Observer]) -> None:
+        """Run the block as it is now and show each observer the values that it wants."""
+        wanted = list(dict.fromkeys(node for observer in observers for node in observer.nodes))
+        run = _runner(block, self._graph, self._ctx.weights, wanted)
+        for i, s in enumerate(self._slices):
+            ids = self._states.ids[s]
+            values = dict(zip(wanted, run(ids, self._hidden[i]), strict=True))
+            for observer in observers:
+                observer.add([values[node] for node in observer.nodes], Batch(ids, self._states.weights[s]))
 
     def advance(self, block: Block) -> None:
         """Move the states through the rewritten block, and the exact ones through the block as it was."""
