@@ -25,7 +25,7 @@ from dlqc.check import check
 from dlqc.contract import FACTS_OF_CAPTURE, Context, Pass, PassReport, Plan
 from dlqc.errors import ContractError, FeasibilityError
 from dlqc.graph import fingerprint
-from dlqc.states import StateFlow, needs_exact
+from dlqc.states import StateFlow, needs_exact, needs_original, needs_states
 
 Progress = Callable[[str, int, int], None]
 
@@ -76,8 +76,9 @@ class PassManager:
                     where="passes",
                     remedy=self._remedy(p, fact, broken_by),
                 )
-            facts = (facts - p.invalidates) | p.given_facts()
-            broken_by |= dict.fromkeys(p.invalidates - p.given_facts(), p.name)
+            ended = p.invalidates | ({"original"} if p.scope == "graph" else set())
+            broken_by |= dict.fromkeys((ended & facts) - p.given_facts(), p.name)
+            facts = (facts - ended) | p.given_facts()
 
     def _remedy(self, p: Pass, fact: str, broken_by: dict[str, str]) -> str:
         if fact in broken_by:
@@ -188,9 +189,9 @@ class PassManager:
                 instrument.before(p, graph, ctx)
         # Between blocks some blocks are rewritten and some are not: only facts that no member ends hold throughout.
         lasting = ctx.facts - frozenset().union(*(p.invalidates for p in passes))
-        uses_states = any(p.statistics() for p in passes)
         try:
-            flow = StateFlow(graph, ctx, self.batch, paired=needs_exact(passes)) if uses_states else None
+            kept = {"paired": needs_exact(passes), "original": needs_original(passes)}
+            flow = StateFlow(graph, ctx, self.batch, **kept) if needs_states(passes) else None
             for block in ctx.blocks:
                 ctx.block = block
                 for p, total in zip(passes, totals, strict=True):
@@ -208,7 +209,7 @@ class PassManager:
                     total.merge(report)
                     for instrument in self.instruments:
                         instrument.after_block(p, graph, ctx, report)
-                    ctx.stats, ctx.collect = {}, None
+                    ctx.stats, ctx.collect, ctx.inputs, ctx.original = {}, None, (), None
                     # The share of the pass in the nested pipeline, its statistics included.
                     total.metrics["seconds"] = total.metrics.get("seconds", 0.0) + time.perf_counter() - started
                 if flow and block is not ctx.blocks[-1]:

@@ -75,9 +75,9 @@ def plan_report(model: nn.Module, recipe: str, *, backend: str = "auto", mask_id
         parameters += constant.leaf.numel()
         if name not in names:
             bits += constant.leaf.numel() * constant.leaf.element_size() * 8
-    for site in found.sites.values():
+    for name, site in found.sites.items():
         n, k = site.out_features, site.in_features
-        bits += n * k * site.weight.bits_per_weight(n, k)
+        bits += n * k * site.weight.bits_per_weight(n, k) + found.beside.get(name, 0)
         kernel, _ = choose_kernel(target, site)
         kernels[kernel.name if kernel else "none"] += 1
     wanted = frozenset[str]().union(*(p.statistics() for p in chosen.passes))

@@ -48,6 +48,7 @@ PASSES = {
     "calibrate": "Calibrate",
     "quantize_weights": "QuantizeWeights",
     "quantize_activations": "QuantizeActivations",
+    "correct_bias": "CorrectBias",
     "pack": "Pack",
     "lower": "Lower",
 }

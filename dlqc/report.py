@@ -19,9 +19,9 @@ from rich.table import Table
 from torch import fx
 
 from dlqc.contract import Pass, PassReport
-from dlqc.graph import QUANTIZED_LINEARS, args_of, constant_name, is_call, uses, width
+from dlqc.graph import ADDED_BIAS, QUANTIZED_LINEARS, args_of, constant_name, is_call, uses, width
 from dlqc.instruments import Record
-from dlqc.ops import LINEAR_CODED
+from dlqc.ops import LINEAR_CODED, LOW_RANK
 from dlqc.weights import Weights
 
 
@@ -66,7 +66,8 @@ class Storage:
         parameters: parameters of the original model, ties counted once.
         quantized: how many of them are stored as codes.
         bits: stored bits in all.
-        bits_quantized: stored bits of the quantized ones, scales and zero points included.
+        bits_quantized: stored bits of the quantized ones: scales, zero points, corrections of low rank and biases that were
+            added are included.
         original_bits: bits of the checkpoint.
         kept: matrices that stay as they are → (parameters, reason).
     """
@@ -217,9 +218,9 @@ def measure_storage(original: Weights, graph: fx.Graph, weights: Weights, kept: 
     quantized = bits_quantized = 0
     seen: set[str] = set()
     for node in graph.nodes:
-        if not is_call(node, *QUANTIZED_LINEARS):
+        if not is_call(node, *QUANTIZED_LINEARS, LOW_RANK):
             continue
-        parts = args_of(node)[1] if is_call(node, LINEAR_CODED) else args_of(node)[1:4]
+        parts = _parts(node)
         for part in parts:
             name = constant_name(part)
             if name is None or name in seen:
@@ -227,7 +228,7 @@ def measure_storage(original: Weights, graph: fx.Graph, weights: Weights, kept: 
             seen.add(name)
             leaf = weights[name].leaf
             bits_quantized += leaf.numel() * leaf.element_size() * 8
-            if part is parts[0]:
+            if part is parts[0] and not is_call(node, LOW_RANK):
                 out_features = args_of(node)[4] if is_call(node, LINEAR_CODED) else leaf.shape[0]
                 quantized += int(out_features) * width(args_of(node)[0])
     # What is stored, not the leaf it comes from: a part of a fused projection is smaller, a folded gain is wider.
@@ -246,6 +247,15 @@ def measure_storage(original: Weights, graph: fx.Graph, weights: Weights, kept: 
         original_bits=sum(_bits(c.leaf) for c in leaves),
         kept=matrices,
     )
+
+
+def _parts(node: fx.Node) -> list[Any]:
+    """The constants that are stored for a weight: a bias only if a pass added it."""
+    if is_call(node, LOW_RANK):
+        return list(args_of(node)[2])
+    coded = is_call(node, LINEAR_CODED)
+    parts, bias = (args_of(node)[1], args_of(node)[2]) if coded else (args_of(node)[1:4], args_of(node)[4])
+    return [*parts, *([bias] if ADDED_BIAS in str(constant_name(bias)).split(".") else [])]
 
 
 def _distinct(weights: Weights) -> list[Any]:

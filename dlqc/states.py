@@ -22,7 +22,7 @@ import torch
 from torch import fx
 
 from dlqc.blocks import Block
-from dlqc.contract import Context, Pass, Statistics
+from dlqc.contract import BlockInput, Context, Pass, Reads, Statistics
 from dlqc.errors import ContractError
 from dlqc.execute import Executor, placeholder
 from dlqc.graph import Linear, copy_graph, linears
@@ -30,9 +30,21 @@ from dlqc.stats import PAIRED, Collector
 from dlqc.weights import Weights
 
 
+def needs_states(passes: Iterable[Pass]) -> bool:
+    """Whether a pass asks for states, or for statistics from them."""
+    return any(p.statistics() or p.reads() != "nothing" for p in passes)
+
+
 def needs_exact(passes: Iterable[Pass]) -> bool:
-    """Whether a pass asks for statistics of the model before weights were rounded."""
-    return any(p.statistics() & PAIRED or (p.statistics() and p.sequence() == "none") for p in passes)
+    """Whether a pass asks for states of the model before weights were rounded, or for statistics from them."""
+    return any(
+        p.reads() == "paired" or p.statistics() & PAIRED or (p.statistics() and p.sequence() == "none") for p in passes
+    )
+
+
+def needs_original(passes: Iterable[Pass]) -> bool:
+    """Whether a pass asks for blocks as they were before their weights were rounded."""
+    return needs_exact(passes) or any(p.reads() == "original" for p in passes)
 
 
 class StateFlow:
@@ -41,9 +53,12 @@ class StateFlow:
     Args:
         batch: states that run at a time.
         paired: keep the exact stream.
+        original: keep each block as it was until the states have gone through it; the exact stream needs that.
     """
 
-    def __init__(self, graph: fx.Graph, ctx: Context, batch: int, *, paired: bool = False) -> None:
+    def __init__(
+        self, graph: fx.Graph, ctx: Context, batch: int, *, paired: bool = False, original: bool = False
+    ) -> None:
         if ctx.states is None:
             raise ContractError("block passes ask for statistics, but there are no states", remedy="Add 'calibrate'")
         self._graph, self._ctx, self._states = graph, ctx, ctx.states
@@ -52,11 +67,12 @@ class StateFlow:
         start = Executor(graph, ctx.weights, [placeholder(graph)], [first], keep_weights=True)
         self._hidden = [start(self._states.ids[s])[0] for s in self._slices]
         self._exact = list(self._hidden) if paired else None
+        self._keeps = paired or original
         self._original: tuple[fx.Graph, Weights] | None = None
 
     def serve(self, p: Pass, block: Block) -> None:
         """Give the context what a pass asks for, and keep the block for the exact stream if the pass is going to round it."""
-        if self._exact is not None and self._original is None and "float-weights" in p.invalidates:
+        if self._keeps and self._original is None and "float-weights" in p.invalidates:
             self._original = copy_graph(self._graph), self._ctx.weights.clone()
         wanted = p.statistics()
         self._ctx.stats, self._ctx.collect = {}, None
@@ -64,6 +80,14 @@ class StateFlow:
             self._ctx.collect = partial(self.collect, block, wanted)
         elif wanted:
             self._ctx.stats = self.collect(block, wanted, exact=p.sequence() == "none")
+        self._ctx.inputs = (
+            [self._part(i, p.reads()) for i in range(len(self._slices))] if p.reads() != "nothing" else ()
+        )
+        self._ctx.original = self._original if p.reads() in ("original", "paired") else None
+
+    def _part(self, i: int, reads: Reads) -> BlockInput:
+        s, exact = self._slices[i], self._stream(reads == "paired")[i]
+        return BlockInput(self._states.ids[s], self._states.weights[s], self._hidden[i], exact)
 
     def collect(
         self, block: Block, wanted: frozenset[str], weights: Sequence[str] | None = None, *, exact: bool = False

@@ -5,7 +5,8 @@ After:   y = linear_q(x, codes, scales, zeros, b),   W ≈ (codes - zeros)·scal
          y = linear_coded(x, parts, b),              W ≈ what the parts stand for in `format`, stored packed at once
 
 How codes are chosen is the `method`'s business (`dlqc.rounding`): round-to-nearest, GPTQ, … Not every method rounds to every
-format: nf4, fp8, microscaling and lattice take rtn, planes rtn and daq, lattice ldlq, codebook kmeans. It gets the weight
+format: nf4, fp8, microscaling and lattice take rtn, planes rtn and daq, lattice ldlq, codebook kmeans,
+offset rtn and hqq. It gets the weight
 with all folds evaluated in float64 and the statistics of the layer's inputs on the denoising states, as they arrive through the
 blocks that are quantized already. Lossy; the report gives each site's output signal-to-noise ratio.
 
@@ -35,24 +36,28 @@ import torch
 from torch import fx
 
 from dlqc.backend import LinearSpec
-from dlqc.contract import Context, Declined, Pass, PassReport, Plan, Sequential, matches
+from dlqc.contract import Context, Declined, Pass, PassReport, Plan, Reads, Sequential, matches
 from dlqc.errors import ContractError, RecipeError, nearest
 from dlqc.formats.coded import CodedFormat, encode, fault
 from dlqc.formats.integer import IntFormat, QuantizedWeight
 from dlqc.graph import Linear, arg, args_of, call_before, linears, read, replace, sweep
 from dlqc.ops import LINEAR_CODED, LINEAR_Q
-from dlqc.rounding.contract import Rounded
+from dlqc.reconstruct import round_block
+from dlqc.rounding.contract import BlockRounding
 from dlqc.rounding.daq import Daq
 from dlqc.rounding.gptaq import Gptaq
 from dlqc.rounding.gptq import Gptq
 from dlqc.rounding.hessian import sqnr_db
+from dlqc.rounding.hqq import Hqq
 from dlqc.rounding.kmeans import Kmeans
+from dlqc.rounding.low_rank import LowRank, add_low_rank
 from dlqc.rounding.rtn import Rtn
+from dlqc.rounding.signround import SignRound
 from dlqc.rounding.vector import Ldlq
 from dlqc.routers import KEPT, is_router
 from dlqc.stats import PAIRED, Moments
 
-Method = Rtn | Gptq | Gptaq | Daq | Kmeans | Ldlq
+Method = Rtn | Gptq | Gptaq | Daq | Kmeans | Ldlq | Hqq | SignRound
 
 
 @dataclass(frozen=True)
@@ -66,11 +71,12 @@ class QuantizeWeights(Pass):
         skip: glob patterns of module names to leave alone.
         format: a format other than integers; then the first three have no say, and `pack` is not needed.
         sequential: what statistics are taken of, "block", "layer" or "none"; see the module's text.
+        low_rank: a correction of low rank for what rounding leaves (`dlqc.rounding.low_rank`); None for none.
     """
 
     name: ClassVar[str] = "quantize_weights"
     needs: ClassVar[frozenset[str]] = frozenset({"normal-form", "float-weights"})
-    gives: ClassVar[frozenset[str]] = frozenset({"quantized-weights"})
+    gives: ClassVar[frozenset[str]] = frozenset({"quantized-weights", "original"})
     invalidates: ClassVar[frozenset[str]] = frozenset({"float-weights"})
     scope: ClassVar = "block"
 
@@ -81,6 +87,7 @@ class QuantizeWeights(Pass):
     skip: tuple[str, ...] = ()
     format: CodedFormat | None = None
     sequential: Sequential = "block"
+    low_rank: LowRank | None = None
 
     @property
     def target(self) -> IntFormat | CodedFormat:
@@ -102,7 +109,10 @@ class QuantizeWeights(Pass):
         if self.sequential not in typing.get_args(Sequential):
             what = f"{self.sequential!r} is no sequence of statistics"
             raise RecipeError(what, where="sequential", remedy="Use 'block', 'layer' or 'none'")
-        if self.sequential != "block" and not self.method.statistics:
+        if self.sequential != "block" and isinstance(self.method, BlockRounding):
+            what = f"{self.method.name} rounds the linears of a block together, so sequential={self.sequential!r} has no say"
+            raise RecipeError(what, where="sequential", remedy="Leave it out, or use method=gptq")
+        if self.sequential != "block" and not self.statistics():
             what = f"{self.method.name} takes no statistics, so sequential={self.sequential!r} has no say"
             raise RecipeError(what, where="sequential", remedy="Leave it out, or use method=gptq")
         if self.sequential == "none" and self.method.statistics & PAIRED:
@@ -110,17 +120,21 @@ class QuantizeWeights(Pass):
             raise RecipeError(what, where="sequential", remedy="Use 'block' or 'layer', or method=gptq")
 
     def needed_facts(self) -> frozenset[str]:
-        return self.needs | ({"states"} if self.method.statistics else set())
+        return self.needs | ({"states"} if self.statistics() or self.reads() != "nothing" else set())
 
     def given_facts(self) -> frozenset[str]:
         return self.gives | ({"packed"} if self.format is not None else set())
 
     def statistics(self) -> frozenset[str]:
         # With a second moment, how many rows it was summed over, for the note on too few.
-        return self.method.statistics | ({"count"} if "hessian" in self.method.statistics else set())
+        wanted = self.method.statistics | (self.low_rank.statistics if self.low_rank is not None else frozenset())
+        return wanted | ({"count"} if "hessian" in wanted else set())
 
     def sequence(self) -> Sequential:
         return self.sequential
+
+    def reads(self) -> Reads:
+        return self.method.reads() if isinstance(self.method, BlockRounding) else "nothing"
 
     def plan(self, graph: fx.Graph, ctx: Context, plan: Plan) -> None:
         names = [site.name for site in linears(graph.nodes, ctx.weights)]
@@ -151,21 +165,38 @@ class QuantizeWeights(Pass):
             remedy = remedy if grouped else "set it in format=, or exclude it with skip="
             plan.problems.append(f"{site.name}: {reason} ({remedy})")
             return
+        if self.low_rank is not None:
+            shape = (site.out_features, site.in_features)
+            reason = self.low_rank.format.check(*shape)
+            if reason is not None:
+                plan.problems.append(f"{site.name}: {reason} (use a lower rank in low_rank=, or exclude it with skip=)")
+                return
+            plan.beside[site.name] = self.low_rank.format.bits(*shape)
         has_bias = site.bias is not None
         plan.sites[site.name] = LinearSpec(site.in_features, site.out_features, self.target, None, has_bias)
 
     def apply(self, graph: fx.Graph, ctx: Context) -> PassReport:
         report, moments = PassReport(), Moments()
-        for group in self._groups(graph, ctx, report):
+        groups = self._groups(graph, ctx, report)
+        together = round_block(graph, ctx, groups, self.method, self.target, report)
+        for group in groups:
             stats = self._statistics(group[0], ctx)
             moments.add(stats, len(group))
             prepared = self._noted(group[0], self.method.prepare, stats)
             for sites in group:
                 exact = ctx.weights.value(sites[0].weight, torch.float64)
-                rounded = self._noted(sites, self.method.round, exact, self.target, prepared)
+                rounded = together.get(sites[0].weight) or self._noted(
+                    sites, self.method.round, exact, self.target, prepared
+                )
                 rewrite = self._rewrite if isinstance(rounded.weight, QuantizedWeight) else self._rewrite_coded
                 cost = rewrite(graph, ctx, rounded.weight, sites) | rounded.metrics
-                report.details[sites[0].name] = cost | weight_noise(exact, rounded)
+                error = exact - rounded.weight.dequantize()
+                if self.low_rank is not None:
+                    fit = self._noted(sites, self.low_rank.fit, exact, error, stats.get("hessian"))
+                    add_low_rank(graph, ctx.weights, ctx.nodes(graph), sites[0].name, self.low_rank.format, fit.parts)
+                    cost |= fit.metrics | {"bits_per_weight": cost["bits_per_weight"] + fit.bits_per_weight}
+                    error = fit.rest
+                report.details[sites[0].name] = cost | weight_noise(exact, error)
                 report.sites += 1
         report.notes += moments.notes()
         sweep(graph, ctx.weights)
@@ -240,8 +271,6 @@ class QuantizeWeights(Pass):
         return {"bits_per_weight": bits / (first.out_features * first.in_features)}
 
 
-def weight_noise(exact: torch.Tensor, rounded: Rounded) -> dict[str, float]:
+def weight_noise(exact: torch.Tensor, error: torch.Tensor) -> dict[str, float]:
     """Signal to noise of the weight itself, 10·log10(‖W‖² / ‖W - Ŵ‖²), which every method has."""
-    signal = float(exact.square().sum())
-    noise = float((exact - rounded.weight.dequantize()).square().sum())
-    return {"weight_sqnr_db": sqnr_db(signal, noise)}
+    return {"weight_sqnr_db": sqnr_db(float(exact.square().sum()), float(error.square().sum()))}
