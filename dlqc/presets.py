@@ -37,7 +37,7 @@ PRESETS = {
     "w4a16-gptq-cgq": "as w4a16-gptq with certainty-weighted statistics",
     "w4a16-gptq-tmas": "as w4a16-gptq on snapshots of the model's own denoising",
     "w4a16-gptq-tmas-cgq": "as w4a16-gptq-tmas with certainty-weighted statistics",
-    "w4a16-gptaq": "4-bit weights g128 by GPTAQ on masked states",
+    "w4a16-gptaq": "4-bit weights g128 by GPTAQ on masked states, layer by layer",
     "w4a16-gptaq-cgq": "as w4a16-gptaq with certainty-weighted statistics",
     "w4a16-gptaq-tmas": "as w4a16-gptaq on snapshots of the model's own denoising",
     "w4a16-gptaq-tmas-cgq": "as w4a16-gptaq-tmas with certainty-weighted statistics",
@@ -62,8 +62,8 @@ PRESETS = {
     "w4a4-dllmquant-awq": "as w4a4-dllmquant after AWQ's scaling and clipping instead of rotations",
     "w3a16-gptq": "3-bit weights g128 by GPTQ on masked states",
     "w2a16-gptq": "2-bit weights g128 by GPTQ on masked states",
-    "w3a16-gptaq": "3-bit weights g128 by GPTAQ on masked states",
-    "w2a16-gptaq": "2-bit weights g128 by GPTAQ on masked states",
+    "w3a16-gptaq": "3-bit weights g128 by GPTAQ on masked states, layer by layer",
+    "w2a16-gptaq": "2-bit weights g128 by GPTAQ on masked states, layer by layer",
     "w8a16-fp8": "fp8 (E4M3) weights, a scale per channel, nearest rounding, no calibration",
     "w4a16-nf4": "nf4 weights in blocks of 64 with doubly quantized scales, nearest rounding, no calibration",
     "w4a16-mxfp4": "mxfp4 weights, blocks of 32, nearest rounding, no calibration",
@@ -254,7 +254,9 @@ def _quantize(pass_class: Callable[[str], Any], weights: dict[str, Any], roundin
     from dlqc.rounding.rtn import Rtn
 
     method = {"rtn": Rtn, "gptq": Gptq, "gptaq": Gptaq}[rounding]()
-    made: Pass = pass_class("quantize_weights")(**weights, method=method)
+    # GPTAQ lives on seeing all that rounding has done to an input, within the block, too; its authors have it so.
+    how = {"sequential": "layer"} if rounding == "gptaq" else {}
+    made: Pass = pass_class("quantize_weights")(**weights, method=method, **how)
     return made
 
 

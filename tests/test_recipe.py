@@ -196,6 +196,7 @@ def test_a_preset_s_name_tells_the_truth(name: str) -> None:
     assert weights.group_size == (groups.pop() if groups else None if bits == 8 or act < 8 else 128)
     assert weights.symmetric == (bits == 8 or act < 8 or "sym" in words)
     assert weights.skip == ()
+    assert weights.sequential == ("layer" if "gptaq" in words else "block")
     by_gptq = bool({"gptq", "gptaq"} & set(words)) or ("quarot" in words and "rtn" not in words)
     assert type(weights.method) is (Gptaq if "gptaq" in words else Gptq if by_gptq else Rtn)
 
