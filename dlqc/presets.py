@@ -23,6 +23,7 @@ PRESETS = {
     "w8a8-rtn": "8-bit weights per channel, 8-bit activations per token, nearest rounding",
     "w4a4-rtn": "4-bit weights per channel, 4-bit activations per token, nearest rounding",
     "w8a8-smoothquant": "as w8a8-rtn after SmoothQuant on masked states",
+    "w8a8-llmint8": "as w8a8-rtn, columns with activations above 6 on masked states in 16 bits (LLM.int8())",
     "w8a8-gptq": "8-bit weights per channel by GPTQ, 8-bit activations per token",
     "w4a8-gptq": "4-bit weights g128 by GPTQ, 8-bit activations per token",
     "w4a16-gptq": "4-bit weights g128 by GPTQ on masked states",
@@ -52,7 +53,7 @@ PRESETS = {
 
 GRAMMAR = re.compile(
     r"w(?P<w>[2348])a(?P<a>4|6|8|16)(?:-(?:g(?P<g>\d+)|(?P<channel>channel)))?(?P<sym>-sym)?"
-    r"-(?P<method>[a-z]+)(?:-(?P<variant>clean|cgq|tmas|tmas-cgq|rtn|gptq))?"
+    r"-(?P<method>[a-z]+8?)(?:-(?P<variant>clean|cgq|tmas|tmas-cgq|rtn|gptq))?"
 )
 
 Maker = Callable[..., Pass]
@@ -190,6 +191,7 @@ METHODS: dict[str, tuple[tuple[Step, ...], bool, str]] = {
     "gptq": ((), False, "gptq"),
     "smooth": ((("smooth", {}),), True, "rtn"),
     "smoothquant": ((("smooth", {}),), True, "rtn"),
+    "llmint8": ((("split_outliers", {"required": False}),), True, "rtn"),
     "awq": ((("awq_scale", {"relative": True}), ("awq_clip", {})), True, "rtn"),
     "quarot": (
         (

@@ -46,6 +46,7 @@ PASSES = {
     "learn_rotation": "LearnRotation",
     "mask_gate": "MaskGate",
     "calibrate": "Calibrate",
+    "split_outliers": "SplitOutliers",
     "quantize_weights": "QuantizeWeights",
     "quantize_activations": "QuantizeActivations",
     "pack": "Pack",

@@ -19,8 +19,9 @@ from rich.table import Table
 from torch import fx
 
 from dlqc.contract import Pass, PassReport
-from dlqc.graph import QUANTIZED_LINEARS, args_of, constant_name, is_call, uses, width
+from dlqc.graph import LINEAR, QUANTIZED_LINEARS, args_of, constant_name, is_call, uses, width
 from dlqc.instruments import Record
+from dlqc.kept import OUTLIERS, picks_columns
 from dlqc.ops import LINEAR_CODED
 from dlqc.weights import Weights
 
@@ -262,6 +263,8 @@ def _reason(graph: fx.Graph, name: str, kept: dict[str, str]) -> str:
         return kept[module]
     if any("embedding" in str(user.target) for user in uses(graph, name)):
         return "an embedding"
+    if any(is_call(user, LINEAR) and picks_columns(args_of(user)[0]) for user in uses(graph, name)):
+        return OUTLIERS
     return "no pass quantizes it"
 
 

@@ -67,6 +67,16 @@ class Rows:
 
 
 @dataclass(frozen=True, eq=False)
+class Columns:
+    """W [N, K] → W[:, picked], picked int [n] (the outlier columns of a linear)."""
+
+    picked: torch.Tensor
+
+    def __call__(self, w: torch.Tensor) -> torch.Tensor:
+        return w.index_select(1, self.picked)
+
+
+@dataclass(frozen=True, eq=False)
 class Clamp:
     """W [N, K] → W held within ±limits, limits [N, G], one for each group of K/G neighbours of a row."""
 
@@ -88,7 +98,7 @@ class Plus:
         return w + self.number
 
 
-Fold = OnColumns | OnRows | Ones | Rows | Clamp | Plus
+Fold = OnColumns | OnRows | Ones | Rows | Columns | Clamp | Plus
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,8 +118,13 @@ class Constant:
 
     @property
     def shape(self) -> torch.Size:
-        rows = next((f for f in reversed(self.folds) if isinstance(f, Rows)), None)
-        return self.leaf.shape if rows is None else torch.Size((rows.stop - rows.start, *self.leaf.shape[1:]))
+        shape = tuple(self.leaf.shape)
+        for f in self.folds:
+            if isinstance(f, Rows):
+                shape = (f.stop - f.start, *shape[1:])
+            elif isinstance(f, Columns):
+                shape = (shape[0], len(f.picked))
+        return torch.Size(shape)
 
     @property
     def storage_dtype(self) -> torch.dtype:

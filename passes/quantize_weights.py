@@ -12,6 +12,7 @@ blocks that are quantized already. Lossy; the report gives each site's output si
 Declines:
     - a linear that `skip` names
     - a router: its output goes into a topk, where a small error is another expert (`dlqc.routers`)
+    - outlier columns that `split_outliers` gave a linear of their own
     - (outside the repeated blocks nothing is a site: embeddings and head stay as they are, and the report says so)
 
 A weight that several calls share is rounded once, on the sum of their statistics, and all calls are rewritten.
@@ -33,6 +34,7 @@ from dlqc.errors import ContractError, RecipeError, nearest
 from dlqc.formats.coded import CodedFormat, encode, fault
 from dlqc.formats.integer import IntFormat, QuantizedWeight
 from dlqc.graph import Linear, arg, call_before, linears, read, replace, sweep
+from dlqc.kept import reason_to_keep
 from dlqc.ops import LINEAR_CODED, LINEAR_Q
 from dlqc.rounding.contract import Rounded
 from dlqc.rounding.daq import Daq
@@ -41,7 +43,6 @@ from dlqc.rounding.hessian import sqnr_db
 from dlqc.rounding.kmeans import Kmeans
 from dlqc.rounding.rtn import Rtn
 from dlqc.rounding.vector import Ldlq
-from dlqc.routers import KEPT, is_router
 
 Method = Rtn | Gptq | Daq | Kmeans | Ldlq
 
@@ -105,8 +106,8 @@ class QuantizeWeights(Pass):
                 plan.kept[site.name] = "outside the repeated blocks"
             elif matches(site.name, self.skip):
                 plan.kept[site.name] = "named by skip="
-            elif is_router(site.node):
-                plan.kept[site.name] = KEPT
+            elif (reason := reason_to_keep(site)) is not None:
+                plan.kept[site.name] = reason
             else:
                 self._plan_site(site, plan)
 
@@ -138,8 +139,9 @@ class QuantizeWeights(Pass):
             if matches(sites[0].name, self.skip):
                 report.declined.append(Declined(sites[0].name, "named by skip="))
                 continue
-            if any(is_router(site.node) for site in sites):
-                report.declined.append(Declined(sites[0].name, KEPT))
+            kept = next(filter(None, map(reason_to_keep, sites)), None)
+            if kept is not None:
+                report.declined.append(Declined(sites[0].name, kept))
                 continue
             stats = ctx.stats.get(weight, {})
             # Linears that read the same value come one after the other and share their statistics, tensor for tensor.

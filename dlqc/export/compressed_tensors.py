@@ -44,6 +44,10 @@ if TYPE_CHECKING:
     from dlqc.compiled import Compiled
 
 
+#: End of the names of linears that no checkpoint has: the outlier columns of one that has been split.
+OWN = ".outliers.weight"
+
+
 @dataclass(frozen=True)
 class Site:
     """One quantized linear of the graph, ready to be written."""
@@ -100,6 +104,7 @@ def check_exportable(model: Compiled) -> list[Site]:
         raise ExportError("no linear is quantized", where="graph", remedy="Compile with a recipe that quantizes")
     problems = [f"{name} is a part of a fused projection" for name in model.weights if ".rows_" in name]
     problems += [f"{s.name} is transposed in its checkpoint" for s in sites if "transposed" in s.name.split(".")]
+    problems += [f"{n.removesuffix('.weight')} is a linear of its own" for n in model.weights if n.endswith(OWN)]
     problems += [f"{s.name} has activations in groups" for s in sites if s.act and s.act.group_size is not None]
     problems += [f"constant {n!r} is a transform" for n in model.weights if n.startswith("transform.")]
     if problems:
