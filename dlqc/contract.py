@@ -20,7 +20,7 @@ checks the whole order before any work and never sorts it.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -34,6 +34,12 @@ if TYPE_CHECKING:
     from dlqc.backend import Backend, LinearSpec
     from dlqc.blocks import Block
     from dlqc.calibration import States, TokenRows
+
+#: Statistics of the inputs of linears: weight name → statistic → tensor.
+Statistics = Mapping[str, Mapping[str, torch.Tensor]]
+
+#: Which activations statistics are taken of, see `Pass.sequence`.
+Sequential = Literal["none", "block", "layer"]
 
 FACTS_OF_CAPTURE = frozenset({"normal-form", "float-weights", "float-activations"})
 
@@ -106,7 +112,9 @@ class Context:
         rows: token rows to calibrate on, or None (the `calibrate` pass then draws the model's own rollouts).
         states: denoising states, once `calibrate` has made them.
         block: the block at hand while a block-scoped pass runs, else None.
-        stats: statistics of the inputs of the block's linears: weight name → statistic → tensor.
+        stats: statistics of the inputs of the block's linears.
+        collect: statistics of the inputs of the linears with the given weights, on the block as it is now; there for a
+            pass whose `sequence` is "layer", which has no `stats`.
         facts: what holds now.
         blocks: the stack of blocks, in order.
     """
@@ -118,7 +126,8 @@ class Context:
     rows: TokenRows | None = None
     states: States | None = None
     block: Block | None = None
-    stats: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
+    stats: Statistics = field(default_factory=dict)
+    collect: Callable[[Sequence[str]], Statistics] | None = None
     facts: set[str] = field(default_factory=lambda: set(FACTS_OF_CAPTURE))
     blocks: Sequence[Block] = ()
 
@@ -167,6 +176,15 @@ class Pass:
     def statistics(self) -> frozenset[str]:
         """Statistics of linear inputs that `apply` reads from `ctx.stats` (names of `dlqc.stats`)."""
         return frozenset()
+
+    def sequence(self) -> Sequential:
+        """Which activations the statistics are of.
+
+        "block": those of the block as the pass finds it, behind the blocks that are rewritten already.
+        "layer": likewise, and `apply` asks for them by `ctx.collect`, anew after each part that it rewrites.
+        "none": those of the model before any weight was rounded.
+        """
+        return "block"
 
     def plan(self, graph: fx.Graph, ctx: Context, plan: Plan) -> None:
         """Say what `apply` will do and what would fail, reading no weight."""

@@ -12,10 +12,13 @@ blocks that are quantized already. Lossy; the report gives each site's output si
 Declines:
     - a linear that `skip` names
     - a router: its output goes into a topk, where a small error is another expert (`dlqc.routers`)
-    - outlier columns that `split_outliers` gave a linear of their own
     - (outside the repeated blocks nothing is a site: embeddings and head stay as they are, and the report says so)
 
 A weight that several calls share is rounded once, on the sum of their statistics, and all calls are rewritten.
+
+What the statistics are of is `sequential`. "block": a block as it comes, behind blocks that are quantized (GPTQ's own setting in
+most tools). "layer", true-sequential: linears that read the same value are rounded together, in the order of the dataflow, and the
+statistics of the next are taken behind them. "none": the model before any rounding, so that no error is seen downstream.
 """
 
 from __future__ import annotations
@@ -29,22 +32,24 @@ import torch
 from torch import fx
 
 from dlqc.backend import LinearSpec
-from dlqc.contract import Context, Declined, Pass, PassReport, Plan, matches
+from dlqc.contract import Context, Declined, Pass, PassReport, Plan, Sequential, matches
 from dlqc.errors import ContractError, RecipeError, nearest
 from dlqc.formats.coded import CodedFormat, encode, fault
 from dlqc.formats.integer import IntFormat, QuantizedWeight
-from dlqc.graph import Linear, arg, call_before, linears, read, replace, sweep
-from dlqc.kept import reason_to_keep
+from dlqc.graph import Linear, arg, args_of, call_before, linears, read, replace, sweep
 from dlqc.ops import LINEAR_CODED, LINEAR_Q
 from dlqc.rounding.contract import Rounded
 from dlqc.rounding.daq import Daq
+from dlqc.rounding.gptaq import Gptaq
 from dlqc.rounding.gptq import Gptq
 from dlqc.rounding.hessian import sqnr_db
 from dlqc.rounding.kmeans import Kmeans
 from dlqc.rounding.rtn import Rtn
 from dlqc.rounding.vector import Ldlq
+from dlqc.routers import KEPT, is_router
+from dlqc.stats import PAIRED, Moments
 
-Method = Rtn | Gptq | Daq | Kmeans | Ldlq
+Method = Rtn | Gptq | Gptaq | Daq | Kmeans | Ldlq
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,7 @@ class QuantizeWeights(Pass):
         method: the rounding method.
         skip: glob patterns of module names to leave alone.
         format: a format other than integers; then the first three have no say, and `pack` is not needed.
+        sequential: what statistics are taken of, "block", "layer" or "none"; see the module's text.
     """
 
     name: ClassVar[str] = "quantize_weights"
@@ -71,6 +77,7 @@ class QuantizeWeights(Pass):
     method: Method = field(default_factory=Gptq)
     skip: tuple[str, ...] = ()
     format: CodedFormat | None = None
+    sequential: Sequential = "block"
 
     @property
     def target(self) -> IntFormat | CodedFormat:
@@ -86,6 +93,18 @@ class QuantizeWeights(Pass):
             if getattr(self, option) != getattr(type(self), option):
                 what = f"{option}={getattr(self, option)} is for integers, weights become {self.target.label}"
                 raise RecipeError(what, where=option, remedy="Set it in format=, or leave format out")
+        self._check_sequential()
+
+    def _check_sequential(self) -> None:
+        if self.sequential not in typing.get_args(Sequential):
+            what = f"{self.sequential!r} is no sequence of statistics"
+            raise RecipeError(what, where="sequential", remedy="Use 'block', 'layer' or 'none'")
+        if self.sequential != "block" and not self.method.statistics:
+            what = f"{self.method.name} takes no statistics, so sequential={self.sequential!r} has no say"
+            raise RecipeError(what, where="sequential", remedy="Leave it out, or use method=gptq")
+        if self.sequential == "none" and self.method.statistics & PAIRED:
+            what = f"{self.method.name} corrects inputs that rounding has changed, and sequential='none' shows it none"
+            raise RecipeError(what, where="sequential", remedy="Use 'block' or 'layer', or method=gptq")
 
     def needed_facts(self) -> frozenset[str]:
         return self.needs | ({"states"} if self.method.statistics else set())
@@ -94,7 +113,11 @@ class QuantizeWeights(Pass):
         return self.gives | ({"packed"} if self.format is not None else set())
 
     def statistics(self) -> frozenset[str]:
-        return self.method.statistics
+        # With a second moment, how many rows it was summed over, for the note on too few.
+        return self.method.statistics | ({"count"} if "hessian" in self.method.statistics else set())
+
+    def sequence(self) -> Sequential:
+        return self.sequential
 
     def plan(self, graph: fx.Graph, ctx: Context, plan: Plan) -> None:
         names = [site.name for site in linears(graph.nodes, ctx.weights)]
@@ -106,8 +129,8 @@ class QuantizeWeights(Pass):
                 plan.kept[site.name] = "outside the repeated blocks"
             elif matches(site.name, self.skip):
                 plan.kept[site.name] = "named by skip="
-            elif (reason := reason_to_keep(site)) is not None:
-                plan.kept[site.name] = reason
+            elif is_router(site.node):
+                plan.kept[site.name] = KEPT
             else:
                 self._plan_site(site, plan)
 
@@ -129,32 +152,50 @@ class QuantizeWeights(Pass):
         plan.sites[site.name] = LinearSpec(site.in_features, site.out_features, self.target, None, has_bias)
 
     def apply(self, graph: fx.Graph, ctx: Context) -> PassReport:
-        report = PassReport()
+        report, moments = PassReport(), Moments()
+        for group in self._groups(graph, ctx, report):
+            stats = self._statistics(group[0], ctx)
+            moments.add(stats, len(group))
+            prepared = self._noted(group[0], self.method.prepare, stats)
+            for sites in group:
+                exact = ctx.weights.value(sites[0].weight, torch.float64)
+                rounded = self._noted(sites, self.method.round, exact, self.target, prepared)
+                rewrite = self._rewrite if isinstance(rounded.weight, QuantizedWeight) else self._rewrite_coded
+                cost = rewrite(graph, ctx, rounded.weight, sites) | rounded.metrics
+                report.details[sites[0].name] = cost | weight_noise(exact, rounded)
+                report.sites += 1
+        report.notes += moments.notes()
+        sweep(graph, ctx.weights)
+        return report
+
+    def _groups(self, graph: fx.Graph, ctx: Context, report: PassReport) -> list[list[list[Linear]]]:
+        """The weights to round, each with its calls, in the order of the dataflow; those that read the same come together.
+
+        In the graph values come before their readers, so whatever a group's inputs depend on is in the groups before.
+        (Of a weight that is called again further down, the first call counts.)
+        """
         by_weight: dict[str, list[Linear]] = {}
         for site in linears(ctx.nodes(graph), ctx.weights):
             by_weight.setdefault(site.weight, []).append(site)
-        shared: list[torch.Tensor] = []
-        prepared: Mapping[str, Any] = {}
-        for weight, sites in by_weight.items():
+        groups: dict[tuple[fx.Node, ...], list[list[Linear]]] = {}
+        for sites in by_weight.values():
             if matches(sites[0].name, self.skip):
                 report.declined.append(Declined(sites[0].name, "named by skip="))
-                continue
-            kept = next(filter(None, map(reason_to_keep, sites)), None)
-            if kept is not None:
-                report.declined.append(Declined(sites[0].name, kept))
-                continue
-            stats = ctx.stats.get(weight, {})
-            # Linears that read the same value come one after the other and share their statistics, tensor for tensor.
-            if not prepared or [id(t) for t in shared] != [id(t) for t in stats.values()]:
-                shared, prepared = list(stats.values()), self._noted(sites, self.method.prepare, stats)
-            exact = ctx.weights.value(weight, torch.float64)
-            rounded = self._noted(sites, self.method.round, exact, self.target, prepared)
-            rewrite = self._rewrite if isinstance(rounded.weight, QuantizedWeight) else self._rewrite_coded
-            cost = rewrite(graph, ctx, rounded.weight, sites) | rounded.metrics
-            report.details[sites[0].name] = cost | weight_noise(exact, rounded)
-            report.sites += 1
-        sweep(graph, ctx.weights)
-        return report
+            elif any(is_router(site.node) for site in sites):
+                report.declined.append(Declined(sites[0].name, KEPT))
+            else:
+                groups.setdefault(tuple(site.x for site in sites), []).append(sites)
+        return list(groups.values())
+
+    def _statistics(self, sites: list[Linear], ctx: Context) -> Mapping[str, Any]:
+        """Statistics of what the calls of a weight read."""
+        weight = sites[0].weight
+        if self.sequential != "layer":
+            return ctx.stats.get(weight, {})
+        if ctx.collect is None:
+            what = "sequential='layer' takes statistics anew, and there is nothing to take them with"
+            raise ContractError(what, where="sequential", remedy="Run the pass by a PassManager, with blocks")
+        return ctx.collect([weight])[weight]
 
     def _noted(self, sites: list[Linear], work: Callable[..., Any], *args: Any) -> Any:
         """Call a method; an error says at which linear it happened."""
@@ -171,10 +212,11 @@ class QuantizeWeights(Pass):
         if weight.zeros is not None:
             ctx.weights.put(names["zeros"], weight.zeros)
         for site in sites:
+            x = args_of(site.node)[0]  # not site.x: that may be a linear that has been replaced since
             codes, scales = (read(graph, ctx.weights, names[role], site.node) for role in ("codes", "scales"))
             zeros = None if weight.zeros is None else read(graph, ctx.weights, names["zeros"], site.node)
             bias = None if site.bias is None else arg(site.node, 2, "bias")
-            args = (site.x, codes, scales, zeros, bias, self.bits, self.group_size or 0)
+            args = (x, codes, scales, zeros, bias, self.bits, self.group_size or 0)
             replace(site.node, call_before(graph, site.node, LINEAR_Q, args))
         return {"bits_per_weight": self.target.bits_per_weight(sites[0].out_features, sites[0].in_features)}
 
@@ -189,7 +231,7 @@ class QuantizeWeights(Pass):
         for site in sites:
             parts = [read(graph, ctx.weights, f"{first.name}.{role}", site.node) for role, _ in stored]
             bias = None if site.bias is None else arg(site.node, 2, "bias")
-            args = (site.x, parts, bias, spec, first.out_features)
+            args = (args_of(site.node)[0], parts, bias, spec, first.out_features)
             replace(site.node, call_before(graph, site.node, LINEAR_CODED, args))
         bits = 8 * sum(part.nbytes for _, part in stored)
         return {"bits_per_weight": bits / (first.out_features * first.in_features)}

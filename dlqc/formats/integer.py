@@ -31,6 +31,7 @@ from typing import Literal
 
 import torch
 
+from dlqc import intround
 from dlqc.errors import ContractError, FeasibilityError, ModelError, RecipeError
 
 Clip = Literal["minmax", "mse"]
@@ -224,6 +225,21 @@ class IntFormat:
         self, part: torch.Tensor, least: torch.Tensor, most: torch.Tensor, root: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The grid of the shrunk range with the smallest weighted squared error; `part` is [rows, G, g]."""
+        found = intround.search(
+            *(part, least, most, root),
+            coarse=COARSE[1:],
+            fine=FINE,
+            symmetric=self.symmetric,
+            stored=SCALE_DTYPES[self.scale_dtype],
+            top=self.top,
+            midpoint=self.midpoint,
+            floor=self._floor,
+        )
+        return found or self._search_plainly(part, least, most, root)
+
+    def _search_plainly(
+        self, part: torch.Tensor, least: torch.Tensor, most: torch.Tensor, root: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         ratio = torch.ones_like(least)
         scale, zero = self._grid(least, most)
         error = self._error(part, scale, zero, root)

@@ -22,7 +22,8 @@ than w: scales with the least error on w then clamp t, and the clamped errors fe
 cost more than it saves by far, at 4 bits hardly). So clip="trial" rounds up to 256 evenly spaced rows with each choice
 in TRIALS and keeps the one with the least loss; rows are independent, which makes the sample a fair one.
 
-Factorization in float64; the feedback in float32 (`dtype`). Peak memory: H, one float64 copy of it, two float32 copies
+Factorization in float64; the feedback in float32 (`dtype`), blocks of columns by a product of matrices, the columns of a
+block in native code where there is a compiler (`dlqc.intround`). Peak memory: H, one float64 copy of it, two float32 copies
 and one uint8 copy of the weight.
 """
 
@@ -34,10 +35,11 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from dlqc import intround
 from dlqc.errors import CalibrationError, ContractError, FeasibilityError, RecipeError
 from dlqc.formats.integer import Clip, IntFormat, QuantizedWeight
 from dlqc.rounding.contract import Rounded, Rounding
-from dlqc.rounding.hessian import MAX_DAMP, Factor, factorize, output_energy, sqnr_db
+from dlqc.rounding.hessian import MAX_DAMP, Factor, energy, factorize, output_energy, sqnr_db
 
 Choice = tuple[Clip, float]
 Parameters = tuple[torch.Tensor, torch.Tensor | None]
@@ -77,7 +79,7 @@ class Gptq(Rounding):
     static_groups: bool = True
     clip: Literal["minmax", "mse", "trial"] = "trial"
     damp: float = 0.01
-    block: int = 128
+    block: int = 512
 
     def __post_init__(self) -> None:
         if self.clip not in ("minmax", "mse", "trial"):
@@ -86,7 +88,7 @@ class Gptq(Rounding):
             what = f"damping of {self.damp} times the mean diagonal is not within 0 and {MAX_DAMP:g}"
             raise RecipeError(what, where="damp", remedy="Use 0.01")
         if self.block < 1:
-            raise RecipeError(f"a block of {self.block} columns is impossible", where="block", remedy="Use 128")
+            raise RecipeError(f"a block of {self.block} columns is impossible", where="block", remedy="Use 512")
         if self.act_order and not self.static_groups:
             what = "act_order with static_groups=False scatters a group's columns, and engines do not store g_idx"
             raise FeasibilityError(what, where="static_groups", remedy="Use static_groups=True, or act_order=False")
@@ -123,7 +125,7 @@ def gptq(
             share a factor.
         dtype: arithmetic of the feedback, float32 or float64.
 
-    Metrics: `sqnr_db`; `loss`, tr(E H Eᵀ) without λ; `loss_rtn`, the same for rounding to nearest with scales chosen
+    Metrics: `sqnr_db`, whose signal is estimated on up to 256 rows; `loss`, tr(E H Eᵀ) without λ; `loss_rtn`, the same for rounding to nearest with scales chosen
     in the same way (from up to 256 evenly spaced rows, as the ratio to this method's loss on them); `damp` and
     `damp_tries`; `shrink`, the part of the weights' range that the scales cover, 0 if that was searched by group.
     """
@@ -138,7 +140,7 @@ def gptq(
         what = f"the factor was made with act_order={factor.act_order}, the options say {options.act_order}"
         raise ContractError(what, where="act_order", remedy="Pass the same options to factorize() and gptq()")
     exact = weight.to(dtype)
-    rows = torch.linspace(0, count - 1, min(count, SAMPLE), device=weight.device).round().long()
+    rows = sample_rows(weight)
     sample = exact[rows]
     if options.clip == "trial":
         # All trials at once, one below the other: rows do not depend on each other.
@@ -158,9 +160,8 @@ def gptq(
         noise = own
     elif noise < CANCELLED * loss:
         noise = output_energy(work[back].T, factor.hessian).sum().item()
-    signal = output_energy(exact, factor.hessian).sum().item()
     metrics = {
-        "sqnr_db": sqnr_db(signal, noise),
+        "sqnr_db": sqnr_db(energy(exact, factor.hessian, rows), noise),
         "loss": noise,
         "loss_rtn": other * (noise / own if own > 0 else count / len(rows)),
         "damp": factor.damp,
@@ -168,6 +169,12 @@ def gptq(
         "shrink": 0.0 if choice[0] == "mse" else choice[1],
     }
     return Rounded(rounded, metrics)
+
+
+def sample_rows(weight: torch.Tensor) -> torch.Tensor:
+    """Indices of up to SAMPLE rows of a weight [N, K], evenly spaced."""
+    count = len(weight)
+    return torch.linspace(0, count - 1, min(count, SAMPLE), device=weight.device).round().long()
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,33 +207,40 @@ def _round(exact: torch.Tensor, grid: _Grid, options: Gptq) -> tuple[QuantizedWe
     width = len(order)
     group = fmt.group_size or width
     static = options.static_groups or group == width
-    block = options.block if static else group
+    # Scales that are chosen on entering a group need all errors before it; blocks are then whole groups.
+    block = options.block if static else max(options.block // group, 1) * group
+    step = block if static else group
     work = exact.T.index_select(0, order)
     codes = torch.empty_like(work, dtype=torch.uint8)
     losses = torch.zeros(len(exact), dtype=torch.float64, device=work.device)
+    largest = upper.diagonal().max()
     chosen = [grid.parameters(exact)] if static else []
-    table = _transposed(chosen[0]) if static else None
+    table = _table(chosen[0], work.dtype) if static else None
     for stop in range(width, 0, -block):
-        rows = slice(max(0, stop - block), stop)
-        size = stop - rows.start
-        pivots = upper.diagonal()[rows]
-        feedback = (upper[rows, rows.start :] / pivots.unsqueeze(1)).to(work.dtype)
-        near = feedback[:, :size]
-        target = torch.addmm(work[rows], feedback[:, size:], work[stop:])
-        if table is None:
-            # The correction X of the whole group cancels what the errors so far add to (W-Ŵ)R there: near·X = t - w.
-            correction = torch.linalg.solve_triangular(near, target - work[rows], upper=True, unitriangular=True)
-            corrected = (work[rows] + correction).flip(0).T
-            chosen.append(grid.parameters(corrected, slice(width - stop, width - rows.start)))
-            scale, zero = _columns(_transposed(chosen[-1]), torch.zeros_like(order[rows]), work.dtype)
-        else:
-            scale, zero = _columns(table, order[rows] // group, work.dtype)
-        levels = _round_block(target, work[rows], near, scale, zero, fmt)
-        codes[rows] = (levels + (fmt.midpoint if zero is None else zero)).to(torch.uint8)
-        residual = target.addcmul_(levels, scale, value=-1).square_()
-        losses += (pivots / pivots.max()).square().to(work.dtype) @ residual * pivots.max().square()
+        start = max(0, stop - block)
+        pivots = upper.diagonal()[start:stop]
+        feedback = (upper[start:stop, start:] / pivots.unsqueeze(1)).to(work.dtype)
+        share = (pivots / largest).square().to(work.dtype)
+        size = stop - start
+        target = torch.addmm(work[start:stop], feedback[:, size:], work[stop:])
+        for last in range(size, 0, -step):
+            part = slice(max(0, last - step), last)
+            rows = slice(start + part.start, start + last)
+            aim, near = target[part], feedback[part, part].contiguous()
+            if last < size:
+                aim.addmm_(feedback[part, last:size], work[start + last : stop])
+            if table is None:
+                # The correction X of the whole group cancels what the errors so far add to (W-Ŵ)R there: near·X = t - w.
+                correction = torch.linalg.solve_triangular(near, aim - work[rows], upper=True, unitriangular=True)
+                corrected = (work[rows] + correction).flip(0).T
+                chosen.append(grid.parameters(corrected, slice(width - rows.stop, width - rows.start)))
+                own, index = _table(chosen[-1], work.dtype), torch.zeros_like(order[rows])
+            else:
+                own, index = table, order[rows] // group
+            columns = _Columns(aim, work[rows], codes[rows], near, own, index, share[part])
+            columns.round(fmt, losses)
     codes = codes[torch.argsort(order)].T.contiguous()
-    return QuantizedWeight(codes, *_cat(chosen, dim=1), fmt), work, losses
+    return QuantizedWeight(codes, *_cat(chosen, dim=1), fmt), work, losses * largest.square()
 
 
 def _cat(parts: list[Parameters], dim: int) -> Parameters:
@@ -234,40 +248,53 @@ def _cat(parts: list[Parameters], dim: int) -> Parameters:
     return torch.cat([scale for scale, _ in parts], dim), torch.cat(zeros, dim) if zeros else None
 
 
-def _transposed(parameters: Parameters) -> Parameters:
-    scales, zeros = parameters
-    return scales.T.contiguous(), None if zeros is None else zeros.T.contiguous()
+def _table(parameters: Parameters, dtype: torch.dtype) -> Parameters:
+    """Scales and zero points as [G, N] in the dtype of the arithmetic."""
+    scales, zeros = (None if part is None else part.T.to(dtype).contiguous() for part in parameters)
+    assert scales is not None
+    return scales, zeros
 
 
-def _columns(table: Parameters, group: torch.Tensor, dtype: torch.dtype) -> Parameters:
-    """Scales and zero points [block, N] of the columns that belong to the groups `group` [block]."""
-    scales, zeros = table
-    return scales[group].to(dtype), None if zeros is None else zeros[group].to(dtype)
+@dataclass(frozen=True, eq=False)
+class _Columns:
+    """Columns of W that are rounded one after the other, from the last row of these matrices to the first.
 
-
-def _round_block(
-    target: torch.Tensor,
-    work: torch.Tensor,
-    near: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor | None,
-    fmt: IntFormat,
-) -> torch.Tensor:
-    """Round a block from its last row to its first; returns code - zero, [block, N] in floating point.
-
-    On entry `target` lacks the feedback of errors inside the block; on return it is t. `work` turns from w to w - ŵ.
+    Attributes:
+        target: [B, N], t but for the feedback of errors inside the block; what it holds later is of no use.
+        work: [B, N], turns from w to w - ŵ. codes: uint8 [B, N], written.
+        near: [B, B], unit upper triangular: how errors of later rows enter earlier ones.
+        table, group: scales and zero points [G, N], and the row of them that each column takes, [B].
+        share: [B], weights of the squared residuals in the loss.
     """
-    levels = torch.empty_like(target)
-    low, high = (None, None) if zero is None else (-zero, fmt.top - zero)
-    for stop in range(len(target), 0, -INNER):
-        start = max(0, stop - INNER)
-        target[start:stop].addmm_(near[start:stop, stop:], work[stop:])
-        for row in range(stop - 1, start - 1, -1):
-            aim = target[row].addmv_(work[row + 1 : stop].T, near[row, row + 1 : stop])
-            level = torch.div(aim, scale[row], out=levels[row]).round_()
-            if low is None or high is None:
-                level.clamp_(-fmt.midpoint, fmt.top - fmt.midpoint)
-            else:
+
+    target: torch.Tensor
+    work: torch.Tensor
+    codes: torch.Tensor
+    near: torch.Tensor
+    table: Parameters
+    group: torch.Tensor
+    share: torch.Tensor
+
+    def round(self, fmt: IntFormat, losses: torch.Tensor) -> None:
+        """Round, and add what it costs to `losses` [N]."""
+        operands = (self.target, self.work, self.codes, self.near, *self.table, self.group)
+        if not intround.round_block(*operands, fmt.midpoint, fmt.top, self.share, losses):
+            self._round_plainly(fmt, losses)
+
+    def _round_plainly(self, fmt: IntFormat, losses: torch.Tensor) -> None:
+        target, work, near = self.target, self.work, self.near
+        scale, zero = (None if part is None else part[self.group] for part in self.table)
+        assert scale is not None
+        offset = torch.full((), fmt.midpoint, dtype=scale.dtype, device=scale.device) if zero is None else zero
+        low, high = (-offset).expand_as(scale), (fmt.top - offset).expand_as(scale)
+        levels = torch.empty_like(target)
+        for stop in range(len(target), 0, -INNER):
+            start = max(0, stop - INNER)
+            target[start:stop].addmm_(near[start:stop, stop:], work[stop:])
+            for row in range(stop - 1, start - 1, -1):
+                aim = target[row].addmv_(work[row + 1 : stop].T, near[row, row + 1 : stop])
+                level = torch.div(aim, scale[row], out=levels[row]).round_()
                 level.clamp_(low[row], high[row])
-            work[row].addcmul_(level, scale[row], value=-1)
-    return levels
+                work[row].addcmul_(level, scale[row], value=-1)
+        self.codes.copy_(levels + offset)
+        losses += self.share @ target.addcmul_(levels, scale, value=-1).square_()

@@ -36,6 +36,21 @@ def output_energy(rows: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
     return total
 
 
+def energy(rows: torch.Tensor, hessian: torch.Tensor, sample: torch.Tensor) -> float:
+    """tr(X H Xᵀ) of all rows X [n, K], estimated on the rows with the indices `sample`; exact if these are all.
+
+    The sum over the sample is scaled by the ratio of Σ_k x_k²·H_kk over all rows to that over the sample (a ratio
+    estimate): n·K operations in place of n·K².
+    """
+    found = output_energy(rows[sample], hessian).sum().item()
+    if len(sample) == len(rows):
+        return found
+    diagonal = hessian.diagonal().to(rows.dtype)
+    share = torch.linalg.vector_norm(rows * diagonal.clamp_min(0).sqrt(), dim=1, dtype=torch.float64).square()
+    part = share[sample].sum().item()
+    return found * share.sum().item() / part if part > 0 else 0.0
+
+
 def sqnr_db(signal: float, noise: float) -> float:
     """10·log10(signal / noise), held within ±300 so that it can be written as JSON; 300 for no noise."""
     if noise <= 0:

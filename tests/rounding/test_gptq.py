@@ -348,7 +348,7 @@ def test_errors() -> None:
         ({"clip": "best"}, r"^clip: unknown clip 'best'\. Use 'minmax', 'mse' or 'trial'$"),
         ({"damp": -1.0}, r"^damp: damping of -1.0 times the mean diagonal is not within 0 and 10\. Use 0.01$"),
         ({"damp": float("nan")}, r"^damp: damping of nan times the mean diagonal is not within 0 and 10\. Use 0.01$"),
-        ({"block": 0}, r"^block: a block of 0 columns is impossible\. Use 128$"),
+        ({"block": 0}, r"^block: a block of 0 columns is impossible\. Use 512$"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, object], message: str) -> None:
