@@ -12,6 +12,7 @@ blocks that are quantized already. Lossy; the report gives each site's output si
 Declines:
     - a linear that `skip` names
     - a router: its output goes into a topk, where a small error is another expert (`dlqc.routers`)
+    - outlier columns that `split_outliers` gave a linear of their own
     - (outside the repeated blocks nothing is a site: embeddings and head stay as they are, and the report says so)
 
 A weight that several calls share is rounded once, on the sum of their statistics, and all calls are rewritten.
@@ -32,11 +33,12 @@ import torch
 from torch import fx
 
 from dlqc.backend import LinearSpec
-from dlqc.contract import Context, Declined, Pass, PassReport, Plan, Sequential, matches
+from dlqc.contract import Context, Pass, PassReport, Plan, Sequential, matches
 from dlqc.errors import ContractError, RecipeError, nearest
 from dlqc.formats.coded import CodedFormat, encode, fault
 from dlqc.formats.integer import IntFormat, QuantizedWeight
 from dlqc.graph import Linear, arg, args_of, call_before, linears, read, replace, sweep
+from dlqc.kept import reason_to_keep, to_round
 from dlqc.ops import LINEAR_CODED, LINEAR_Q
 from dlqc.rounding.contract import Rounded
 from dlqc.rounding.daq import Daq
@@ -46,7 +48,6 @@ from dlqc.rounding.hessian import sqnr_db
 from dlqc.rounding.kmeans import Kmeans
 from dlqc.rounding.rtn import Rtn
 from dlqc.rounding.vector import Ldlq
-from dlqc.routers import KEPT, is_router
 from dlqc.stats import PAIRED, Moments
 
 Method = Rtn | Gptq | Gptaq | Daq | Kmeans | Ldlq
@@ -129,8 +130,8 @@ class QuantizeWeights(Pass):
                 plan.kept[site.name] = "outside the repeated blocks"
             elif matches(site.name, self.skip):
                 plan.kept[site.name] = "named by skip="
-            elif is_router(site.node):
-                plan.kept[site.name] = KEPT
+            elif (reason := reason_to_keep(site)) is not None:
+                plan.kept[site.name] = reason
             else:
                 self._plan_site(site, plan)
 
@@ -174,17 +175,11 @@ class QuantizeWeights(Pass):
         In the graph values come before their readers, so whatever a group's inputs depend on is in the groups before.
         (Of a weight that is called again further down, the first call counts.)
         """
-        by_weight: dict[str, list[Linear]] = {}
-        for site in linears(ctx.nodes(graph), ctx.weights):
-            by_weight.setdefault(site.weight, []).append(site)
+        by_weight, declined = to_round(ctx.nodes(graph), ctx.weights, self.skip)
+        report.declined += declined
         groups: dict[tuple[fx.Node, ...], list[list[Linear]]] = {}
         for sites in by_weight.values():
-            if matches(sites[0].name, self.skip):
-                report.declined.append(Declined(sites[0].name, "named by skip="))
-            elif any(is_router(site.node) for site in sites):
-                report.declined.append(Declined(sites[0].name, KEPT))
-            else:
-                groups.setdefault(tuple(site.x for site in sites), []).append(sites)
+            groups.setdefault(tuple(site.x for site in sites), []).append(sites)
         return list(groups.values())
 
     def _statistics(self, sites: list[Linear], ctx: Context) -> Mapping[str, Any]:

@@ -105,7 +105,9 @@ def drift_over_hessian(drift: torch.Tensor, factor: Factor) -> torch.Tensor:
     solved = torch.empty(width, width, dtype=torch.float32, device=drift.device)
     for start in range(0, width, COLUMNS):
         panel = slice(start, start + COLUMNS)
-        half = torch.linalg.solve_triangular(factor.upper, drift[panel][:, factor.order].double(), upper=True, left=False)
+        half = torch.linalg.solve_triangular(
+            factor.upper, drift[panel][:, factor.order].double(), upper=True, left=False
+        )
         whole = torch.linalg.solve_triangular(factor.upper.mT, half, upper=False, left=False)
         solved[panel, factor.order] = whole.float()
     return solved
