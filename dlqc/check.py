@@ -8,7 +8,7 @@ A legal dlqc graph is well formed, typed, and tells the truth about itself:
     L4  every call is an aten op, a dlqc op, a kernel's op, or arithmetic on sizes
     L5  every value has a fake `val`, and propagating shapes again gives the same rank, static sizes and dtype
     L6  a matrix is read by one module only, unless it is a declared tie or an embedding that is the head, too
-    L7  each quantized linear has codes, scales and zero points (or the parts of its format) of the right shape and dtype
+    L7  each quantized linear and embedding has codes, scales and zero points (or the parts of its format), rightly shaped
     L8  where the model declares full attention, no attention is causal (masks are classified by computing them)
     L9  the facts that passes claim hold
 
@@ -30,7 +30,7 @@ from dlqc.execute import mask_class
 from dlqc.formats.coded import fault
 from dlqc.formats.packing import packed_shape
 from dlqc.graph import (
-    EMBEDDING,
+    EMBEDDINGS,
     LAYER_NORM,
     NORMS,
     QUANTIZED_LINEARS,
@@ -43,7 +43,7 @@ from dlqc.graph import (
     uses,
     width,
 )
-from dlqc.ops import LINEAR_CODED, LINEAR_PACKED, LINEAR_Q, QUANTIZE_ACT
+from dlqc.ops import EMBEDDING_PACKED, LINEAR_CODED, LINEAR_PACKED, LINEAR_Q, QUANTIZE_ACT
 from dlqc.regions import Refused, grow
 from dlqc.weights import Weights
 
@@ -192,7 +192,7 @@ def _owners(graph: fx.Graph, weights: Weights) -> Iterator[str]:
         if len(constant.shape) < 2 or constant.aliases:
             continue
         readers = uses(graph, name)
-        if any(is_call(reader, EMBEDDING) for reader in readers):
+        if any(is_call(reader, *EMBEDDINGS) for reader in readers):
             continue
         roots = {_stack(reader) for reader in readers}
         if len(roots) > 1:
@@ -212,6 +212,9 @@ def _quantized(graph: fx.Graph, weights: Weights) -> Iterator[str]:
             yield from _quantized_linear(node, weights)
         elif is_call(node, LINEAR_CODED):
             yield from _coded_linear(node, weights)
+        elif is_call(node, EMBEDDING_PACKED):
+            _, codes, scales, zeros, bits, group, k, _ = args_of(node)
+            yield from _stored(node, (codes, scales, zeros), int(bits), int(group), int(k), weights, packed=True)
         elif is_call(node, QUANTIZE_ACT) and (
             not node.users or not all(is_call(user, *QUANTIZED_LINEARS) for user in node.users)
         ):
@@ -220,22 +223,31 @@ def _quantized(graph: fx.Graph, weights: Weights) -> Iterator[str]:
 
 def _quantized_linear(node: fx.Node, weights: Weights) -> Iterator[str]:
     x, codes, scales, zeros, bias, bits, group = args_of(node)
-    k = width(x)
-    parts = {"codes": codes, "scales": scales, **({"zeros": zeros} if zeros is not None else {})}
+    packed = is_call(node, LINEAR_PACKED)
+    violations = list(_stored(node, (codes, scales, zeros), int(bits), int(group), width(x), weights, packed=packed))
+    yield from violations
+    if not violations:
+        yield from _bias(node, bias, int(weights[str(constant_name(codes))].shape[-2]), weights)
+
+
+def _stored(
+    node: fx.Node, tensors: tuple[Any, ...], bits: int, group: int, k: int, weights: Weights, *, packed: bool
+) -> Iterator[str]:
+    """Codes, scales and zero points of a matrix with k columns."""
+    parts = {role: part for role, part in zip(("codes", "scales", "zeros"), tensors, strict=True) if part is not None}
     names = {role: constant_name(part) for role, part in parts.items()}
     for role, name in names.items():
         if name is None or name not in weights:
             yield f"%{node.name}: {role} is no constant"
             return
     n = int(weights[str(names["codes"])].shape[-2])
-    groups = 1 if not group else k // int(group)
-    if group and k % int(group):
+    groups = 1 if not group else k // group
+    if group and k % group:
         yield f"%{node.name}: {k} input features do not divide by group {group}"
-    packed = is_call(node, LINEAR_PACKED)
     expected = {
-        "codes": packed_shape(n, k, int(bits)) if packed else (n, k),
+        "codes": packed_shape(n, k, bits) if packed else (n, k),
         "scales": (n, groups),
-        "zeros": packed_shape(n, groups, int(bits)) if packed else (n, groups),
+        "zeros": packed_shape(n, groups, bits) if packed else (n, groups),
     }
     for role, name in names.items():
         constant = weights[str(name)]
@@ -244,7 +256,6 @@ def _quantized_linear(node: fx.Node, weights: Weights) -> Iterator[str]:
         wanted = (torch.bfloat16, torch.float16, torch.float32) if role == "scales" else (torch.uint8,)
         if constant.leaf.dtype not in wanted:
             yield f"%{node.name}: {role} {name!r} is {constant.leaf.dtype}, must be {wanted[0]}"
-    yield from _bias(node, bias, n, weights)
 
 
 def _coded_linear(node: fx.Node, weights: Weights) -> Iterator[str]:

@@ -12,6 +12,7 @@ checks the whole order before any work and never sorts it.
     states                 denoising states for calibration exist
     unit-gain              every norm that feeds only linears has gain one
     quantized-weights      the linears that were asked for are linear_q
+    quantized-embeddings   the tables of embeddings are stored in few bits
     quantized-activations  their inputs are quantized
     packed                 no linear_q is left: codes are stored as bit streams
     lowered                every quantized linear is a kernel of the backend
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from dlqc.backend import Backend, LinearSpec
     from dlqc.blocks import Block
     from dlqc.calibration import States, TokenRows
+    from dlqc.formats.integer import IntFormat
 
 #: Statistics of the inputs of linears: weight name → statistic → tensor.
 Statistics = Mapping[str, Mapping[str, torch.Tensor]]
@@ -91,11 +93,13 @@ class PassReport:
 class Plan:
     """What the pipeline will make of each linear, found without touching a weight.
 
-    `sites` maps the module name to its planned spec; passes fill it in order. `problems` lists everything that would
+    `sites` maps the module name to its planned spec; passes fill it in order. `tables` are embeddings that are stored in few
+    bits and are no head, with rows and width. `problems` lists everything that would
     fail, so that all offenders are named at once.
     """
 
     sites: dict[str, LinearSpec] = field(default_factory=dict)
+    tables: dict[str, tuple[IntFormat, int, int]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
 
@@ -176,6 +180,10 @@ class Pass:
     def statistics(self) -> frozenset[str]:
         """Statistics of linear inputs that `apply` reads from `ctx.stats` (names of `dlqc.stats`)."""
         return frozenset()
+
+    def reaches_tail(self) -> bool:
+        """Whether a block-scoped pass also runs on what lies between the last block and the logits."""
+        return False
 
     def sequence(self) -> Sequential:
         """Which activations the statistics are of.

@@ -15,7 +15,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import fx
 
-from dlqc.ops import LINEAR_CODED, LINEAR_PACKED, LINEAR_Q, QUANTIZE_ACT
+from dlqc.ops import EMBEDDING_PACKED, LINEAR_CODED, LINEAR_PACKED, LINEAR_Q, QUANTIZE_ACT
 from dlqc.weights import Weights
 
 aten = torch.ops.aten
@@ -26,6 +26,7 @@ LAYER_NORM = aten.layer_norm.default
 SDPA = aten.scaled_dot_product_attention.default
 EMBEDDING = aten.embedding.default
 NORMS = (RMS_NORM, LAYER_NORM)
+EMBEDDINGS = (EMBEDDING, EMBEDDING_PACKED)
 QUANTIZED_LINEARS = (LINEAR_Q, LINEAR_PACKED, LINEAR_CODED)
 
 

@@ -1,9 +1,10 @@
 """Linears that are rounded, and those that no rounding touches, by what the graph says of them.
 
     a router            its output picks experts (`dlqc.routers`)
+    a tied head         an embedding reads its weight, which `quantize_embedding` rounds for both
     outlier columns     its input is a few columns of another value, which `split_outliers` took out to spare them
 
-Both stay as they are, whatever the recipe asks for.
+They stay as they are, whatever the recipe asks for.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from collections.abc import Iterable, Sequence
 from torch import fx
 
 from dlqc.contract import Declined, matches
-from dlqc.graph import Linear, args_of, aten, constant_name, is_call, linears
+from dlqc.graph import EMBEDDING, Linear, args_of, aten, constant_name, is_call, linears, uses
 from dlqc.routers import KEPT, is_router
 from dlqc.weights import Weights
 
+#: What a report says of a head that is tied to an embedding.
+TIED = "tied to an embedding: quantize_embedding rounds the table for both"
 #: What a report says of the outlier columns of a linear.
 OUTLIERS = "outlier columns: they keep their precision"
 
@@ -25,6 +28,8 @@ def reason_to_keep(site: Linear) -> str | None:
     """Why a linear stays as it is; None if it may be rounded."""
     if is_router(site.node):
         return KEPT
+    if any(is_call(user, EMBEDDING) for user in uses(site.node.graph, site.weight)):
+        return TIED
     return OUTLIERS if picks_columns(site.x) else None
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from dlqc.blocks import find_blocks
+from dlqc.blocks import Block, find_blocks, tail
 from dlqc.certificate import certified
 from dlqc.check import check
 from dlqc.contract import FACTS_OF_CAPTURE, Context, Pass, PassReport, Plan
@@ -191,9 +191,12 @@ class PassManager:
         uses_states = any(p.statistics() for p in passes)
         try:
             flow = StateFlow(graph, ctx, self.batch, paired=needs_exact(passes)) if uses_states else None
-            for block in ctx.blocks:
+            stretches = [*ctx.blocks, *self._tail(passes, graph, ctx)]
+            for block in stretches:
                 ctx.block = block
                 for p, total in zip(passes, totals, strict=True):
+                    if block not in ctx.blocks and not p.reaches_tail():
+                        continue
                     self._tick(f"{p.name} block {block.index + 1}", block.index, len(ctx.blocks))
                     started = time.perf_counter()
                     try:
@@ -211,7 +214,7 @@ class PassManager:
                     ctx.stats, ctx.collect = {}, None
                     # The share of the pass in the nested pipeline, its statistics included.
                     total.metrics["seconds"] = total.metrics.get("seconds", 0.0) + time.perf_counter() - started
-                if flow and block is not ctx.blocks[-1]:
+                if flow and block is not stretches[-1]:
                     flow.advance(block)
             self._tick("blocks", len(ctx.blocks), len(ctx.blocks))
         finally:
@@ -227,6 +230,11 @@ class PassManager:
             for instrument in self.instruments:
                 instrument.after(p, graph, ctx, total)
             self.reports.append((p, total))
+
+    def _tail(self, passes: Sequence[Pass], graph: fx.Graph, ctx: Context) -> list[Block]:
+        """What comes after the last block, where a pass works on it."""
+        found = tail(graph, ctx.blocks) if any(p.reaches_tail() for p in passes) else None
+        return [] if found is None else [found]
 
     def _tick(self, label: str, done: int, total: int) -> None:
         if self.progress is not None:

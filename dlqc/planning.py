@@ -65,7 +65,7 @@ def plan_report(model: nn.Module, recipe: str, *, backend: str = "auto", mask_id
     target, chosen = load_backend(backend), as_recipe(recipe)
     kernels: Counter[str] = Counter()
     parameters = bits = 0.0
-    names = {f"{name}.weight" for name in found.sites}
+    names = {f"{name}.weight" for name in (*found.sites, *found.tables)}
     seen = set()
     for name, constant in captured.weights.items():
         if id(constant.leaf) in seen:
@@ -79,6 +79,7 @@ def plan_report(model: nn.Module, recipe: str, *, backend: str = "auto", mask_id
         bits += n * k * site.weight.bits_per_weight(n, k)
         kernel, _ = choose_kernel(target, site)
         kernels[kernel.name if kernel else "none"] += 1
+    bits += sum(rows * width * fmt.bits_per_weight(rows, width) for fmt, rows, width in found.tables.values())
     rounding = any("hessian" in p.statistics() for p in chosen.passes)
     blocks = find_blocks(captured.graph)
     costs = [_block_cost(list(linears(b.nodes(captured.graph), captured.weights)), rounding) for b in blocks]

@@ -1,10 +1,11 @@
 """Presets: recipes whose name says what they make.
 
-    w<bits>a<bits>[-g<size>|-channel][-sym]-<method>[-<variant>]
+    w<bits>a<bits>[-g<size>|-channel][-sym]-<method>[-<variant>][-e<bits>h<bits>]
 
 `w4a16-gptq` is 4-bit weights in groups of 128 with zero points, 16-bit activations, GPTQ on masked states. Weights of 8 bits, and
 weights next to activations of fewer than 8 bits, have one scale per channel and no zero points unless the name says
-otherwise. Activations are quantized per token. Keys, values and attention scores stay as they are.
+otherwise. Activations are quantized per token. Keys, values and attention scores stay as they are, and so do embeddings and head
+without the last part: `-e8h8` stores both in 8 bits, `-e4`, `-h8` and so on one of them; 8 bits have one scale for each row.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ PRESETS = {
     "w8a8-gptq": "8-bit weights per channel by GPTQ, 8-bit activations per token",
     "w4a8-gptq": "4-bit weights g128 by GPTQ, 8-bit activations per token",
     "w4a16-gptq": "4-bit weights g128 by GPTQ on masked states",
+    "w4a16-gptq-e8h8": "as w4a16-gptq with embeddings and head in 8 bits, a scale per row",
+    "w4a16-gptq-e4h4": "as w4a16-gptq with embeddings and head in 4 bits g128",
     "w4a16-sym-gptq": "as w4a16-gptq without zero points, for engines that take none",
     "w4a16-gptq-clean": "as w4a16-gptq on clean text, as tools for autoregressive models calibrate",
     "w4a16-gptq-cgq": "as w4a16-gptq with certainty-weighted statistics",
@@ -54,6 +57,7 @@ PRESETS = {
 GRAMMAR = re.compile(
     r"w(?P<w>[2348])a(?P<a>4|6|8|16)(?:-(?:g(?P<g>\d+)|(?P<channel>channel)))?(?P<sym>-sym)?"
     r"-(?P<method>[a-z]+8?)(?:-(?P<variant>clean|cgq|tmas|tmas-cgq|rtn|gptq))?"
+    r"(?:-(?=[eh])(?:e(?P<e>[48]))?(?:h(?P<h>[48]))?)?"
 )
 
 Maker = Callable[..., Pass]
@@ -73,11 +77,11 @@ def preset(name: str, pass_class: Callable[[str], Any]) -> tuple[Pass, ...] | No
     before, needs_states, rounding = METHODS[found["method"]]
     variant = found["variant"]
     if variant in ("clean", "cgq", "tmas", "tmas-cgq") and rounding != "gptq":
-        without = name.removesuffix("-" + variant)
+        without = name.replace("-" + variant, "", 1)
         raise RecipeError(f"-{variant} goes with gptq only", where=name, remedy=f"Use {without!r}")
     if variant in ("rtn", "gptq"):
         if not before:
-            without = name.removesuffix("-" + variant)
+            without = name.replace("-" + variant, "", 1)
             raise RecipeError(f"-{variant} goes with transforms only", where=name, remedy=f"Use {without!r}")
         rounding = variant
     weights, act = _format(found), int(found["a"])
@@ -86,7 +90,11 @@ def preset(name: str, pass_class: Callable[[str], Any]) -> tuple[Pass, ...] | No
     for step, options in before:
         rounded = {option: widths[option] for option in ROUNDED.get(step, ())}
         steps.append(pass_class(step)(**rounded, **options))
-    steps.append(_quantize(pass_class, weights, rounding))
+    if found["e"]:
+        # Behind the transforms of the whole graph, before what goes block by block: its states come from the rounded table.
+        place = next((i for i, step in enumerate(steps) if step.scope == "block"), len(steps))
+        steps.insert(place, pass_class("quantize_embedding")(**_table(int(found["e"]))))
+    steps.append(_quantize(pass_class, weights, rounding, head=int(found["h"]) if found["h"] else None))
     if act < 16:
         steps.append(pass_class("quantize_activations")(bits=act))
     return (*steps, pass_class("pack")(), pass_class("lower")())
@@ -167,11 +175,16 @@ def _format(found: re.Match[str]) -> dict[str, Any]:
     return {"bits": bits, "group_size": group, "symmetric": wide or found["sym"] is not None}
 
 
-def _quantize(pass_class: Callable[[str], Any], weights: dict[str, Any], rounding: str) -> Pass:
+def _table(bits: int) -> dict[str, Any]:
+    """The format of an embedding table."""
+    return {"bits": 8} if bits == 8 else {"bits": bits, "group_size": 128, "symmetric": False}
+
+
+def _quantize(pass_class: Callable[[str], Any], weights: dict[str, Any], rounding: str, head: int | None) -> Pass:
     from dlqc.rounding.gptq import Gptq
     from dlqc.rounding.rtn import Rtn
 
-    made: Pass = pass_class("quantize_weights")(**weights, method=Gptq() if rounding == "gptq" else Rtn())
+    made: Pass = pass_class("quantize_weights")(**weights, method=Gptq() if rounding == "gptq" else Rtn(), head=head)
     return made
 
 

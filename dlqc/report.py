@@ -22,7 +22,7 @@ from dlqc.contract import Pass, PassReport
 from dlqc.graph import LINEAR, QUANTIZED_LINEARS, args_of, constant_name, is_call, uses, width
 from dlqc.instruments import Record
 from dlqc.kept import OUTLIERS, picks_columns
-from dlqc.ops import LINEAR_CODED
+from dlqc.ops import EMBEDDING_PACKED, LINEAR_CODED
 from dlqc.weights import Weights
 
 
@@ -218,7 +218,7 @@ def measure_storage(original: Weights, graph: fx.Graph, weights: Weights, kept: 
     quantized = bits_quantized = 0
     seen: set[str] = set()
     for node in graph.nodes:
-        if not is_call(node, *QUANTIZED_LINEARS):
+        if not is_call(node, *QUANTIZED_LINEARS, EMBEDDING_PACKED):
             continue
         parts = args_of(node)[1] if is_call(node, LINEAR_CODED) else args_of(node)[1:4]
         for part in parts:
@@ -229,8 +229,8 @@ def measure_storage(original: Weights, graph: fx.Graph, weights: Weights, kept: 
             leaf = weights[name].leaf
             bits_quantized += leaf.numel() * leaf.element_size() * 8
             if part is parts[0]:
-                out_features = args_of(node)[4] if is_call(node, LINEAR_CODED) else leaf.shape[0]
-                quantized += int(out_features) * width(args_of(node)[0])
+                rows = args_of(node)[4] if is_call(node, LINEAR_CODED) else leaf.shape[0]
+                quantized += int(rows) * width(node if is_call(node, EMBEDDING_PACKED) else args_of(node)[0])
     # What is stored, not the leaf it comes from: a part of a fused projection is smaller, a folded gain is wider.
     total = sum(c.shape.numel() * c.storage_dtype.itemsize * 8 for c in weights.values())
     matrices = {

@@ -19,8 +19,8 @@ from torch import fx
 
 from dlqc.contract import Context, Pass, PassReport, Plan
 from dlqc.formats.activation import ActFormat
-from dlqc.graph import args_of, call_before, is_call
-from dlqc.ops import LINEAR_CODED, LINEAR_Q, QUANTIZE_ACT
+from dlqc.graph import QUANTIZED_LINEARS, args_of, call_before, is_call
+from dlqc.ops import QUANTIZE_ACT
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,9 @@ class QuantizeActivations(Pass):
     def __post_init__(self) -> None:
         self.format  # noqa: B018  a wrong width or group is refused here, with the option's name
 
+    def reaches_tail(self) -> bool:
+        return True
+
     def plan(self, graph: fx.Graph, ctx: Context, plan: Plan) -> None:
         for name, spec in plan.sites.items():
             reason = self.format.check(spec.in_features)
@@ -59,7 +62,7 @@ class QuantizeActivations(Pass):
         report = PassReport()
         quantizers: dict[fx.Node, fx.Node] = {}
         for node in ctx.nodes(graph):
-            if not is_call(node, LINEAR_Q, LINEAR_CODED) or is_call(args_of(node)[0], QUANTIZE_ACT):
+            if not is_call(node, *QUANTIZED_LINEARS) or is_call(args_of(node)[0], QUANTIZE_ACT):
                 continue
             x = args_of(node)[0]
             if x not in quantizers:

@@ -13,7 +13,12 @@ Declines:
     - a linear that `skip` names
     - a router: its output goes into a topk, where a small error is another expert (`dlqc.routers`)
     - outlier columns that `split_outliers` gave a linear of their own
-    - (outside the repeated blocks nothing is a site: embeddings and head stay as they are, and the report says so)
+    - a head that is tied to an embedding: `quantize_embedding` rounds the table for both
+    - (other linears outside the repeated blocks, and embeddings, are no sites: they stay, and the report says so)
+
+With `head`, linears between the last block and the logits become integers, too: 8 bits per output channel, fewer bits in the
+groups and with the zero points of the blocks' integers (g128 with zero points beside another format), by the same method, or to
+nearest where that takes no integers. Their statistics are of the states behind the last rounded block.
 
 A weight that several calls share is rounded once, on the sum of their statistics, and all calls are rewritten.
 
@@ -24,6 +29,7 @@ statistics of the next are taken behind them. "none": the model before any round
 
 from __future__ import annotations
 
+import dataclasses
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -33,6 +39,7 @@ import torch
 from torch import fx
 
 from dlqc.backend import LinearSpec
+from dlqc.blocks import tail
 from dlqc.contract import Context, Pass, PassReport, Plan, Sequential, matches
 from dlqc.errors import ContractError, RecipeError, nearest
 from dlqc.formats.coded import CodedFormat, encode, fault
@@ -63,6 +70,7 @@ class QuantizeWeights(Pass):
         method: the rounding method.
         skip: glob patterns of module names to leave alone.
         format: a format other than integers; then the first three have no say, and `pack` is not needed.
+        head: bits of the linears between the last block and the logits; None leaves them alone.
         sequential: what statistics are taken of, "block", "layer" or "none"; see the module's text.
     """
 
@@ -78,6 +86,7 @@ class QuantizeWeights(Pass):
     method: Method = field(default_factory=Gptq)
     skip: tuple[str, ...] = ()
     format: CodedFormat | None = None
+    head: int | None = None
     sequential: Sequential = "block"
 
     @property
@@ -85,7 +94,18 @@ class QuantizeWeights(Pass):
         """The format that weights are rounded to."""
         return self.format or IntFormat(self.bits, self.group_size, self.symmetric)
 
+    @property
+    def head_target(self) -> IntFormat | None:
+        """The format of what comes after the last block."""
+        if self.head is None:
+            return None
+        if self.head == 8:
+            return IntFormat(8, None, True)
+        fmt = self.target if isinstance(self.target, IntFormat) else IntFormat(4, 128, False)
+        return dataclasses.replace(fmt, bits=self.head)
+
     def __post_init__(self) -> None:
+        self.head_target  # noqa: B018  a wrong width is refused here
         reason = self.method.refusal(self.target)  # a wrong width or group is refused here, with the option's name
         if reason is not None:
             fitting = [m.name for m in typing.get_args(Method) if isinstance(self.target, m.takes)]
@@ -111,11 +131,14 @@ class QuantizeWeights(Pass):
         return self.needs | ({"states"} if self.method.statistics else set())
 
     def given_facts(self) -> frozenset[str]:
-        return self.gives | ({"packed"} if self.format is not None else set())
+        return self.gives | ({"packed"} if self.format is not None and self.head is None else set())
 
     def statistics(self) -> frozenset[str]:
         # With a second moment, how many rows it was summed over, for the note on too few.
         return self.method.statistics | ({"count"} if "hessian" in self.method.statistics else set())
+
+    def reaches_tail(self) -> bool:
+        return self.head is not None
 
     def sequence(self) -> Sequential:
         return self.sequential
@@ -125,42 +148,53 @@ class QuantizeWeights(Pass):
         for pattern in (p for p in self.skip if not any(matches(name, [p]) for name in names)):
             plan.problems.append(f"skip pattern {pattern!r} matches no linear; {nearest(pattern, names[:8])}, …")
         inside = {node for block in ctx.blocks for node in block.nodes(graph)}
+        last = tail(graph, ctx.blocks) if self.head is not None else None
+        behind = set(last.nodes(graph)) if last is not None else set()
         for site in linears(graph.nodes, ctx.weights):
-            if site.node not in inside:
+            if site.name in plan.sites:  # a tied head: quantize_embedding has planned it
+                continue
+            if site.node not in inside | behind:
                 plan.kept[site.name] = "outside the repeated blocks"
             elif matches(site.name, self.skip):
                 plan.kept[site.name] = "named by skip="
             elif (reason := reason_to_keep(site)) is not None:
                 plan.kept[site.name] = reason
             else:
-                self._plan_site(site, plan)
+                self._plan_site(site, plan, self.scheme(behind=site.node in behind)[0])
 
         if self.required and not plan.sites and not plan.problems:
             plan.problems.append(
                 "quantize_weights: the repeated blocks hold no linear on a constant weight that is not skipped"
             )
 
-    def _plan_site(self, site: Linear, plan: Plan) -> None:
-        reason = self.target.check(site.in_features)
+    def _plan_site(self, site: Linear, plan: Plan, target: IntFormat | CodedFormat) -> None:
+        reason = target.check(site.in_features)
         if reason is not None:
-            grouped = isinstance(self.target, IntFormat)
+            grouped = isinstance(target, IntFormat)
             groups = ", ".join(map(str, IntFormat.suggest_groups(site.in_features))) if grouped else ""
             remedy = f"use {groups}, or exclude it with skip=" if groups else "use group_size=None, or skip="
             remedy = remedy if grouped else "set it in format=, or exclude it with skip="
             plan.problems.append(f"{site.name}: {reason} ({remedy})")
             return
-        has_bias = site.bias is not None
-        plan.sites[site.name] = LinearSpec(site.in_features, site.out_features, self.target, None, has_bias)
+        plan.sites[site.name] = LinearSpec(site.in_features, site.out_features, target, None, site.bias is not None)
+
+    def scheme(self, *, behind: bool) -> tuple[IntFormat | CodedFormat, Method]:
+        """Format and method of the blocks' linears, or of those behind them."""
+        fmt = self.head_target if behind else None
+        if fmt is None:
+            return self.target, self.method
+        return fmt, self.method if self.method.refusal(fmt) is None else Rtn()
 
     def apply(self, graph: fx.Graph, ctx: Context) -> PassReport:
         report, moments = PassReport(), Moments()
+        target, method = self.scheme(behind=ctx.block is not None and ctx.block not in ctx.blocks)
         for group in self._groups(graph, ctx, report):
             stats = self._statistics(group[0], ctx)
             moments.add(stats, len(group))
-            prepared = self._noted(group[0], self.method.prepare, stats)
+            prepared = self._noted(group[0], method.prepare, stats)
             for sites in group:
                 exact = ctx.weights.value(sites[0].weight, torch.float64)
-                rounded = self._noted(sites, self.method.round, exact, self.target, prepared)
+                rounded = self._noted(sites, method.round, exact, target, prepared)
                 rewrite = self._rewrite if isinstance(rounded.weight, QuantizedWeight) else self._rewrite_coded
                 cost = rewrite(graph, ctx, rounded.weight, sites) | rounded.metrics
                 report.details[sites[0].name] = cost | weight_noise(exact, rounded)
@@ -211,9 +245,9 @@ class QuantizeWeights(Pass):
             codes, scales = (read(graph, ctx.weights, names[role], site.node) for role in ("codes", "scales"))
             zeros = None if weight.zeros is None else read(graph, ctx.weights, names["zeros"], site.node)
             bias = None if site.bias is None else arg(site.node, 2, "bias")
-            args = (x, codes, scales, zeros, bias, self.bits, self.group_size or 0)
+            args = (x, codes, scales, zeros, bias, weight.format.bits, weight.format.group_size or 0)
             replace(site.node, call_before(graph, site.node, LINEAR_Q, args))
-        return {"bits_per_weight": self.target.bits_per_weight(sites[0].out_features, sites[0].in_features)}
+        return {"bits_per_weight": weight.format.bits_per_weight(sites[0].out_features, sites[0].in_features)}
 
     def _rewrite_coded(self, graph: fx.Graph, ctx: Context, weight: Any, sites: list[Linear]) -> dict[str, float]:
         first, spec = sites[0], encode(weight.format)

@@ -24,7 +24,7 @@ tokens, so calibration on all mask ratios should see them.
 
 Declines:
     - a linear that `skip` names
-    - a router (`dlqc.routers`)
+    - a router, or a head that is tied to an embedding (`dlqc.kept`)
     - a linear whose columns are all outliers, or that is split already
     - a weight that something else than a linear of the block reads
 """

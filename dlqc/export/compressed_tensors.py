@@ -37,7 +37,7 @@ from dlqc.graph import (
     module_name,
     width,
 )
-from dlqc.ops import LINEAR_CODED, LINEAR_PACKED, LINEAR_Q
+from dlqc.ops import EMBEDDING_PACKED, LINEAR_CODED, LINEAR_PACKED, LINEAR_Q
 from dlqc.weights import Weights
 
 if TYPE_CHECKING:
@@ -104,6 +104,11 @@ def check_exportable(model: Compiled) -> list[Site]:
         raise ExportError("no linear is quantized", where="graph", remedy="Compile with a recipe that quantizes")
     problems = [f"{name} is a part of a fused projection" for name in model.weights if ".rows_" in name]
     problems += [f"{s.name} is transposed in its checkpoint" for s in sites if "transposed" in s.name.split(".")]
+    problems += [
+        f"{module_name(str(constant_name(args_of(n)[1])).removesuffix('_packed'))} is an embedding in {args_of(n)[4]} bits"
+        for n in model.graph.nodes
+        if is_call(n, EMBEDDING_PACKED)
+    ]
     problems += [f"{n.removesuffix('.weight')} is a linear of its own" for n in model.weights if n.endswith(OWN)]
     problems += [f"{s.name} has activations in groups" for s in sites if s.act and s.act.group_size is not None]
     problems += [f"constant {n!r} is a transform" for n in model.weights if n.startswith("transform.")]
