@@ -63,6 +63,7 @@ class PassManager:
         """Refuse a pipeline in which a pass needs a fact that does not hold, and say what to do."""
         facts: set[str] = set(holding)
         broken_by: dict[str, str] = {}
+        before: Pass | None = None
         for p in self.passes:
             if "lowered" in facts:
                 raise ContractError(
@@ -76,6 +77,14 @@ class PassManager:
                     where="passes",
                     remedy=self._remedy(p, fact, broken_by),
                 )
+            if "fisher" in p.statistics() and before is not None and before.scope == p.scope == "block":
+                raise ContractError(
+                    f"pass {p.name!r} wants gradients of the weights, which are taken before the first block, and "
+                    f"{before.name!r} changes the blocks one by one in between",
+                    where="passes",
+                    remedy=f"Leave {before.name!r} out, use a transform of the whole graph, or sensitivity='hessian'",
+                )
+            before = p
             facts = (facts - p.invalidates) | p.given_facts()
             broken_by |= dict.fromkeys(p.invalidates - p.given_facts(), p.name)
 
@@ -190,7 +199,12 @@ class PassManager:
         lasting = ctx.facts - frozenset().union(*(p.invalidates for p in passes))
         uses_states = any(p.statistics() for p in passes)
         try:
-            flow = StateFlow(graph, ctx, self.batch, paired=needs_exact(passes)) if uses_states else None
+            gradients = any("fisher" in p.statistics() for p in passes)
+            flow = (
+                StateFlow(graph, ctx, self.batch, paired=needs_exact(passes), gradients=gradients)
+                if uses_states
+                else None
+            )
             stretches = [*ctx.blocks, *self._tail(passes, graph, ctx)]
             for block in stretches:
                 ctx.block = block

@@ -24,6 +24,7 @@ from dlqc.blocks import Block
 from dlqc.contract import Context, Pass, Statistics
 from dlqc.errors import ContractError
 from dlqc.execute import Executor, placeholder
+from dlqc.fisher import fisher
 from dlqc.graph import Linear, copy_graph, linears
 from dlqc.stats import PAIRED, Collector
 from dlqc.weights import Weights
@@ -40,9 +41,12 @@ class StateFlow:
     Args:
         batch: states that run at a time.
         paired: keep the exact stream.
+        gradients: measure the Fisher information of all blocks' weights now, as they are before the first pass.
     """
 
-    def __init__(self, graph: fx.Graph, ctx: Context, batch: int, *, paired: bool = False) -> None:
+    def __init__(
+        self, graph: fx.Graph, ctx: Context, batch: int, *, paired: bool = False, gradients: bool = False
+    ) -> None:
         if ctx.states is None:
             raise ContractError("block passes ask for statistics, but there are no states", remedy="Add 'calibrate'")
         self._graph, self._ctx, self._states = graph, ctx, ctx.states
@@ -52,6 +56,7 @@ class StateFlow:
         self._hidden = [start(self._states.ids[s])[0] for s in self._slices]
         self._exact = list(self._hidden) if paired else None
         self._original: tuple[fx.Graph, Weights] | None = None
+        self._fisher = fisher(graph, ctx, batch=batch) if gradients else {}
 
     def serve(self, p: Pass, block: Block) -> None:
         """Give the context what a pass asks for, and keep the block for the exact stream if the pass is going to round it."""
@@ -78,13 +83,17 @@ class StateFlow:
         ends = [block.output(graph)] if weights is None else [site.x for site in sites]
         run = _runner(block, graph, constants, ends)
         pair = self._pair(block, sites) if wanted & PAIRED else None
-        collector = Collector(wanted, sites)
+        collector = Collector(wanted - {"fisher"}, sites)
         for i, s in enumerate(self._slices):
             ids = self._states.ids[s]
             before = dict(zip(pair[0], pair[1](ids, self._stream(True)[i]), strict=True)) if pair else {}
             taps: Any = collector.taps(self._states.weights[s], ids == self._ctx.spec.mask_id, before)
             run(ids, self._stream(exact)[i], taps=taps)
-        return collector.result()
+        found = collector.result()
+        if "fisher" in wanted:
+            # Linears that read the same value share the other statistics; this one is the weight's own.
+            found = {weight: {**stats, "fisher": self._fisher[weight]} for weight, stats in found.items()}
+        return found
 
     def advance(self, block: Block) -> None:
         """Move the states through the rewritten block, and the exact ones through the block as it was."""

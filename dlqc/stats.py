@@ -4,6 +4,7 @@
     drift     Σ c·(x₀ - x)ᵀx       [K, K]   likewise; x₀ is what the linear would read in the model before weights were rounded
     absmax    max |x| over rows with c > 0   [K]
     meanabs   Σ c·|x| / Σ c        [K]
+    fisher    Σ (∂ℓ/∂W)² / S       [N, K]   of the weight itself, from one backward sweep before the first block (`dlqc.fisher`)
     count     Σ over rows of 1     []
     sample    up to 512 rows x, drawn with probability proportional to c, without replacement   [S, K]
     masked    whether each row of the sample stands at a masked token                           [S] bool
