@@ -8,7 +8,8 @@ A legal dlqc graph is well formed, typed, and tells the truth about itself:
     L4  every call is an aten op, a dlqc op, a kernel's op, or arithmetic on sizes
     L5  every value has a fake `val`, and propagating shapes again gives the same rank, static sizes and dtype
     L6  a matrix is read by one module only, unless it is a declared tie or an embedding that is the head, too
-    L7  each quantized linear and embedding has codes, scales and zero points (or the parts of its format), rightly shaped
+    L7  each quantized linear and embedding has codes, scales and zero points (or the parts of its format), rightly shaped; so
+        have quantizers with fixed scales, and every quantizer is read by what it quantizes for
     L8  where the model declares full attention, no attention is causal (masks are classified by computing them)
     L9  the facts that passes claim hold
 
@@ -30,11 +31,13 @@ from dlqc.execute import mask_class
 from dlqc.formats.coded import fault
 from dlqc.formats.packing import packed_shape
 from dlqc.graph import (
+    ACT_QUANTIZERS,
+    ATTENTIONS,
     EMBEDDINGS,
+    HEAD_QUANTIZERS,
     LAYER_NORM,
     NORMS,
     QUANTIZED_LINEARS,
-    SDPA,
     arg,
     args_of,
     constant_name,
@@ -43,7 +46,15 @@ from dlqc.graph import (
     uses,
     width,
 )
-from dlqc.ops import EMBEDDING_PACKED, LINEAR_CODED, LINEAR_PACKED, LINEAR_Q, QUANTIZE_ACT
+from dlqc.ops import (
+    ATTENTION,
+    EMBEDDING_PACKED,
+    LINEAR_CODED,
+    LINEAR_PACKED,
+    LINEAR_Q,
+    QUANTIZE_ACT_STATIC,
+    QUANTIZE_HEADS_STATIC,
+)
 from dlqc.regions import Refused, grow
 from dlqc.weights import Weights
 
@@ -215,10 +226,41 @@ def _quantized(graph: fx.Graph, weights: Weights) -> Iterator[str]:
         elif is_call(node, EMBEDDING_PACKED):
             _, codes, scales, zeros, bits, group, k, _ = args_of(node)
             yield from _stored(node, (codes, scales, zeros), int(bits), int(group), int(k), weights, packed=True)
-        elif is_call(node, QUANTIZE_ACT) and (
-            not node.users or not all(is_call(user, *QUANTIZED_LINEARS) for user in node.users)
-        ):
-            yield f"%{node.name} quantizes activations that no quantized linear reads"
+        elif is_call(node, *ACT_QUANTIZERS):
+            if not node.users or not all(is_call(user, *QUANTIZED_LINEARS) or _is_kernel(user) for user in node.users):
+                yield f"%{node.name} quantizes activations that no quantized linear reads"
+        elif is_call(node, *HEAD_QUANTIZERS) and not (node.users and all(is_call(u, *ATTENTIONS) for u in node.users)):
+            yield f"%{node.name} quantizes what no attention reads"
+        if is_call(node, QUANTIZE_ACT_STATIC, QUANTIZE_HEADS_STATIC):
+            yield from _fixed(node, weights)
+
+
+def _fixed(node: fx.Node, weights: Weights) -> Iterator[str]:
+    """The fixed scales of a quantizer: [sets, groups of channels], or for heads [sets, heads or 1, channels or 1]."""
+    x, scale, zero, bucket, _ = args_of(node)
+    names = [constant_name(part) for part in (scale, zero) if part is not None]
+    if not all(name is not None and name in weights for name in names):
+        yield f"%{node.name}: a scale or zero point is no constant"
+        return
+    shape = tuple(weights[str(names[0])].shape)
+    of_heads = is_call(node, QUANTIZE_HEADS_STATIC)
+    sizes = x.meta["val"].shape
+    if of_heads:
+        fits = len(shape) == 3 and shape[1] in (1, sizes[1]) and shape[2] in (1, sizes[3])
+    else:
+        fits = len(shape) == 2 and shape[1] > 0 and width(x) % shape[1] == 0
+    if not fits or shape[0] < 1:
+        yield f"%{node.name}: scales {list(shape)} do not fit {list(sizes)}"
+    if bucket is None and shape[0] > 1:
+        yield f"%{node.name} has {shape[0]} sets of scales, and nothing chooses among them"
+    for name, dtype in zip(names, (torch.float32, torch.int8), strict=False):
+        constant = weights[str(name)]
+        if constant.leaf.dtype is not dtype or tuple(constant.shape) != shape:
+            yield f"%{node.name}: {name!r} is {constant.leaf.dtype}{list(constant.shape)}, must be {dtype}{list(shape)}"
+    if torch.float32 is weights[str(names[0])].leaf.dtype and not weights[str(names[0])].leaf.is_meta:
+        value = weights.value(str(names[0]))
+        if not bool((torch.isfinite(value) & (value > 0)).all()):
+            yield f"%{node.name}: a scale of {names[0]!r} is not positive and finite"
 
 
 def _quantized_linear(node: fx.Node, weights: Weights) -> Iterator[str]:
@@ -283,12 +325,13 @@ def _masks(graph: fx.Graph, weights: Weights, spec: DiffusionSpec) -> Iterator[s
         return
     seen: dict[fx.Node, str] = {}
     for node in graph.nodes:
-        if not is_call(node, SDPA):
+        if not is_call(node, *ATTENTIONS):
             continue
         mask = arg(node, 3, "attn_mask")
         if isinstance(mask, fx.Node) and mask not in seen:
             seen[mask] = mask_class(graph, weights, mask)
-        causal = arg(node, 5, "is_causal", False) or (isinstance(mask, fx.Node) and seen[mask] == "causal")
+        flag = args_of(node)[4] if is_call(node, ATTENTION) else arg(node, 5, "is_causal", False)
+        causal = flag or (isinstance(mask, fx.Node) and seen[mask] == "causal")
         if causal:
             yield f"%{node.name} is causal, the model declares full attention"
 
@@ -332,8 +375,13 @@ def _some_quantized(graph: fx.Graph, weights: Weights) -> Iterator[str]:
 
 def _activations_quantized(graph: fx.Graph, weights: Weights) -> Iterator[str]:
     for node in graph.nodes:
-        if is_call(node, *QUANTIZED_LINEARS) and not is_call(args_of(node)[0], QUANTIZE_ACT):
+        if is_call(node, *QUANTIZED_LINEARS) and not is_call(args_of(node)[0], *ACT_QUANTIZERS):
             yield f"%{node.name} reads activations that are not quantized"
+
+
+def _some_attention_quantized(graph: fx.Graph, weights: Weights) -> Iterator[str]:
+    if not any(is_call(node, *HEAD_QUANTIZERS, ATTENTION) for node in graph.nodes):
+        yield "no attention reads anything quantized"
 
 
 def _is_kernel(node: fx.Node) -> bool:
@@ -343,10 +391,12 @@ def _is_kernel(node: fx.Node) -> bool:
 
 FACT_CHECKS: dict[str, Callable[[fx.Graph, Weights], Iterator[str]]] = {
     "float-weights": _no_call(LINEAR_Q, LINEAR_CODED),
-    "float-activations": _no_call(QUANTIZE_ACT),
+    "float-activations": _no_call(*ACT_QUANTIZERS),
+    "float-attention": _no_call(*HEAD_QUANTIZERS, ATTENTION),
     "unit-gain": _unit_gain,
     "quantized-weights": _some_quantized,
     "quantized-activations": _activations_quantized,
+    "quantized-attention": _some_attention_quantized,
     "packed": _no_call(LINEAR_Q),
     "lowered": _no_call(LINEAR_PACKED, LINEAR_CODED),
 }

@@ -8,12 +8,14 @@ checks the whole order before any work and never sorts it.
 
     normal-form            canonical spelling (holds after capture)
     float-weights          no linear is quantized yet (holds after capture)
-    float-activations      no activation is quantized yet (holds after capture)
+    float-activations      no input of a linear is quantized yet (holds after capture)
+    float-attention        no query, key, value or attention probability is quantized yet (holds after capture)
     states                 denoising states for calibration exist
     unit-gain              every norm that feeds only linears has gain one
     quantized-weights      the linears that were asked for are linear_q
     quantized-embeddings   the tables of embeddings are stored in few bits
     quantized-activations  their inputs are quantized
+    quantized-attention    what attentions read is quantized as asked for
     packed                 no linear_q is left: codes are stored as bit streams
     lowered                every quantized linear is a kernel of the backend
 """
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from dlqc.blocks import Block
     from dlqc.calibration import States, TokenRows
     from dlqc.formats.integer import IntFormat
+    from dlqc.observers import Observer
 
 #: Statistics of the inputs of linears: weight name → statistic → tensor.
 Statistics = Mapping[str, Mapping[str, torch.Tensor]]
@@ -43,7 +46,7 @@ Statistics = Mapping[str, Mapping[str, torch.Tensor]]
 #: Which activations statistics are taken of, see `Pass.sequence`.
 Sequential = Literal["none", "block", "layer"]
 
-FACTS_OF_CAPTURE = frozenset({"normal-form", "float-weights", "float-activations"})
+FACTS_OF_CAPTURE = frozenset({"normal-form", "float-weights", "float-activations", "float-attention"})
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,7 @@ class Context:
         stats: statistics of the inputs of the block's linears.
         collect: statistics of the inputs of the linears with the given weights, on the block as it is now; there for a
             pass whose `sequence` is "layer", which has no `stats`.
+        observed: the observers that the pass at hand asked for, by its names for them, after they saw the states.
         facts: what holds now.
         blocks: the stack of blocks, in order.
     """
@@ -132,6 +136,7 @@ class Context:
     block: Block | None = None
     stats: Statistics = field(default_factory=dict)
     collect: Callable[[Sequence[str]], Statistics] | None = None
+    observed: Mapping[str, Observer] = field(default_factory=dict)
     facts: set[str] = field(default_factory=lambda: set(FACTS_OF_CAPTURE))
     blocks: Sequence[Block] = ()
 
@@ -193,6 +198,10 @@ class Pass:
         "none": those of the model before any weight was rounded.
         """
         return "block"
+
+    def observers(self, graph: fx.Graph, ctx: Context) -> Mapping[str, Observer]:
+        """What a block-scoped pass that needs "states" wants to see of the block at hand; it finds them in `ctx.observed`."""
+        return {}
 
     def plan(self, graph: fx.Graph, ctx: Context, plan: Plan) -> None:
         """Say what `apply` will do and what would fail, reading no weight."""

@@ -197,7 +197,7 @@ class PassManager:
                 instrument.before(p, graph, ctx)
         # Between blocks some blocks are rewritten and some are not: only facts that no member ends hold throughout.
         lasting = ctx.facts - frozenset().union(*(p.invalidates for p in passes))
-        uses_states = any(p.statistics() for p in passes)
+        uses_states = any(p.statistics() or "states" in p.needed_facts() for p in passes)
         try:
             gradients = any("fisher" in p.statistics() for p in passes)
             flow = (
@@ -225,7 +225,7 @@ class PassManager:
                     total.merge(report)
                     for instrument in self.instruments:
                         instrument.after_block(p, graph, ctx, report)
-                    ctx.stats, ctx.collect = {}, None
+                    ctx.stats, ctx.collect, ctx.observed = {}, None, {}
                     # The share of the pass in the nested pipeline, its statistics included.
                     total.metrics["seconds"] = total.metrics.get("seconds", 0.0) + time.perf_counter() - started
                 if flow and block is not stretches[-1]:

@@ -51,7 +51,8 @@ PRESETS = {
     "w3a16-squeezellm": "3-bit tables per channel by k-means weighted with diag(H) on masked states, 0.45 % of weights sparse",
     "w2a16-daq": "two sign planes g128 by DAQ on masked states, with the steps beyond the paper",
     "w2a16-quant-dllm": "two sign planes g128 on average by DAQ and ABMP as the paper has them, on masked states",
-    "w2a16-e8p": "2-bit E8P lattice per channel by LDLQ on masked states, without QuIP#'s rotations",
+    "w2a16-e8p": "2-bit E8P lattice per channel by LDLQ and descent on masked states, without rotations",
+    "w2a16-quip": "as w2a16-e8p after QuaRot's rotations, in place of QuIP#'s two-sided ones",
 }
 
 GRAMMAR = re.compile(
@@ -100,9 +101,10 @@ def preset(name: str, pass_class: Callable[[str], Any]) -> tuple[Pass, ...] | No
     return (*steps, pass_class("pack")(), pass_class("lower")())
 
 
-def _coded(pass_class: Callable[[str], Any], fmt: Any, method: Any) -> tuple[Pass, ...]:
+def _coded(pass_class: Callable[[str], Any], fmt: Any, method: Any, before: tuple[Step, ...] = ()) -> tuple[Pass, ...]:
     """Weights in a format that is not integers: there is nothing left to pack."""
-    steps = [_calibrate(pass_class, None)] if method.statistics else []
+    steps = [pass_class(step)(**options) for step, options in before]
+    steps += [_calibrate(pass_class, None)] if method.statistics else []
     return (*steps, pass_class("quantize_weights")(format=fmt, method=method), pass_class("lower")())
 
 
@@ -144,8 +146,12 @@ def _e8p() -> tuple[Any, Any]:
     return LatticeFormat(), Ldlq()
 
 
-#: Presets whose weights are not integers: name → format and rounding. Their names are listed, not composed.
-CODED: dict[str, Callable[[], tuple[Any, Any]]] = {
+def _quip() -> tuple[Any, Any, tuple[Step, ...]]:
+    return (*_e8p(), METHODS["quarot"][0])
+
+
+#: Presets whose weights are not integers: name → format, rounding, and the transforms before them. They are listed, not composed.
+CODED: dict[str, Callable[[], tuple[Any, ...]]] = {
     "w8a16-fp8": _data_free(lambda formats: formats.Fp8Format()),
     "w4a16-nf4": _data_free(lambda formats: formats.Nf4Format()),
     "w4a16-mxfp4": _data_free(lambda formats: formats.MicroscalingFormat("mxfp4")),
@@ -154,6 +160,7 @@ CODED: dict[str, Callable[[], tuple[Any, Any]]] = {
     "w2a16-daq": _daq,
     "w2a16-quant-dllm": _quant_dllm,
     "w2a16-e8p": _e8p,
+    "w2a16-quip": _quip,
 }
 
 

@@ -50,6 +50,7 @@ PASSES = {
     "quantize_embedding": "QuantizeEmbedding",
     "quantize_weights": "QuantizeWeights",
     "quantize_activations": "QuantizeActivations",
+    "quantize_attention": "QuantizeAttention",
     "pack": "Pack",
     "lower": "Lower",
 }

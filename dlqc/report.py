@@ -22,7 +22,7 @@ from dlqc.contract import Pass, PassReport
 from dlqc.graph import LINEAR, QUANTIZED_LINEARS, args_of, constant_name, is_call, uses, width
 from dlqc.instruments import Record
 from dlqc.kept import OUTLIERS, picks_columns
-from dlqc.ops import EMBEDDING_PACKED, LINEAR_CODED
+from dlqc.ops import EMBEDDING_PACKED, LINEAR_CODED, QUANTIZE_ACT_STATIC, QUANTIZE_HEADS_STATIC
 from dlqc.weights import Weights
 
 
@@ -218,6 +218,8 @@ def measure_storage(original: Weights, graph: fx.Graph, weights: Weights, kept: 
     quantized = bits_quantized = 0
     seen: set[str] = set()
     for node in graph.nodes:
+        if is_call(node, QUANTIZE_ACT_STATIC, QUANTIZE_HEADS_STATIC):
+            seen |= {str(constant_name(part)) for part in args_of(node)[1:3]}  # counted in the whole, but no weights
         if not is_call(node, *QUANTIZED_LINEARS, EMBEDDING_PACKED):
             continue
         parts = args_of(node)[1] if is_call(node, LINEAR_CODED) else args_of(node)[1:4]

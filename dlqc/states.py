@@ -13,7 +13,7 @@ it is made when the first pass is about to end 'float-weights' and dropped when 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,7 @@ from dlqc.errors import ContractError
 from dlqc.execute import Executor, placeholder
 from dlqc.fisher import fisher
 from dlqc.graph import Linear, copy_graph, linears
+from dlqc.observers import Batch, Observer
 from dlqc.stats import PAIRED, Collector
 from dlqc.weights import Weights
 
@@ -68,6 +69,9 @@ class StateFlow:
             self._ctx.collect = partial(self.collect, block, wanted)
         elif wanted:
             self._ctx.stats = self.collect(block, wanted, exact=p.sequence() == "none")
+        self._ctx.observed = p.observers(self._graph, self._ctx)
+        if self._ctx.observed:
+            self.observe(block, self._ctx.observed.values())
 
     def collect(
         self, block: Block, wanted: frozenset[str], weights: Sequence[str] | None = None, *, exact: bool = False
@@ -94,6 +98,16 @@ class StateFlow:
             # Linears that read the same value share the other statistics; this one is the weight's own.
             found = {weight: {**stats, "fisher": self._fisher[weight]} for weight, stats in found.items()}
         return found
+
+    def observe(self, block: Block, observers: Collection[Observer]) -> None:
+        """Run the block as it is now and show each observer the values that it wants."""
+        wanted = list(dict.fromkeys(node for observer in observers for node in observer.nodes))
+        run = _runner(block, self._graph, self._ctx.weights, wanted)
+        for i, s in enumerate(self._slices):
+            ids = self._states.ids[s]
+            values = dict(zip(wanted, run(ids, self._hidden[i]), strict=True))
+            for observer in observers:
+                observer.add([values[node] for node in observer.nodes], Batch(ids, self._states.weights[s]))
 
     def advance(self, block: Block) -> None:
         """Move the states through the rewritten block, and the exact ones through the block as it was."""

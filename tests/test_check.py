@@ -56,7 +56,7 @@ def quantized(case: CaseMaker, *, symmetric: bool = False, packed: bool = False,
 
 def test_every_captured_model_is_legal(every_case: Any) -> None:
     judge(every_case)
-    assert {"normal-form", "float-weights", "float-activations"} == FACTS_OF_CAPTURE
+    assert {"normal-form", "float-weights", "float-activations", "float-attention"} == FACTS_OF_CAPTURE
 
 
 # L1
