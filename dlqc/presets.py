@@ -35,6 +35,10 @@ PRESETS = {
     "w4a16-gptq-cgq": "as w4a16-gptq with certainty-weighted statistics",
     "w4a16-gptq-tmas": "as w4a16-gptq on snapshots of the model's own denoising",
     "w4a16-gptq-tmas-cgq": "as w4a16-gptq-tmas with certainty-weighted statistics",
+    "w4a16-gptaq": "4-bit weights g128 by GPTAQ on masked states",
+    "w4a16-gptaq-cgq": "as w4a16-gptaq with certainty-weighted statistics",
+    "w4a16-gptaq-tmas": "as w4a16-gptaq on snapshots of the model's own denoising",
+    "w4a16-gptaq-tmas-cgq": "as w4a16-gptaq-tmas with certainty-weighted statistics",
     "w4a16-smooth": "4-bit weights g128 after smoothing on masked states, nearest rounding",
     "w4a16-awq": "4-bit weights g128 after AWQ's scaling and clipping on masked states, nearest rounding",
     "w4a4-smoothquant": "as w4a4-rtn after SmoothQuant on masked states",
@@ -44,6 +48,8 @@ PRESETS = {
     "w4a4-duquant": "as w4a4-rtn after smoothing and DuQuant's rotations on masked states",
     "w3a16-gptq": "3-bit weights g128 by GPTQ on masked states",
     "w2a16-gptq": "2-bit weights g128 by GPTQ on masked states",
+    "w3a16-gptaq": "3-bit weights g128 by GPTAQ on masked states",
+    "w2a16-gptaq": "2-bit weights g128 by GPTAQ on masked states",
     "w8a16-fp8": "fp8 (E4M3) weights, a scale per channel, nearest rounding, no calibration",
     "w4a16-nf4": "nf4 weights in blocks of 64 with doubly quantized scales, nearest rounding, no calibration",
     "w4a16-mxfp4": "mxfp4 weights, blocks of 32, nearest rounding, no calibration",
@@ -57,9 +63,12 @@ PRESETS = {
 
 GRAMMAR = re.compile(
     r"w(?P<w>[2348])a(?P<a>4|6|8|16)(?:-(?:g(?P<g>\d+)|(?P<channel>channel)))?(?P<sym>-sym)?"
-    r"-(?P<method>[a-z]+8?)(?:-(?P<variant>clean|cgq|tmas|tmas-cgq|rtn|gptq))?"
+    r"-(?P<method>[a-z]+8?)(?:-(?P<variant>clean|cgq|tmas|tmas-cgq|rtn|gptq|gptaq))?"
     r"(?:-(?=[eh])(?:e(?P<e>[48]))?(?:h(?P<h>[48]))?)?"
 )
+
+#: Roundings of integers that take statistics.
+CALIBRATED = ("gptq", "gptaq")
 
 Maker = Callable[..., Pass]
 
@@ -77,17 +86,17 @@ def preset(name: str, pass_class: Callable[[str], Any]) -> tuple[Pass, ...] | No
         return None
     before, needs_states, rounding = METHODS[found["method"]]
     variant = found["variant"]
-    if variant in ("clean", "cgq", "tmas", "tmas-cgq") and rounding != "gptq":
+    if variant in ("clean", "cgq", "tmas", "tmas-cgq") and rounding not in CALIBRATED:
         without = name.replace("-" + variant, "", 1)
-        raise RecipeError(f"-{variant} goes with gptq only", where=name, remedy=f"Use {without!r}")
-    if variant in ("rtn", "gptq"):
+        raise RecipeError(f"-{variant} goes with gptq and gptaq only", where=name, remedy=f"Use {without!r}")
+    if variant in ("rtn", *CALIBRATED):
         if not before:
             without = name.replace("-" + variant, "", 1)
             raise RecipeError(f"-{variant} goes with transforms only", where=name, remedy=f"Use {without!r}")
         rounding = variant
     weights, act = _format(found), int(found["a"])
     widths = {**weights, "weight_bits": weights["bits"], "act_bits": act if act < 16 else None}
-    steps = [_calibrate(pass_class, variant)] if needs_states or rounding == "gptq" else []
+    steps = [_calibrate(pass_class, variant)] if needs_states or rounding in CALIBRATED else []
     for step, options in before:
         rounded = {option: widths[option] for option in ROUNDED.get(step, ())}
         steps.append(pass_class(step)(**rounded, **options))
@@ -188,10 +197,12 @@ def _table(bits: int) -> dict[str, Any]:
 
 
 def _quantize(pass_class: Callable[[str], Any], weights: dict[str, Any], rounding: str, head: int | None) -> Pass:
+    from dlqc.rounding.gptaq import Gptaq
     from dlqc.rounding.gptq import Gptq
     from dlqc.rounding.rtn import Rtn
 
-    made: Pass = pass_class("quantize_weights")(**weights, method=Gptq() if rounding == "gptq" else Rtn(), head=head)
+    method = {"rtn": Rtn, "gptq": Gptq, "gptaq": Gptaq}[rounding]()
+    made: Pass = pass_class("quantize_weights")(**weights, method=method, head=head)
     return made
 
 
@@ -209,6 +220,7 @@ ROUNDED = {
 METHODS: dict[str, tuple[tuple[Step, ...], bool, str]] = {
     "rtn": ((), False, "rtn"),
     "gptq": ((), False, "gptq"),
+    "gptaq": ((), False, "gptaq"),
     "smooth": ((("smooth", {}),), True, "rtn"),
     "smoothquant": ((("smooth", {}),), True, "rtn"),
     "llmint8": ((("split_outliers", {"required": False}),), True, "rtn"),

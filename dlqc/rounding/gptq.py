@@ -19,7 +19,7 @@ Weights are kept transposed, so that a column is contiguous.
 
 Groups' scales. What is rounded is t, not w. Where inputs are strongly correlated and bits are few, t spreads much wider
 than w: scales with the least error on w then clamp t, and the clamped errors feed on each other (at 2 bits this can
-cost more than it saves by far, at 4 bits hardly). So clip="trial" rounds up to 256 evenly spaced rows with each choice
+cost more than it saves by far, at 4 bits hardly). So clip="trial" rounds up to 128 evenly spaced rows with each choice
 in TRIALS and keeps the one with the least loss; rows are independent, which makes the sample a fair one.
 
 Factorization in float64; the feedback in float32 (`dtype`), blocks of columns by a product of matrices, the columns of a
@@ -47,8 +47,9 @@ Parameters = tuple[torch.Tensor, torch.Tensor | None]
 # Ways to choose a group's scale that clip="trial" compares: IntFormat.parameters' clip and shrink.
 TRIALS: tuple[Choice, ...] = (("mse", 1.0), ("minmax", 1.0), ("minmax", 0.9), ("minmax", 0.8))
 
-# Rows, evenly spaced, on which the trials are made and rounding to nearest is measured.
-SAMPLE = 256
+# Rows, evenly spaced, on which the trials are made and rounding to nearest is measured; on which the signal is measured.
+SAMPLE = 128
+MEASURED = 256
 
 # Rows of a block that are rounded before their errors reach the others by a product of matrices: the rows that one
 # step reads (16 · N float32) stay in the second-level cache.
@@ -98,7 +99,8 @@ class Gptq(Rounding):
         hessian = stats.get("hessian")
         if not isinstance(hessian, torch.Tensor):
             return stats
-        return {**stats, "hessian": factorize(hessian, act_order=self.act_order, damp=self.damp)}
+        factor = factorize(hessian, act_order=self.act_order, damp=self.damp, dtype=torch.float32)
+        return {**stats, "hessian": factor}
 
     def round(self, weight: torch.Tensor, fmt: Any, stats: Mapping[str, Any]) -> Rounded:
         hessian = stats.get("hessian")
@@ -126,12 +128,12 @@ def gptq(
         dtype: arithmetic of the feedback, float32 or float64.
 
     Metrics: `sqnr_db`, whose signal is estimated on up to 256 rows; `loss`, tr(E H Eᵀ) without λ; `loss_rtn`, the same for rounding to nearest with scales chosen
-    in the same way (from up to 256 evenly spaced rows, as the ratio to this method's loss on them); `damp` and
+    in the same way (from up to 128 evenly spaced rows, as the ratio to this method's loss on them); `damp` and
     `damp_tries`; `shrink`, the part of the weights' range that the scales cover, 0 if that was searched by group.
     """
     factor = hessian
     if not isinstance(factor, Factor):
-        factor = factorize(factor, act_order=options.act_order, damp=options.damp)
+        factor = factorize(factor, act_order=options.act_order, damp=options.damp, dtype=dtype)
     count, width = weight.shape
     if factor.order.shape[0] != width:
         what = f"the Hessian is of {factor.order.shape[0]} input features, the weight of {width}"
@@ -144,24 +146,24 @@ def gptq(
     sample = exact[rows]
     if options.clip == "trial":
         # All trials at once, one below the other: rows do not depend on each other.
-        losses = _round(sample.repeat(len(TRIALS), 1), _Grid(fmt, TRIALS, factor), options)[2]
+        losses = _round(sample.repeat(len(TRIALS), 1), _Grid(fmt, TRIALS, factor), options)[2][0]
         choice = TRIALS[int(losses.reshape(len(TRIALS), -1).sum(dim=1).argmin())]
     else:
         choice = (options.clip, 1.0)
     grid = _Grid(fmt, (choice,), factor)
     rounded, work, losses = _round(exact, grid, options)
-    loss = losses.sum().item()
+    loss, spread = losses.sum(dim=1).tolist()
 
     back = torch.argsort(factor.order)
     own = output_energy(work[:, rows][back].T, factor.hessian).sum().item()
     other = output_energy(sample - grid.nearest(sample), factor.hessian).sum().item()
-    noise = loss - factor.ridge * torch.linalg.vector_norm(work, dtype=torch.float64).item() ** 2
+    noise = loss - factor.ridge * spread
     if count <= SAMPLE:
         noise = own
     elif noise < CANCELLED * loss:
         noise = output_energy(work[back].T, factor.hessian).sum().item()
     metrics = {
-        "sqnr_db": sqnr_db(energy(exact, factor.hessian, rows), noise),
+        "sqnr_db": sqnr_db(energy(exact, factor.hessian, sample_rows(weight, MEASURED)), noise),
         "loss": noise,
         "loss_rtn": other * (noise / own if own > 0 else count / len(rows)),
         "damp": factor.damp,
@@ -171,10 +173,10 @@ def gptq(
     return Rounded(rounded, metrics)
 
 
-def sample_rows(weight: torch.Tensor) -> torch.Tensor:
-    """Indices of up to SAMPLE rows of a weight [N, K], evenly spaced."""
+def sample_rows(weight: torch.Tensor, most: int = SAMPLE) -> torch.Tensor:
+    """Indices of up to `most` rows of a weight [N, K], evenly spaced."""
     count = len(weight)
-    return torch.linspace(0, count - 1, min(count, SAMPLE), device=weight.device).round().long()
+    return torch.linspace(0, count - 1, min(count, most), device=weight.device).round().long()
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,8 +189,8 @@ class _Grid:
 
     def parameters(self, weight: torch.Tensor, columns: slice = slice(None)) -> Parameters:
         """Scales [N, G] and zero points for `columns` of W."""
-        importance = torch.empty_like(self.factor.upper.diagonal())
-        importance[self.factor.order] = self.factor.upper.diagonal().square()
+        importance = torch.empty_like(self.factor.pivots)
+        importance[self.factor.order] = self.factor.pivots.square()
         parts = [
             self.fmt.parameters(part, clip=clip, shrink=shrink, importance=importance[columns])
             for part, (clip, shrink) in zip(weight.chunk(len(self.choices)), self.choices, strict=True)
@@ -202,25 +204,24 @@ class _Grid:
 
 
 def _round(exact: torch.Tensor, grid: _Grid, options: Gptq) -> tuple[QuantizedWeight, torch.Tensor, torch.Tensor]:
-    """Round `exact` [N, K]: the result; the errors W - Ŵ [K, N], transposed and reversed; the damped losses [N]."""
-    fmt, order, upper = grid.fmt, grid.factor.order, grid.factor.upper
+    """Round `exact` [N, K]: the result; the errors W - Ŵ [K, N], transposed and reversed; the damped losses and ‖E‖² [2, N]."""
+    fmt, order, upper, pivots = grid.fmt, grid.factor.order, grid.factor.upper, grid.factor.pivots
     width = len(order)
     group = fmt.group_size or width
     static = options.static_groups or group == width
     # Scales that are chosen on entering a group need all errors before it; blocks are then whole groups.
     block = options.block if static else max(options.block // group, 1) * group
     step = block if static else group
-    work = exact.T.index_select(0, order)
+    work = exact.T.contiguous().index_select(0, order)  # the transposition alone is the fast one
     codes = torch.empty_like(work, dtype=torch.uint8)
-    losses = torch.zeros(len(exact), dtype=torch.float64, device=work.device)
-    largest = upper.diagonal().max()
+    losses = torch.zeros(2, len(exact), dtype=torch.float64, device=work.device)
+    largest = pivots.max()
     chosen = [grid.parameters(exact)] if static else []
     table = _table(chosen[0], work.dtype) if static else None
     for stop in range(width, 0, -block):
         start = max(0, stop - block)
-        pivots = upper.diagonal()[start:stop]
-        feedback = (upper[start:stop, start:] / pivots.unsqueeze(1)).to(work.dtype)
-        share = (pivots / largest).square().to(work.dtype)
+        feedback = upper[start:stop, start:].to(work.dtype) / pivots[start:stop].unsqueeze(1).to(work.dtype)
+        share = (pivots[start:stop] / largest).square().to(work.dtype)
         size = stop - start
         target = torch.addmm(work[start:stop], feedback[:, size:], work[stop:])
         for last in range(size, 0, -step):
@@ -240,7 +241,8 @@ def _round(exact: torch.Tensor, grid: _Grid, options: Gptq) -> tuple[QuantizedWe
             columns = _Columns(aim, work[rows], codes[rows], near, own, index, share[part])
             columns.round(fmt, losses)
     codes = codes[torch.argsort(order)].T.contiguous()
-    return QuantizedWeight(codes, *_cat(chosen, dim=1), fmt), work, losses * largest.square()
+    losses[0] *= largest.square()
+    return QuantizedWeight(codes, *_cat(chosen, dim=1), fmt), work, losses
 
 
 def _cat(parts: list[Parameters], dim: int) -> Parameters:
@@ -276,7 +278,7 @@ class _Columns:
     share: torch.Tensor
 
     def round(self, fmt: IntFormat, losses: torch.Tensor) -> None:
-        """Round, and add what it costs to `losses` [N]."""
+        """Round, and add Σ share·(t - ŵ)² and Σ (w - ŵ)² to `losses` [2, N]."""
         operands = (self.target, self.work, self.codes, self.near, *self.table, self.group)
         if not intround.round_block(*operands, fmt.midpoint, fmt.top, self.share, losses):
             self._round_plainly(fmt, losses)
@@ -297,4 +299,5 @@ class _Columns:
                 level.clamp_(low[row], high[row])
                 work[row].addcmul_(level, scale[row], value=-1)
         self.codes.copy_(levels + offset)
-        losses += self.share @ target.addcmul_(levels, scale, value=-1).square_()
+        losses[0] += self.share @ target.addcmul_(levels, scale, value=-1).square_()
+        losses[1] += work.square().sum(dim=0)
