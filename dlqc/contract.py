@@ -97,12 +97,13 @@ class Plan:
     """What the pipeline will make of each linear, found without touching a weight.
 
     `sites` maps the module name to its planned spec; passes fill it in order. `tables` are embeddings that are stored in few
-    bits and are no head, with rows and width. `problems` lists everything that would
-    fail, so that all offenders are named at once.
+    bits and are no head, with rows and width; `pruned` are linears with zeros, and the share of weights that is kept.
+    `problems` lists everything that would fail, so that all offenders are named at once.
     """
 
     sites: dict[str, LinearSpec] = field(default_factory=dict)
     tables: dict[str, tuple[IntFormat, int, int]] = field(default_factory=dict)
+    pruned: dict[str, float] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
 

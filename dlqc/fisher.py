@@ -32,6 +32,7 @@ from dlqc.diffusion.masking import logits_of
 from dlqc.errors import CalibrationError
 from dlqc.execute import Executor, logits_node, placeholder
 from dlqc.graph import Linear, linears
+from dlqc.observers import Batch, by_tokens
 from dlqc.samplers import shift_rows
 
 
@@ -133,24 +134,21 @@ def _of_a_block(
         xs, ys = taps[: len(sites)], taps[len(sites) :]
         before, *deltas = torch.autograd.grad(top, [hidden, *ys], gradients.pop(0))
         behind.append(before)
-        count = len(ctx.states.ids[part])
+        states = Batch(ctx.states.ids[part], ctx.states.weights[part])
         calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
         for site, x, delta in zip(sites, xs, deltas, strict=True):
-            pair = (_by_state(x.detach(), site, count), _by_state(delta, site, count))
+            pair = (_by_state(x.detach(), site.x, site, states), _by_state(delta, site.node, site, states))
             calls.setdefault(site.weight, []).append(pair)
         for weight, pairs in calls.items():
-            for s in range(count):
+            for s in range(len(states.ids)):
                 sums[weight] += torch.stack([delta[s].T @ x[s] for x, delta in pairs]).sum(dim=0).square_()
     return sums, behind
 
 
-def _by_state(value: Tensor, site: Linear, count: int) -> Tensor:
-    """Rows of what a linear reads or gives, float32 [B, rows of a state, K]."""
-    batch, length = (str(size) for size in placeholder(site.node.graph).meta["val"].shape)
-    dims = [str(size) for size in site.x.meta["val"].shape[:-1]]
-    if dims == [length, batch]:
-        value = value.transpose(0, 1)
-    elif dims[0] != batch and (len(dims) > 1 or value.shape[0] % count):
-        what = f"reads rows [{', '.join(dims)}], of which none belongs to one of {count} states"
+def _by_state(value: Tensor, node: fx.Node, site: Linear, states: Batch) -> Tensor:
+    """Rows of what a linear reads or gives, float32 [B, L, K]."""
+    found = by_tokens(value, node, states)
+    if found is None:
+        what = "its rows are not the tokens of the states, so no gradient belongs to one state"
         raise CalibrationError(what, where=site.name, remedy="Use sensitivity='hessian', or exclude it with skip=")
-    return value.float().reshape(count, -1, value.shape[-1])
+    return found.float()

@@ -47,6 +47,7 @@ PASSES = {
     "mask_gate": "MaskGate",
     "calibrate": "Calibrate",
     "split_outliers": "SplitOutliers",
+    "sparsify": "Sparsify",
     "quantize_embedding": "QuantizeEmbedding",
     "quantize_weights": "QuantizeWeights",
     "quantize_activations": "QuantizeActivations",

@@ -20,6 +20,8 @@ With `head`, linears between the last block and the logits become integers, too:
 groups and with the zero points of the blocks' integers (g128 with zero points beside another format), by the same method, or to
 nearest where that takes no integers. Their statistics are of the states behind the last rounded block.
 
+A pruned weight (`sparsify`) stays zero where it is zero; a format without a zero is refused.
+
 A weight that several calls share is rounded once, on the sum of their statistics, and all calls are rewritten.
 
 What the statistics are of is `sequential`. "block": a block as it comes, behind blocks that are quantized (GPTQ's own setting in
@@ -42,8 +44,12 @@ from dlqc.backend import LinearSpec
 from dlqc.blocks import tail
 from dlqc.contract import Context, Pass, PassReport, Plan, Sequential, matches
 from dlqc.errors import ContractError, RecipeError, nearest
+from dlqc.formats.codebook import CodebookFormat
 from dlqc.formats.coded import CodedFormat, encode, fault
 from dlqc.formats.integer import IntFormat, QuantizedWeight
+from dlqc.formats.lattice import LatticeFormat
+from dlqc.formats.planes import PlanesFormat
+from dlqc.formats.sparse import SparseFormat
 from dlqc.graph import Linear, arg, args_of, call_before, linears, read, replace, sweep
 from dlqc.kept import reason_to_keep, to_round
 from dlqc.ops import LINEAR_CODED, LINEAR_Q
@@ -56,6 +62,9 @@ from dlqc.rounding.kmeans import Kmeans
 from dlqc.rounding.rtn import Rtn
 from dlqc.rounding.vector import Ldlq
 from dlqc.stats import PAIRED, Moments
+
+#: Formats without an exact zero: a pruned weight would come back.
+NO_ZERO = (PlanesFormat, CodebookFormat, LatticeFormat)
 
 Method = Rtn | Gptq | Gptaq | Daq | Kmeans | Ldlq
 
@@ -176,6 +185,14 @@ class QuantizeWeights(Pass):
             remedy = remedy if grouped else "set it in format=, or exclude it with skip="
             plan.problems.append(f"{site.name}: {reason} ({remedy})")
             return
+        if site.name in plan.pruned and isinstance(target, NO_ZERO):
+            plan.problems.append(
+                f"{site.name}: pruned weights are zero, and {target.label} has no zero (use another format)"
+            )
+        if isinstance(target, SparseFormat):
+            if site.name not in plan.pruned:
+                plan.problems.append(f"{site.name}: {target.label} stores what pruning left (put sparsify before)")
+            target = dataclasses.replace(target, density=plan.pruned.get(site.name))
         plan.sites[site.name] = LinearSpec(site.in_features, site.out_features, target, None, site.bias is not None)
 
     def scheme(self, *, behind: bool) -> tuple[IntFormat | CodedFormat, Method]:
@@ -193,8 +210,9 @@ class QuantizeWeights(Pass):
             moments.add(stats, len(group))
             prepared = self._noted(group[0], method.prepare, stats)
             for sites in group:
-                exact = ctx.weights.value(sites[0].weight, torch.float64)
-                rounded = self._noted(sites, method.round, exact, target, prepared)
+                exact, given = self._given(sites[0].weight, ctx, method, prepared)
+                rounded = self._noted(sites, method.round, exact, target, given)
+                self._check_zeros(sites[0], rounded, ctx)
                 rewrite = self._rewrite if isinstance(rounded.weight, QuantizedWeight) else self._rewrite_coded
                 cost = rewrite(graph, ctx, rounded.weight, sites) | rounded.metrics
                 report.details[sites[0].name] = cost | weight_noise(exact, rounded)
@@ -225,6 +243,21 @@ class QuantizeWeights(Pass):
             what = "sequential='layer' takes statistics anew, and there is nothing to take them with"
             raise ContractError(what, where="sequential", remedy="Run the pass by a PassManager, with blocks")
         return ctx.collect([weight])[weight]
+
+    def _given(
+        self, weight: str, ctx: Context, method: Method, stats: Mapping[str, Any]
+    ) -> tuple[torch.Tensor, Mapping[str, Any]]:
+        """A weight and its statistics as a method takes them: with the mask, if it makes up for pruning itself."""
+        kept = ctx.weights[weight].kept() if method.compensates else None
+        if kept is None:
+            return ctx.weights.value(weight, torch.float64), stats
+        return ctx.weights[weight].dense.exact(), {**stats, "kept": kept}
+
+    def _check_zeros(self, site: Linear, rounded: Rounded, ctx: Context) -> None:
+        kept = ctx.weights[site.weight].kept()
+        if kept is not None and bool(rounded.weight.dequantize()[~kept].any()):
+            remedy = "This is a fault of the rounding method, report it"
+            raise ContractError("pruned weights are no longer zero", where=site.name, remedy=remedy)
 
     def _noted(self, sites: list[Linear], work: Callable[..., Any], *args: Any) -> Any:
         """Call a method; an error says at which linear it happened."""

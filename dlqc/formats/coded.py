@@ -26,8 +26,9 @@ from dlqc.formats.lattice import LatticeFormat
 from dlqc.formats.microscaling import MicroscalingFormat
 from dlqc.formats.nf4 import Nf4Format
 from dlqc.formats.planes import PlanesFormat
+from dlqc.formats.sparse import SparseFormat
 
-CodedFormat = PlanesFormat | CodebookFormat | Nf4Format | Fp8Format | MicroscalingFormat | LatticeFormat
+CodedFormat = PlanesFormat | CodebookFormat | Nf4Format | Fp8Format | MicroscalingFormat | LatticeFormat | SparseFormat
 CLASSES: dict[str, type[Any]] = {cls.name: cls for cls in typing.get_args(CodedFormat)}
 
 _SPEC = re.compile(r"([a-z0-9]{1,16})\(((?:[a-z_]{1,16}=[A-Za-z0-9_.+-]{1,24},?){0,8})\)")

@@ -34,11 +34,14 @@ class Rounding:
         name: spelling in recipes.
         statistics: statistics of the layer input that `round` needs (`dlqc.stats` names), for example {"hessian"}.
         takes: the classes of formats that `round` rounds to.
+        compensates: whether `round` makes up for pruned weights itself. It then gets the weight as it was before pruning,
+            and with the statistics "kept", bool [N, K]; others get the pruned weight, and leave zero what is zero.
     """
 
     name: ClassVar[str]
     statistics: ClassVar[frozenset[str]] = frozenset()
     takes: ClassVar[tuple[type[Any], ...]] = (IntFormat,)
+    compensates: ClassVar[bool] = False
 
     def refusal(self, fmt: IntFormat | WeightFormat) -> str | None:
         """None if the method rounds to this format, else the reason it does not, one clause."""
