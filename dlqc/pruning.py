@@ -13,6 +13,10 @@ H⁻¹ = UᵀU; U_kk = 1/R_kk. The mask of a block of columns is chosen on enter
 all errors so far, with those of the block still free: near·(w - W) = t' - W for the t' that lacks the errors inside the block.
 n:m patterns are chosen m columns at a time likewise.
 
+Beyond the paper: its sweep moves only the columns after a pruned one. `refine` goes on on the mask that it found, to the weights
+that are best there, Ŵ_S with (Ŵ H)_S = (W H)_S for the kept places S of each row, by conjugate gradients for all rows at once
+(preconditioned with the diagonal). Each step costs one product with H and none raises the loss.
+
 Ties of scores are broken by position. Scores and feedback in float32.
 """
 
@@ -166,6 +170,7 @@ class SparseGpt(Pruning):
     Options:
         block: columns whose mask is chosen together, where there is no n:m pattern.
         damp: the first λ tried, as a fraction of the mean diagonal of H.
+        refine: steps towards the best weights on the mask, beyond the paper; 0 is the paper's.
 
     Metrics: `sqnr_db` of the output and `loss`, tr(E H Eᵀ), both estimated on up to 128 rows.
     """
@@ -175,8 +180,11 @@ class SparseGpt(Pruning):
 
     block: int = 128
     damp: float = 0.01
+    refine: int = 8
 
     def __post_init__(self) -> None:
+        if self.refine < 0:
+            raise RecipeError(f"{self.refine} steps are impossible", where="refine", remedy="Use 8, or 0")
         if self.block < 1:
             raise RecipeError(f"a block of {self.block} columns is impossible", where="block", remedy="Use 128")
         if not 0 <= self.damp <= MAX_DAMP:
@@ -199,6 +207,7 @@ class SparseGpt(Pruning):
             raise CalibrationError(what, where="hessian", remedy="Use the statistics of this layer")
         exact = weight.float()
         kept, moved = sparsegpt(exact, factor, pattern, self.block)
+        moved = refine(exact, moved, kept, factor, self.refine)
         rows = torch.linspace(0, len(exact) - 1, min(len(exact), 128)).round().long()
         signal, noise = (energy(part, factor.hessian, rows) for part in (exact, exact - moved))
         return PrunedWeight(kept, moved, {"sqnr_db": sqnr_db(signal, noise), "loss": noise})
@@ -246,6 +255,32 @@ def sparsegpt(weight: Tensor, factor: Factor, pattern: Pattern, block: int = 128
             _prune_columns(aim, work[rows], moved[rows], near, kept[rows])
     back = torch.argsort(order)
     return kept[back].T.contiguous(), moved[back].T.contiguous()
+
+
+def refine(weight: Tensor, moved: Tensor, kept: Tensor, factor: Factor, steps: int) -> Tensor:
+    """The kept weights after some steps of conjugate gradients, float32 [N, K].
+
+    The objective is tr((W-Ŵ)(H + λI)(W-Ŵ)ᵀ), with the λ of `factor`.
+    """
+    metric, mask = factor.hessian.to(torch.float32, copy=True), kept.float()
+    metric.diagonal().add_(factor.ridge)
+    found = moved.clone()
+    inverse = metric.diagonal().clamp_min(torch.finfo(torch.float32).tiny).reciprocal()
+    residual = (weight - found) @ metric * mask
+    direction = residual * inverse
+    energy = (residual * direction).sum(dim=1, keepdim=True)
+    for _ in range(steps):
+        image = direction @ metric * mask
+        bend = (direction * image).sum(dim=1, keepdim=True)
+        # A row that is done has neither energy nor bend left.
+        step = torch.where(bend > 0, energy / torch.where(bend > 0, bend, 1.0), 0.0)
+        found += step * direction
+        residual -= step * image
+        scaled = residual * inverse
+        after = (residual * scaled).sum(dim=1, keepdim=True)
+        direction = scaled + torch.where(energy > 0, after / torch.where(energy > 0, energy, 1.0), 0.0) * direction
+        energy = after
+    return found
 
 
 def _prune_columns(target: Tensor, work: Tensor, moved: Tensor, near: Tensor, kept: Tensor) -> None:

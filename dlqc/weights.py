@@ -161,9 +161,12 @@ class Constant:
         return torch.float32 if arithmetic and self.leaf.dim() == 1 else self.leaf.dtype
 
     @property
-    def dense(self) -> Constant:
-        """The expression without what was pruned."""
-        return replace(self, folds=tuple(f for f in self.folds if not isinstance(f, Pruned)))
+    def unpruned(self) -> Constant:
+        """The expression without the masks of pruning; of a weight that pruning has moved, the expression itself."""
+        masks = [f for f in self.folds if isinstance(f, Pruned)]
+        if any(f.moved is not None for f in masks):
+            return self
+        return replace(self, folds=tuple(f for f in self.folds if f not in masks))
 
     def kept(self) -> torch.Tensor | None:
         """Which weights are left of a pruned matrix, bool [N, K]; None if it was not pruned.

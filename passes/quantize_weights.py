@@ -251,7 +251,7 @@ class QuantizeWeights(Pass):
         kept = ctx.weights[weight].kept() if method.compensates else None
         if kept is None:
             return ctx.weights.value(weight, torch.float64), stats
-        return ctx.weights[weight].dense.exact(), {**stats, "kept": kept}
+        return ctx.weights[weight].unpruned.exact(), {**stats, "kept": kept}
 
     def _check_zeros(self, site: Linear, rounded: Rounded, ctx: Context) -> None:
         kept = ctx.weights[site.weight].kept()

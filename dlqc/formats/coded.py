@@ -77,6 +77,8 @@ def _value(text: str, hint: Any) -> Any:
     members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if text == "None" and type(None) in members:
         return None
+    if bool in members:
+        return {"True": True, "False": False}[text]
     if float in members:
         return float(text)
     if int not in members:

@@ -167,7 +167,7 @@ class SparseWeight:
     def dequantize(self) -> torch.Tensor:
         """The float32 weight [N, K] that is stood for."""
         if self.scales is None:
-            return torch.zeros(self.kept.shape).masked_scatter(self.kept, self.values.float())
+            return torch.zeros(self.kept.shape, dtype=torch.float32).masked_scatter(self.kept, self.values.float())
         # The rest stands at the zero point, so that it is exactly zero.
         points = (
             None if self.zeros is None else self.zeros.repeat_interleave(self.kept.shape[1] // self.scales.shape[1], 1)

@@ -23,8 +23,10 @@ cost more than it saves by far, at 4 bits hardly). So clip="trial" rounds up to 
 in TRIALS and keeps the one with the least loss; rows are independent, which makes the sample a fair one.
 
 Pruned weights (`kept`). Columns are rounded to 0 where a weight is pruned, whatever t says, and the error t - 0 goes on to the
-columns after it like any other: one sweep makes up for pruning and rounding at once, against the weight as it was before both
-(SparseGPT, arXiv 2301.00774, section 3.5, with the mask known in advance). Scales are chosen from the kept weights.
+columns after it like any other: from the weight as it was before pruning, one sweep makes up for pruning and rounding at once
+(SparseGPT, arXiv 2301.00774, section 3.5, with the mask known in advance). From weights that pruning has moved it makes up for
+rounding; where those are the best on their mask the objectives are the same, since what is left of the error then has no
+gradient there, (W - Ŵ)H = 0 on the mask. Scales are chosen from the kept weights.
 
 Factorization in float64; the feedback in float32 (`dtype`), blocks of columns by a product of matrices, the columns of a
 block in native code where there is a compiler (`dlqc.intround`). Peak memory: H, one float64 copy of it, two float32 copies
