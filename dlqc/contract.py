@@ -14,6 +14,7 @@ checks the whole order before any work and never sorts it.
     unit-gain              every norm that feeds only linears has gain one
     original               the block as it was before its weights were rounded is at hand; a graph-scoped pass ends this
     quantized-weights      the linears that were asked for are linear_q
+    quantized-embeddings   the tables of embeddings are stored in few bits
     quantized-activations  their inputs are quantized
     quantized-attention    what attentions read is quantized as asked for
     packed                 no linear_q is left: codes are stored as bit streams
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from dlqc.backend import Backend, LinearSpec
     from dlqc.blocks import Block
     from dlqc.calibration import States, TokenRows
+    from dlqc.formats.integer import IntFormat
     from dlqc.observers import Observer
 
 #: Statistics of the inputs of linears: weight name → statistic → tensor.
@@ -103,11 +105,15 @@ class Plan:
     """What the pipeline will make of each linear, found without touching a weight.
 
     `sites` maps the module name to its planned spec; passes fill it in order. `beside` has bits that are stored beside the
-    weight of a site. `problems` lists everything that would fail, so that all offenders are named at once.
+    weight of a site; `tables` are embeddings that are stored in few bits and are no head, with rows and width; `pruned` are
+    linears with zeros, and the share of weights that is kept. `problems` lists everything that would fail, so that all
+    offenders are named at once.
     """
 
     sites: dict[str, LinearSpec] = field(default_factory=dict)
     beside: dict[str, int] = field(default_factory=dict)
+    tables: dict[str, tuple[IntFormat, int, int]] = field(default_factory=dict)
+    pruned: dict[str, float] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
 
@@ -211,6 +217,10 @@ class Pass:
     def statistics(self) -> frozenset[str]:
         """Statistics of linear inputs that `apply` reads from `ctx.stats` (names of `dlqc.stats`)."""
         return frozenset()
+
+    def reaches_tail(self) -> bool:
+        """Whether a block-scoped pass also runs on what lies between the last block and the logits."""
+        return False
 
     def sequence(self) -> Sequential:
         """Which activations the statistics are of.

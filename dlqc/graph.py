@@ -18,6 +18,7 @@ from torch import fx
 from dlqc.formats.activation import ActFormat
 from dlqc.ops import (
     ATTENTION,
+    EMBEDDING_PACKED,
     LINEAR_CODED,
     LINEAR_PACKED,
     LINEAR_Q,
@@ -37,6 +38,7 @@ LAYER_NORM = aten.layer_norm.default
 SDPA = aten.scaled_dot_product_attention.default
 EMBEDDING = aten.embedding.default
 NORMS = (RMS_NORM, LAYER_NORM)
+EMBEDDINGS = (EMBEDDING, EMBEDDING_PACKED)
 QUANTIZED_LINEARS = (LINEAR_Q, LINEAR_PACKED, LINEAR_CODED)
 #: Quantizers of the inputs of linears, and of queries, keys and values.
 ACT_QUANTIZERS = (QUANTIZE_ACT, QUANTIZE_ACT_STATIC)

@@ -15,6 +15,7 @@ replace them by their own packed ops at lowering; results are judged against the
     linear_packed(...)                       = linear_q on codes stored as a dense bit stream
     linear_coded(x, parts, bias; spec, n)    = x · Wᵀ + b, W what `parts` stand for in the format that `spec` spells
     low_rank(y, x, parts; spec)              = y + (x · Bᵀ) · Aᵀ, y the output of a quantized linear that reads x
+    embedding_packed(ids, packed, …)         = the rows `ids` of (codes - zeros)·scales, stored as in linear_packed
 """
 
 from __future__ import annotations
@@ -252,6 +253,44 @@ def _(y: Tensor, x: Tensor, parts: list[Tensor], spec: str) -> Tensor:
     return torch.empty_like(y)
 
 
+@torch.library.custom_op("dlqc::embedding_packed", mutates_args=())
+def embedding_packed(
+    ids: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bits: int,
+    group_size: int,
+    width: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """ids [...], a table [V, K] in the tensors of `linear_packed`, K = `width` → [..., K] in `dtype`.
+
+    Only the rows that are looked up are unpacked and dequantized.
+    """
+    rows = ids.reshape(-1)
+    if not len(rows):
+        return scales.new_empty((*ids.shape, width), dtype=dtype)
+    codes, own = unpack(packed[rows], bits, width), scales[rows]
+    points = None if zeros is None else unpack(zeros[rows], bits, scales.shape[1])
+    found = QuantizedWeight(codes, own, points, _format(bits, group_size, scales, zeros)).dequantize()
+    return found.to(dtype).reshape(*ids.shape, width)
+
+
+@embedding_packed.register_fake
+def _(
+    ids: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bits: int,
+    group_size: int,
+    width: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return scales.new_empty((*ids.shape, width), dtype=dtype)
+
+
 ROPE = torch.ops.dlqc.rope.default
 TRANSFORM = torch.ops.dlqc.transform.default
 QUANTIZE_ACT = torch.ops.dlqc.quantize_act.default
@@ -264,3 +303,4 @@ LINEAR_Q = torch.ops.dlqc.linear_q.default
 LINEAR_PACKED = torch.ops.dlqc.linear_packed.default
 LINEAR_CODED = torch.ops.dlqc.linear_coded.default
 LOW_RANK = torch.ops.dlqc.low_rank.default
+EMBEDDING_PACKED = torch.ops.dlqc.embedding_packed.default

@@ -1,11 +1,12 @@
 """Presets: recipes whose name says what they make.
 
-    w<bits>a<bits>[-g<size>|-channel][-sym][-<activations>]-<method>[-<variant>]
+    w<bits>a<bits>[-g<size>|-channel][-sym][-<activations>]-<method>[-<variant>][-e<bits>h<bits>]
 
 `w4a16-gptq` is 4-bit weights in groups of 128 with zero points, 16-bit activations, GPTQ on masked states. Weights of 8 bits, and
 weights next to activations of fewer than 8 bits, have one scale per channel and no zero points unless the name says
 otherwise. Activations are quantized per token, and queries, keys, values and attention probabilities stay as they are, unless
-the name says otherwise: see `dlqc.activation_presets`.
+the name says otherwise: see `dlqc.activation_presets`. Embeddings and head stay as they are without the last part: `-e8h8` stores
+both in 8 bits, `-e4`, `-h8` and so on one of them; 8 bits have one scale for each row.
 
 DLLMQuant (arXiv 2508.14090) is TMAS, IA-AQ and CGQ behind the rotations of QuaRot, or (`-awq`) behind AWQ: the model is
 transformed first, its rollouts are drawn then, values get the fixed scales of IA-AQ, and weights are rounded last, by GPTQ on
@@ -29,9 +30,12 @@ PRESETS = {
     "w8a8-rtn": "8-bit weights per channel, 8-bit activations per token, nearest rounding",
     "w4a4-rtn": "4-bit weights per channel, 4-bit activations per token, nearest rounding",
     "w8a8-smoothquant": "as w8a8-rtn after SmoothQuant on masked states",
+    "w8a8-llmint8": "as w8a8-rtn, columns with activations above 6 on masked states in 16 bits (LLM.int8())",
     "w8a8-gptq": "8-bit weights per channel by GPTQ, 8-bit activations per token",
     "w4a8-gptq": "4-bit weights g128 by GPTQ, 8-bit activations per token",
     "w4a16-gptq": "4-bit weights g128 by GPTQ on masked states",
+    "w4a16-gptq-e8h8": "as w4a16-gptq with embeddings and head in 8 bits, a scale per row",
+    "w4a16-gptq-e4h4": "as w4a16-gptq with embeddings and head in 4 bits g128",
     "w4a16-sym-gptq": "as w4a16-gptq without zero points, for engines that take none",
     "w4a16-gptq-clean": "as w4a16-gptq on clean text, as tools for autoregressive models calibrate",
     "w4a16-gptq-cgq": "as w4a16-gptq with certainty-weighted statistics",
@@ -77,7 +81,8 @@ PRESETS = {
 
 GRAMMAR = re.compile(
     r"w(?P<w>[2348])a(?P<a>4|6|8|16)(?:-(?:g(?P<g>\d+)|(?P<channel>channel)))?(?P<sym>-sym)?"
-    rf"(?P<acts>{WORDS})-(?P<method>[a-z]+)(?:-(?P<variant>clean|cgq|tmas|tmas-cgq|rtn|gptq|gptaq|awq))?"
+    rf"(?P<acts>{WORDS})-(?P<method>[a-z]+8?)(?:-(?P<variant>clean|cgq|tmas|tmas-cgq|rtn|gptq|gptaq|awq))?"
+    r"(?:-(?=[eh])(?:e(?P<e>[48]))?(?:h(?P<h>[48]))?)?"
 )
 
 #: Roundings of integers that take statistics.
@@ -98,7 +103,7 @@ def preset(name: str, pass_class: Callable[[str], Any]) -> tuple[Pass, ...] | No
     if found is None or found["method"] not in METHODS:
         return None
     before, needs_states, rounding = METHODS[found["method"]]
-    variant, without = found["variant"], name.removesuffix(f"-{found['variant']}")
+    variant, without = found["variant"], name.replace(f"-{found['variant']}", "", 1)
     activations = Activations.of(found["acts"], int(found["a"]), name)
     if found["method"] == "dllmquant":
         return _dllmquant(name, found, activations, pass_class)
@@ -115,9 +120,18 @@ def preset(name: str, pass_class: Callable[[str], Any]) -> tuple[Pass, ...] | No
     drawn = needs_states or rounding in CALIBRATED or activations.static
     steps = [_calibrate(pass_class, variant, everywhere=activations.static)] if drawn else []
     steps += _transforms(pass_class, found["method"], weights, activations)
-    steps.append(_quantize(pass_class, weights, rounding))
+    steps.append(_quantize(pass_class, weights, rounding, head=int(found["h"]) if found["h"] else None))
     steps += activations.of_linears(pass_class)
     steps += activations.of_attention(pass_class, "token" if found["method"] == "quarot" else "head")
+    return _finished(pass_class, steps, found)
+
+
+def _finished(pass_class: Callable[[str], Any], steps: list[Pass], found: re.Match[str]) -> tuple[Pass, ...]:
+    """The embedding, if the name asks for it, and what ends every recipe of integers."""
+    if found["e"]:
+        # Behind the transforms of the whole graph, before what goes block by block: its states come from the rounded table.
+        place = next((i for i, step in enumerate(steps) if step.scope == "block"), len(steps))
+        steps.insert(place, pass_class("quantize_embedding")(**_table(int(found["e"]))))
     return (*steps, pass_class("pack")(), pass_class("lower")())
 
 
@@ -152,16 +166,15 @@ def _dllmquant(
     weights, method = _format(found, activations), "awq" if variant else "quarot"
     heads = {"values": activations.bits} | activations.attention
     steps = _transforms(pass_class, method, weights, activations)
-    return (
+    steps = [
         *([_calibrate(pass_class, "tmas")] if variant else []),  # AWQ itself looks at states
         *steps,
         _calibrate(pass_class, "tmas-cgq"),
         *dataclasses.replace(activations, attention=heads).of_attention(pass_class, "token", IaAq()),
-        _quantize(pass_class, weights, "gptq"),
+        _quantize(pass_class, weights, "gptq", head=int(found["h"]) if found["h"] else None),
         *activations.of_linears(pass_class),
-        pass_class("pack")(),
-        pass_class("lower")(),
-    )
+    ]
+    return _finished(pass_class, steps, found)
 
 
 def _coded(pass_class: Callable[[str], Any], fmt: Any, method: Any, before: tuple[Step, ...] = ()) -> tuple[Pass, ...]:
@@ -248,7 +261,12 @@ def _format(found: re.Match[str], activations: Activations) -> dict[str, Any]:
     return {"bits": bits, "group_size": group, "symmetric": symmetric}
 
 
-def _quantize(pass_class: Callable[[str], Any], weights: dict[str, Any], rounding: str) -> Pass:
+def _table(bits: int) -> dict[str, Any]:
+    """The format of an embedding table."""
+    return {"bits": 8} if bits == 8 else {"bits": bits, "group_size": 128, "symmetric": False}
+
+
+def _quantize(pass_class: Callable[[str], Any], weights: dict[str, Any], rounding: str, head: int | None) -> Pass:
     from dlqc.rounding.gptaq import Gptaq
     from dlqc.rounding.gptq import Gptq
     from dlqc.rounding.rtn import Rtn
@@ -256,7 +274,7 @@ def _quantize(pass_class: Callable[[str], Any], weights: dict[str, Any], roundin
     method = {"rtn": Rtn, "gptq": Gptq, "gptaq": Gptaq}[rounding]()
     # GPTAQ lives on seeing all that rounding has done to an input, within the block, too; its authors have it so.
     how = {"sequential": "layer"} if rounding == "gptaq" else {}
-    made: Pass = pass_class("quantize_weights")(**weights, method=method, **how)
+    made: Pass = pass_class("quantize_weights")(**weights, method=method, head=head, **how)
     return made
 
 
@@ -277,6 +295,7 @@ METHODS: dict[str, tuple[tuple[Step, ...], bool, str]] = {
     "gptaq": ((), False, "gptaq"),
     "smooth": ((("smooth", {}),), True, "rtn"),
     "smoothquant": ((("smooth", {}),), True, "rtn"),
+    "llmint8": ((("split_outliers", {"required": False}),), True, "rtn"),
     "awq": ((("awq_scale", {"relative": True}), ("awq_clip", {})), True, "rtn"),
     "quarot": (
         (

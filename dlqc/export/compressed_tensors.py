@@ -43,7 +43,15 @@ from dlqc.graph import (
     site_name,
     width,
 )
-from dlqc.ops import ATTENTION, LINEAR_CODED, LINEAR_PACKED, LINEAR_Q, LOW_RANK, QUANTIZE_ACT_STATIC
+from dlqc.ops import (
+    ATTENTION,
+    EMBEDDING_PACKED,
+    LINEAR_CODED,
+    LINEAR_PACKED,
+    LINEAR_Q,
+    LOW_RANK,
+    QUANTIZE_ACT_STATIC,
+)
 from dlqc.weights import Weights
 
 if TYPE_CHECKING:
@@ -51,6 +59,10 @@ if TYPE_CHECKING:
 
 #: What quantizes in an attention, which the format has no word for.
 IN_ATTENTION = (*HEAD_QUANTIZERS, ATTENTION)
+
+
+#: End of the names of linears that no checkpoint has: the outlier columns of one that has been split.
+OWN = ".outliers.weight"
 
 
 @dataclass(frozen=True)
@@ -115,6 +127,12 @@ def check_exportable(model: Compiled) -> list[Site]:
         raise ExportError("no linear is quantized", where="graph", remedy="Compile with a recipe that quantizes")
     problems = [f"{name} is a part of a fused projection" for name in model.weights if ".rows_" in name]
     problems += [f"{s.name} is transposed in its checkpoint" for s in sites if "transposed" in s.name.split(".")]
+    problems += [
+        f"{site_name(n)} is an embedding in {args_of(n)[4]} bits"
+        for n in model.graph.nodes
+        if is_call(n, EMBEDDING_PACKED)
+    ]
+    problems += [f"{n.removesuffix('.weight')} is a linear of its own" for n in model.weights if n.endswith(OWN)]
     problems += [f"{s.name} has activations in groups" for s in sites if s.act and s.act.group_size is not None]
     problems += [f"constant {n!r} is a transform" for n in model.weights if n.startswith("transform.")]
     corrections = [n for n in model.graph.nodes if is_call(n, LOW_RANK)]
