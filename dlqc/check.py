@@ -8,8 +8,9 @@ A legal dlqc graph is well formed, typed, and tells the truth about itself:
     L4  every call is an aten op, a dlqc op, a kernel's op, or arithmetic on sizes
     L5  every value has a fake `val`, and propagating shapes again gives the same rank, static sizes and dtype
     L6  a matrix is read by one module only, unless it is a declared tie or an embedding that is the head, too
-    L7  each quantized linear has codes, scales and zero points (or the parts of its format) of the right shape and dtype; so have
-        quantizers with fixed scales, and every quantizer is read by what it quantizes for
+    L7  each quantized linear and embedding has codes, scales and zero points (or the parts of its format), rightly shaped; so
+        have quantizers with fixed scales, and every quantizer is read by what it quantizes for; a correction of low rank stands
+        behind a linear that reads the same value, with factors of the right shape and dtype
     L8  where the model declares full attention, no attention is causal (masks are classified by computing them)
     L9  the facts that passes claim hold
 
@@ -29,11 +30,12 @@ from dlqc.diffusion.spec import DiffusionSpec
 from dlqc.errors import ContractError
 from dlqc.execute import mask_class
 from dlqc.formats.coded import fault
+from dlqc.formats.low_rank import low_rank_fault
 from dlqc.formats.packing import packed_shape
 from dlqc.graph import (
     ACT_QUANTIZERS,
     ATTENTIONS,
-    EMBEDDING,
+    EMBEDDINGS,
     HEAD_QUANTIZERS,
     LAYER_NORM,
     NORMS,
@@ -48,9 +50,11 @@ from dlqc.graph import (
 )
 from dlqc.ops import (
     ATTENTION,
+    EMBEDDING_PACKED,
     LINEAR_CODED,
     LINEAR_PACKED,
     LINEAR_Q,
+    LOW_RANK,
     QUANTIZE_ACT_STATIC,
     QUANTIZE_HEADS_STATIC,
 )
@@ -202,7 +206,7 @@ def _owners(graph: fx.Graph, weights: Weights) -> Iterator[str]:
         if len(constant.shape) < 2 or constant.aliases:
             continue
         readers = uses(graph, name)
-        if any(is_call(reader, EMBEDDING) for reader in readers):
+        if any(is_call(reader, *EMBEDDINGS) for reader in readers):
             continue
         roots = {_stack(reader) for reader in readers}
         if len(roots) > 1:
@@ -222,6 +226,11 @@ def _quantized(graph: fx.Graph, weights: Weights) -> Iterator[str]:
             yield from _quantized_linear(node, weights)
         elif is_call(node, LINEAR_CODED):
             yield from _coded_linear(node, weights)
+        elif is_call(node, LOW_RANK):
+            yield from _low_rank(node, weights)
+        elif is_call(node, EMBEDDING_PACKED):
+            _, codes, scales, zeros, bits, group, k, _ = args_of(node)
+            yield from _stored(node, (codes, scales, zeros), int(bits), int(group), int(k), weights, packed=True)
         elif is_call(node, *ACT_QUANTIZERS):
             if not node.users or not all(is_call(user, *QUANTIZED_LINEARS) or _is_kernel(user) for user in node.users):
                 yield f"%{node.name} quantizes activations that no quantized linear reads"
@@ -261,22 +270,31 @@ def _fixed(node: fx.Node, weights: Weights) -> Iterator[str]:
 
 def _quantized_linear(node: fx.Node, weights: Weights) -> Iterator[str]:
     x, codes, scales, zeros, bias, bits, group = args_of(node)
-    k = width(x)
-    parts = {"codes": codes, "scales": scales, **({"zeros": zeros} if zeros is not None else {})}
+    packed = is_call(node, LINEAR_PACKED)
+    violations = list(_stored(node, (codes, scales, zeros), int(bits), int(group), width(x), weights, packed=packed))
+    yield from violations
+    if not violations:
+        yield from _bias(node, bias, int(weights[str(constant_name(codes))].shape[-2]), weights)
+
+
+def _stored(
+    node: fx.Node, tensors: tuple[Any, ...], bits: int, group: int, k: int, weights: Weights, *, packed: bool
+) -> Iterator[str]:
+    """Codes, scales and zero points of a matrix with k columns."""
+    parts = {role: part for role, part in zip(("codes", "scales", "zeros"), tensors, strict=True) if part is not None}
     names = {role: constant_name(part) for role, part in parts.items()}
     for role, name in names.items():
         if name is None or name not in weights:
             yield f"%{node.name}: {role} is no constant"
             return
     n = int(weights[str(names["codes"])].shape[-2])
-    groups = 1 if not group else k // int(group)
-    if group and k % int(group):
+    groups = 1 if not group else k // group
+    if group and k % group:
         yield f"%{node.name}: {k} input features do not divide by group {group}"
-    packed = is_call(node, LINEAR_PACKED)
     expected = {
-        "codes": packed_shape(n, k, int(bits)) if packed else (n, k),
+        "codes": packed_shape(n, k, bits) if packed else (n, k),
         "scales": (n, groups),
-        "zeros": packed_shape(n, groups, int(bits)) if packed else (n, groups),
+        "zeros": packed_shape(n, groups, bits) if packed else (n, groups),
     }
     for role, name in names.items():
         constant = weights[str(name)]
@@ -285,7 +303,6 @@ def _quantized_linear(node: fx.Node, weights: Weights) -> Iterator[str]:
         wanted = (torch.bfloat16, torch.float16, torch.float32) if role == "scales" else (torch.uint8,)
         if constant.leaf.dtype not in wanted:
             yield f"%{node.name}: {role} {name!r} is {constant.leaf.dtype}, must be {wanted[0]}"
-    yield from _bias(node, bias, n, weights)
 
 
 def _coded_linear(node: fx.Node, weights: Weights) -> Iterator[str]:
@@ -300,6 +317,21 @@ def _coded_linear(node: fx.Node, weights: Weights) -> Iterator[str]:
     if any(weights[str(name)].folds for name in names):
         yield f"%{node.name}: a part is not as it was rounded, something is folded into it"
     yield from _bias(node, bias, n, weights)
+
+
+def _low_rank(node: fx.Node, weights: Weights) -> Iterator[str]:
+    y, x, parts, spec = args_of(node)
+    names = [constant_name(part) for part in parts]
+    if not all(name is not None and name in weights for name in names):
+        yield f"%{node.name}: a part is no constant"
+        return
+    wrong = low_rank_fault(spec, [weights[str(name)].leaf for name in names], width(y), width(x))
+    if wrong is not None:
+        yield f"%{node.name}: {wrong}"
+    if not (is_call(y, *QUANTIZED_LINEARS) or _is_kernel(y)):
+        yield f"%{node.name} corrects %{y.name}, which is no quantized linear"
+    elif x not in (args_of(y)[0], args_of(args_of(y)[0])[0] if is_call(args_of(y)[0], *ACT_QUANTIZERS) else None):
+        yield f"%{node.name} reads %{x.name}, which %{y.name} does not read"
 
 
 def _bias(node: fx.Node, bias: object, n: int, weights: Weights) -> Iterator[str]:

@@ -64,7 +64,7 @@ def round_block(
         target, near: [B, N] and unit upper triangular [B, B], float32.
         work: w on entry, e on return, float32 [B, N].
         codes: written, uint8 [B, N].
-        group: int64 [B]. share: float32 [B]. losses: float64 [N], Σ_k share_k·(t_k - ŵ_k)² is added.
+        group: int64 [B]. share: float32 [B]. losses: float64 [2, N], Σ_k share_k·(t_k - ŵ_k)² and Σ_k e_k² are added.
     """
     tables = [scale] if zero is None else [scale, zero]
     floats = [target, work, near, share, *tables]

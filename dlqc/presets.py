@@ -1,11 +1,12 @@
 """Presets: recipes whose name says what they make.
 
-    w<bits>a<bits>[-g<size>|-channel][-sym][-<activations>]-<method>[-<variant>]
+    w<bits>a<bits>[-g<size>|-channel][-sym][-<activations>]-<method>[-<variant>][-e<bits>h<bits>]
 
 `w4a16-gptq` is 4-bit weights in groups of 128 with zero points, 16-bit activations, GPTQ on masked states. Weights of 8 bits, and
 weights next to activations of fewer than 8 bits, have one scale per channel and no zero points unless the name says
 otherwise. Activations are quantized per token, and queries, keys, values and attention probabilities stay as they are, unless
-the name says otherwise: see `dlqc.activation_presets`.
+the name says otherwise: see `dlqc.activation_presets`. Embeddings and head stay as they are without the last part: `-e8h8` stores
+both in 8 bits, `-e4`, `-h8` and so on one of them; 8 bits have one scale for each row.
 
 DLLMQuant (arXiv 2508.14090) is TMAS, IA-AQ and CGQ behind the rotations of QuaRot, or (`-awq`) behind AWQ: the model is
 transformed first, its rollouts are drawn then, values get the fixed scales of IA-AQ, and weights are rounded last, by GPTQ on
@@ -29,14 +30,21 @@ PRESETS = {
     "w8a8-rtn": "8-bit weights per channel, 8-bit activations per token, nearest rounding",
     "w4a4-rtn": "4-bit weights per channel, 4-bit activations per token, nearest rounding",
     "w8a8-smoothquant": "as w8a8-rtn after SmoothQuant on masked states",
+    "w8a8-llmint8": "as w8a8-rtn, columns with activations above 6 on masked states in 16 bits (LLM.int8())",
     "w8a8-gptq": "8-bit weights per channel by GPTQ, 8-bit activations per token",
     "w4a8-gptq": "4-bit weights g128 by GPTQ, 8-bit activations per token",
     "w4a16-gptq": "4-bit weights g128 by GPTQ on masked states",
+    "w4a16-gptq-e8h8": "as w4a16-gptq with embeddings and head in 8 bits, a scale per row",
+    "w4a16-gptq-e4h4": "as w4a16-gptq with embeddings and head in 4 bits g128",
     "w4a16-sym-gptq": "as w4a16-gptq without zero points, for engines that take none",
     "w4a16-gptq-clean": "as w4a16-gptq on clean text, as tools for autoregressive models calibrate",
     "w4a16-gptq-cgq": "as w4a16-gptq with certainty-weighted statistics",
     "w4a16-gptq-tmas": "as w4a16-gptq on snapshots of the model's own denoising",
     "w4a16-gptq-tmas-cgq": "as w4a16-gptq-tmas with certainty-weighted statistics",
+    "w4a16-gptaq": "4-bit weights g128 by GPTAQ on masked states, layer by layer",
+    "w4a16-gptaq-cgq": "as w4a16-gptaq with certainty-weighted statistics",
+    "w4a16-gptaq-tmas": "as w4a16-gptaq on snapshots of the model's own denoising",
+    "w4a16-gptaq-tmas-cgq": "as w4a16-gptaq-tmas with certainty-weighted statistics",
     "w4a16-smooth": "4-bit weights g128 after smoothing on masked states, nearest rounding",
     "w4a16-awq": "4-bit weights g128 after AWQ's scaling and clipping on masked states, nearest rounding",
     "w4a4-smoothquant": "as w4a4-rtn after SmoothQuant on masked states",
@@ -58,6 +66,8 @@ PRESETS = {
     "w4a4-dllmquant-awq": "as w4a4-dllmquant after AWQ's scaling and clipping instead of rotations",
     "w3a16-gptq": "3-bit weights g128 by GPTQ on masked states",
     "w2a16-gptq": "2-bit weights g128 by GPTQ on masked states",
+    "w3a16-gptaq": "3-bit weights g128 by GPTAQ on masked states, layer by layer",
+    "w2a16-gptaq": "2-bit weights g128 by GPTAQ on masked states, layer by layer",
     "w8a16-fp8": "fp8 (E4M3) weights, a scale per channel, nearest rounding, no calibration",
     "w4a16-nf4": "nf4 weights in blocks of 64 with doubly quantized scales, nearest rounding, no calibration",
     "w4a16-mxfp4": "mxfp4 weights, blocks of 32, nearest rounding, no calibration",
@@ -71,8 +81,12 @@ PRESETS = {
 
 GRAMMAR = re.compile(
     r"w(?P<w>[2348])a(?P<a>4|6|8|16)(?:-(?:g(?P<g>\d+)|(?P<channel>channel)))?(?P<sym>-sym)?"
-    rf"(?P<acts>{WORDS})-(?P<method>[a-z]+)(?:-(?P<variant>clean|cgq|tmas|tmas-cgq|rtn|gptq|awq))?"
+    rf"(?P<acts>{WORDS})-(?P<method>[a-z]+8?)(?:-(?P<variant>clean|cgq|tmas|tmas-cgq|rtn|gptq|gptaq|awq))?"
+    r"(?:-(?=[eh])(?:e(?P<e>[48]))?(?:h(?P<h>[48]))?)?"
 )
+
+#: Roundings of integers that take statistics.
+CALIBRATED = ("gptq", "gptaq")
 
 Maker = Callable[..., Pass]
 
@@ -89,26 +103,35 @@ def preset(name: str, pass_class: Callable[[str], Any]) -> tuple[Pass, ...] | No
     if found is None or found["method"] not in METHODS:
         return None
     before, needs_states, rounding = METHODS[found["method"]]
-    variant, without = found["variant"], name.removesuffix(f"-{found['variant']}")
+    variant, without = found["variant"], name.replace(f"-{found['variant']}", "", 1)
     activations = Activations.of(found["acts"], int(found["a"]), name)
     if found["method"] == "dllmquant":
         return _dllmquant(name, found, activations, pass_class)
     if variant == "awq":
         raise RecipeError("-awq goes with dllmquant only", where=name, remedy=f"Use {without!r}")
-    if variant in ("clean", "cgq", "tmas", "tmas-cgq") and rounding != "gptq" and not activations.static:
+    if variant in ("clean", "cgq", "tmas", "tmas-cgq") and rounding not in CALIBRATED and not activations.static:
         remedy = f"Use {without!r}"
-        raise RecipeError(f"-{variant} goes with gptq and fixed ranges only", where=name, remedy=remedy)
-    if variant in ("rtn", "gptq"):
+        raise RecipeError(f"-{variant} goes with gptq, gptaq and fixed ranges only", where=name, remedy=remedy)
+    if variant in ("rtn", *CALIBRATED):
         if not before:
             raise RecipeError(f"-{variant} goes with transforms only", where=name, remedy=f"Use {without!r}")
         rounding = variant
     weights = _format(found, activations)
-    drawn = needs_states or rounding == "gptq" or activations.static
+    drawn = needs_states or rounding in CALIBRATED or activations.static
     steps = [_calibrate(pass_class, variant, everywhere=activations.static)] if drawn else []
     steps += _transforms(pass_class, found["method"], weights, activations)
-    steps.append(_quantize(pass_class, weights, rounding))
+    steps.append(_quantize(pass_class, weights, rounding, head=int(found["h"]) if found["h"] else None))
     steps += activations.of_linears(pass_class)
     steps += activations.of_attention(pass_class, "token" if found["method"] == "quarot" else "head")
+    return _finished(pass_class, steps, found)
+
+
+def _finished(pass_class: Callable[[str], Any], steps: list[Pass], found: re.Match[str]) -> tuple[Pass, ...]:
+    """The embedding, if the name asks for it, and what ends every recipe of integers."""
+    if found["e"]:
+        # Behind the transforms of the whole graph, before what goes block by block: its states come from the rounded table.
+        place = next((i for i, step in enumerate(steps) if step.scope == "block"), len(steps))
+        steps.insert(place, pass_class("quantize_embedding")(**_table(int(found["e"]))))
     return (*steps, pass_class("pack")(), pass_class("lower")())
 
 
@@ -143,16 +166,15 @@ def _dllmquant(
     weights, method = _format(found, activations), "awq" if variant else "quarot"
     heads = {"values": activations.bits} | activations.attention
     steps = _transforms(pass_class, method, weights, activations)
-    return (
+    steps = [
         *([_calibrate(pass_class, "tmas")] if variant else []),  # AWQ itself looks at states
         *steps,
         _calibrate(pass_class, "tmas-cgq"),
         *dataclasses.replace(activations, attention=heads).of_attention(pass_class, "token", IaAq()),
-        _quantize(pass_class, weights, "gptq"),
+        _quantize(pass_class, weights, "gptq", head=int(found["h"]) if found["h"] else None),
         *activations.of_linears(pass_class),
-        pass_class("pack")(),
-        pass_class("lower")(),
-    )
+    ]
+    return _finished(pass_class, steps, found)
 
 
 def _coded(pass_class: Callable[[str], Any], fmt: Any, method: Any, before: tuple[Step, ...] = ()) -> tuple[Pass, ...]:
@@ -239,11 +261,20 @@ def _format(found: re.Match[str], activations: Activations) -> dict[str, Any]:
     return {"bits": bits, "group_size": group, "symmetric": symmetric}
 
 
-def _quantize(pass_class: Callable[[str], Any], weights: dict[str, Any], rounding: str) -> Pass:
+def _table(bits: int) -> dict[str, Any]:
+    """The format of an embedding table."""
+    return {"bits": 8} if bits == 8 else {"bits": bits, "group_size": 128, "symmetric": False}
+
+
+def _quantize(pass_class: Callable[[str], Any], weights: dict[str, Any], rounding: str, head: int | None) -> Pass:
+    from dlqc.rounding.gptaq import Gptaq
     from dlqc.rounding.gptq import Gptq
     from dlqc.rounding.rtn import Rtn
 
-    made: Pass = pass_class("quantize_weights")(**weights, method=Gptq() if rounding == "gptq" else Rtn())
+    method = {"rtn": Rtn, "gptq": Gptq, "gptaq": Gptaq}[rounding]()
+    # GPTAQ lives on seeing all that rounding has done to an input, within the block, too; its authors have it so.
+    how = {"sequential": "layer"} if rounding == "gptaq" else {}
+    made: Pass = pass_class("quantize_weights")(**weights, method=method, head=head, **how)
     return made
 
 
@@ -261,8 +292,10 @@ ROUNDED = {
 METHODS: dict[str, tuple[tuple[Step, ...], bool, str]] = {
     "rtn": ((), False, "rtn"),
     "gptq": ((), False, "gptq"),
+    "gptaq": ((), False, "gptaq"),
     "smooth": ((("smooth", {}),), True, "rtn"),
     "smoothquant": ((("smooth", {}),), True, "rtn"),
+    "llmint8": ((("split_outliers", {"required": False}),), True, "rtn"),
     "awq": ((("awq_scale", {"relative": True}), ("awq_clip", {})), True, "rtn"),
     "quarot": (
         (

@@ -32,9 +32,18 @@ from torch import fx
 from dlqc.contract import Context, Pass, PassReport, Plan
 from dlqc.errors import RecipeError
 from dlqc.formats.activation import ActFormat
-from dlqc.graph import ACT_QUANTIZERS, args_of, call_before, is_call, linears, site_name, width
+from dlqc.graph import (
+    ACT_QUANTIZERS,
+    QUANTIZED_LINEARS,
+    args_of,
+    call_before,
+    is_call,
+    linears,
+    site_name,
+    width,
+)
 from dlqc.observers import MaskRatios, Observer, RangeObserver, layout
-from dlqc.ops import LINEAR_CODED, LINEAR_Q, QUANTIZE_ACT, QUANTIZE_ACT_STATIC
+from dlqc.ops import QUANTIZE_ACT, QUANTIZE_ACT_STATIC
 from dlqc.ranges import Ranges, fixed_scales, inner_edges
 from dlqc.static import bucket_of, scale_nodes, summary, unique_names
 
@@ -88,6 +97,9 @@ class QuantizeActivations(Pass):
 
     def needed_facts(self) -> frozenset[str]:
         return self.needs | (set() if self.ranges is None else {"states"})
+
+    def reaches_tail(self) -> bool:
+        return True
 
     def plan(self, graph: fx.Graph, ctx: Context, plan: Plan) -> None:
         rows = {site.name: layout(site.x) for site in linears(graph.nodes, ctx.weights)}
@@ -150,6 +162,6 @@ def values(nodes: list[fx.Node]) -> Iterator[tuple[str, list[fx.Node]]]:
     """
     readers: dict[fx.Node, list[fx.Node]] = {}
     for node in nodes:
-        if is_call(node, LINEAR_Q, LINEAR_CODED) and not is_call(args_of(node)[0], *ACT_QUANTIZERS):
+        if is_call(node, *QUANTIZED_LINEARS) and not is_call(args_of(node)[0], *ACT_QUANTIZERS):
             readers.setdefault(args_of(node)[0], []).append(node)
     yield from unique_names((site_name(first), [first, *others]) for first, *others in readers.values())

@@ -281,7 +281,7 @@ def test_facts_follow_the_passes(case: CaseMaker) -> None:
     k = case("llada")
     PassManager((FoldNormScale(), CALIBRATE, Smooth(), QuantizeWeights(4, 32), Pack())).run(k.graph, k.ctx)
     float_still = {"float-activations", "float-attention"}
-    assert k.ctx.facts == {"normal-form", "states", "quantized-weights", "packed"} | float_still
+    assert k.ctx.facts == {"normal-form", "states", "original", "quantized-weights", "packed"} | float_still
 
 
 # Instruments

@@ -32,6 +32,7 @@ from dlqc.passes.quantize_weights import QuantizeWeights
 from dlqc.passes.smooth import Smooth
 from dlqc.presets import CODED
 from dlqc.recipe import PASSES, PRESETS, ForeignPass, Recipe, as_recipe, from_plain, parse_line, pass_class
+from dlqc.rounding.gptaq import Gptaq
 from dlqc.rounding.gptq import Gptq
 from dlqc.rounding.rtn import Rtn
 
@@ -156,6 +157,7 @@ def test_yaml_spells_every_option_out() -> None:
         "method": {"gptq": {f.name: f.default for f in dataclasses.fields(Gptq)}},
         "skip": [],
         "format": None,
+        "sequential": "block",
     }
 
 
@@ -175,6 +177,7 @@ ACTIVATIONS = {"static", "static4", "ag128", "asym", "kv4", "qkv4", "qkv8", "p8"
         "w8a16-g128-smoothquant",
         "w3a16-channel-sym-rtn",
         "w4a4-quarot-rtn",
+        "w4a4-quarot-gptaq",
     ],
 )
 def test_a_preset_s_name_tells_the_truth(name: str) -> None:
@@ -193,8 +196,9 @@ def test_a_preset_s_name_tells_the_truth(name: str) -> None:
     assert weights.group_size == (groups.pop() if groups else None if bits == 8 or act < 8 else 128)
     assert weights.symmetric == (bits == 8 or act < 8 or "sym" in words)
     assert weights.skip == ()
-    by_gptq = "gptq" in words or ("quarot" in words and "rtn" not in words)
-    assert isinstance(weights.method, Gptq if by_gptq else Rtn)
+    assert weights.sequential == ("layer" if "gptaq" in words else "block")
+    by_gptq = bool({"gptq", "gptaq"} & set(words)) or ("quarot" in words and "rtn" not in words)
+    assert type(weights.method) is (Gptaq if "gptaq" in words else Gptq if by_gptq else Rtn)
 
     assert ("quantize_activations" in by_name) == (act != 16)
     if act != 16:
@@ -233,8 +237,8 @@ def test_a_preset_s_description_tells_the_truth(name: str, words: str) -> None:
     assert words.startswith(f"{weights.bits}-bit weights {group}")
     act = int(re.search(r"a(\d+)-", name).group(1))  # type: ignore[union-attr]
     assert (f"{act}-bit activations per token" in words) == (act != 16)
-    assert ("GPTQ" in words) == isinstance(weights.method, Gptq)
-    assert ("nearest rounding" in words) == isinstance(weights.method, Rtn)
+    for title, method in {"GPTQ": Gptq, "GPTAQ": Gptaq, "nearest rounding": Rtn}.items():
+        assert (title in words) == (type(weights.method) is method)
 
 
 def test_every_pass_is_named_by_its_file() -> None:
@@ -409,7 +413,7 @@ def message(call: Callable[[], object]) -> str:
         ),
         ("dlqc.contract.Past", "dlqc.contract.Past: cannot import the pass (module 'dlqc.contract' has no attribute"),
         ("json.loads", "json.loads: not a subclass of dlqc.Pass. Derive it from dlqc.Pass"),
-        ("w4a16-rtn-clean", "w4a16-rtn-clean: -clean goes with gptq and fixed ranges only. Use 'w4a16-rtn'"),
+        ("w4a16-rtn-clean", "w4a16-rtn-clean: -clean goes with gptq, gptaq and fixed ranges only. Use 'w4a16-rtn'"),
         ("w4a16-g0-rtn", "group_size: a group of 0 input features is impossible"),
         ("", "passes: unknown recipe ''. Known: awq_clip"),
     ],

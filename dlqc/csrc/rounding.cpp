@@ -75,7 +75,7 @@ extern "C" struct Block {
     const int64_t* group;  // [size], rows of `scale`
     float midpoint, top;   // zero point where `zero` is null; largest code
     const float* share;    // [size], weights of the squared residuals
-    double* losses;        // [width], Σ share·(t - ŵ)², added to
+    double* losses;        // [2, width], Σ share·(t - ŵ)² and Σ (w - ŵ)², added to
 };
 
 namespace {
@@ -83,7 +83,7 @@ namespace {
 // Rounds kChunk columns of the transposed matrices from the last row to the first; `errors` holds [size, kChunk].
 void round_chunk(const Block& b, int64_t left, float* errors) {
     const int64_t count = std::min<int64_t>(kChunk, b.width - left);
-    Row loss = Row::load(nullptr, 0, 0);
+    Row loss = Row::load(nullptr, 0, 0), spent = loss;
     for (int64_t stop = b.size; stop > 0; stop -= kTile) {
         const int64_t start = std::max<int64_t>(0, stop - kTile), rows = stop - start;
         Row aim[kTile];
@@ -121,6 +121,7 @@ void round_chunk(const Block& b, int64_t left, float* errors) {
                 const V residual = aim[r].v[i] - level * scale.v[i];
                 error.v[i] = old.v[i] - level * scale.v[i];
                 loss.v[i] += share * (residual * residual);
+                spent.v[i] += error.v[i] * error.v[i];
                 code.v[i] = level + zero.v[i];
             }
             std::memcpy(errors + row * kChunk, &error, sizeof error);
@@ -131,9 +132,13 @@ void round_chunk(const Block& b, int64_t left, float* errors) {
             for (int64_t i = 0; i < count; ++i) to[i] = static_cast<uint8_t>(static_cast<int32_t>(codes[i]));
         }
     }
-    alignas(kBytes) float losses[kChunk];
-    std::memcpy(losses, &loss, sizeof loss);
-    for (int64_t i = 0; i < count; ++i) b.losses[left + i] += losses[i];
+    alignas(kBytes) float sums[2 * kChunk];
+    std::memcpy(sums, &loss, sizeof loss);
+    std::memcpy(sums + kChunk, &spent, sizeof spent);
+    for (int64_t i = 0; i < count; ++i) {
+        b.losses[left + i] += sums[i];
+        b.losses[b.width + left + i] += sums[kChunk + i];
+    }
 }
 
 float stored(float x, int type) {

@@ -32,6 +32,7 @@ from dlqc.formats.coded import decode
 from dlqc.formats.integer import IntFormat
 from dlqc.formats.packing import pack, unpack
 from dlqc.graph import (
+    ADDED_BIAS,
     HEAD_QUANTIZERS,
     act_format,
     activation_quantizer,
@@ -42,7 +43,15 @@ from dlqc.graph import (
     site_name,
     width,
 )
-from dlqc.ops import ATTENTION, LINEAR_CODED, LINEAR_PACKED, LINEAR_Q, QUANTIZE_ACT_STATIC
+from dlqc.ops import (
+    ATTENTION,
+    EMBEDDING_PACKED,
+    LINEAR_CODED,
+    LINEAR_PACKED,
+    LINEAR_Q,
+    LOW_RANK,
+    QUANTIZE_ACT_STATIC,
+)
 from dlqc.weights import Weights
 
 if TYPE_CHECKING:
@@ -50,6 +59,10 @@ if TYPE_CHECKING:
 
 #: What quantizes in an attention, which the format has no word for.
 IN_ATTENTION = (*HEAD_QUANTIZERS, ATTENTION)
+
+
+#: End of the names of linears that no checkpoint has: the outlier columns of one that has been split.
+OWN = ".outliers.weight"
 
 
 @dataclass(frozen=True)
@@ -114,8 +127,18 @@ def check_exportable(model: Compiled) -> list[Site]:
         raise ExportError("no linear is quantized", where="graph", remedy="Compile with a recipe that quantizes")
     problems = [f"{name} is a part of a fused projection" for name in model.weights if ".rows_" in name]
     problems += [f"{s.name} is transposed in its checkpoint" for s in sites if "transposed" in s.name.split(".")]
+    problems += [
+        f"{site_name(n)} is an embedding in {args_of(n)[4]} bits"
+        for n in model.graph.nodes
+        if is_call(n, EMBEDDING_PACKED)
+    ]
+    problems += [f"{n.removesuffix('.weight')} is a linear of its own" for n in model.weights if n.endswith(OWN)]
     problems += [f"{s.name} has activations in groups" for s in sites if s.act and s.act.group_size is not None]
     problems += [f"constant {n!r} is a transform" for n in model.weights if n.startswith("transform.")]
+    corrections = [n for n in model.graph.nodes if is_call(n, LOW_RANK)]
+    problems += [f"{site_name(args_of(n)[0])} has a correction of low rank" for n in corrections]
+    added = [n for n in model.weights if ADDED_BIAS in n.split(".")]
+    problems += [f"{n.partition(f'.{ADDED_BIAS}')[0]} has a bias that its class does not read" for n in added]
     problems += [f"{s.name} has {s.act.sets} sets of input scales" for s in sites if s.act and s.act.sets > 1]
     problems += _more_scales_than_one(model.graph)
     problems += [f"%{n.name} quantizes in an attention" for n in model.graph.nodes if is_call(n, *IN_ATTENTION)]

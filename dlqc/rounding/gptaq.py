@@ -17,6 +17,9 @@ column is rounded; on the same grid its objective is less (`tests/rounding/test_
 D is a difference of two large sums, estimated on the calibration rows; `alpha` scales the correction W* - W. The paper's
 equations have alpha = 1, its code and the tools that took it over 0.25.
 
+What rounding did inside the same block is drift, too: `quantize_weights(sequential="layer")` shows it to the layers behind, as
+the authors' code does; with "block" only what the blocks before did is corrected.
+
 Cost beyond GPTQ: 2·K³ flops for D·H⁻¹ of linears that read the same input, 2·N·K² a linear, a second stream of states.
 """
 
@@ -30,8 +33,8 @@ import torch
 
 from dlqc.errors import CalibrationError, RecipeError
 from dlqc.rounding.contract import Rounded
-from dlqc.rounding.gptq import Gptq, gptq, sample_rows
-from dlqc.rounding.hessian import COLUMNS, Factor, energy, factorize, sqnr_db
+from dlqc.rounding.gptq import MEASURED, Gptq, gptq, on_kept, sample_rows
+from dlqc.rounding.hessian import COLUMNS, Factor, divide, energy, factorize, sqnr_db
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Gptaq(Gptq):
             return stats
         factor = hessian
         if not isinstance(factor, Factor):
-            factor = factorize(factor, act_order=self.act_order, damp=self.damp)
+            factor = factorize(factor, act_order=self.act_order, damp=self.damp, dtype=torch.float32)
         return {**stats, "hessian": factor, "drift": Correction(drift_over_hessian(drift, factor))}
 
     def round(self, weight: torch.Tensor, fmt: Any, stats: Mapping[str, Any]) -> Rounded:
@@ -78,8 +81,8 @@ class Gptaq(Gptq):
         factor, found = stats["hessian"], stats["drift"]
         exact = weight.float()
         correction = self.alpha * (exact @ found.matrix)
-        rounded = gptq(exact + correction, factor, fmt, self)
-        rows = sample_rows(exact)
+        rounded = on_kept(fmt, stats, lambda grid, kept: gptq(exact + correction, factor, grid, self, kept=kept))
+        rows = sample_rows(exact, MEASURED)
         noise = energy(exact - rounded.weight.dequantize(), factor.hessian, rows)
         signal, moved = (energy(part, factor.hessian, rows) for part in (exact, correction))
         metrics = {"sqnr_db": sqnr_db(signal, noise), "correction_db": sqnr_db(signal, moved)}
@@ -94,7 +97,7 @@ class Correction:
 
 
 def drift_over_hessian(drift: torch.Tensor, factor: Factor) -> torch.Tensor:
-    """D·H⁻¹ of the damped H, float32 [K, K]; rows are solved for a panel at a time, in float64."""
+    """D·H⁻¹ of the damped H, float32 [K, K]; rows are solved for COLUMNS at a time."""
     width = len(factor.order)
     if drift.shape != (width, width):
         what = f"the drift is {' by '.join(map(str, drift.shape))}, the Hessian of {width} input features"
@@ -104,8 +107,5 @@ def drift_over_hessian(drift: torch.Tensor, factor: Factor) -> torch.Tensor:
         raise CalibrationError("the drift is not finite", where="drift", remedy=remedy)
     solved = torch.empty(width, width, dtype=torch.float32, device=drift.device)
     for start in range(0, width, COLUMNS):
-        panel = slice(start, start + COLUMNS)
-        half = torch.linalg.solve_triangular(factor.upper, drift[panel][:, factor.order].double(), upper=True, left=False)
-        whole = torch.linalg.solve_triangular(factor.upper.mT, half, upper=False, left=False)
-        solved[panel, factor.order] = whole.float()
+        solved[start : start + COLUMNS] = divide(drift[start : start + COLUMNS], factor)
     return solved

@@ -19,17 +19,23 @@ Weights are kept transposed, so that a column is contiguous.
 
 Groups' scales. What is rounded is t, not w. Where inputs are strongly correlated and bits are few, t spreads much wider
 than w: scales with the least error on w then clamp t, and the clamped errors feed on each other (at 2 bits this can
-cost more than it saves by far, at 4 bits hardly). So clip="trial" rounds up to 256 evenly spaced rows with each choice
+cost more than it saves by far, at 4 bits hardly). So clip="trial" rounds up to 128 evenly spaced rows with each choice
 in TRIALS and keeps the one with the least loss; rows are independent, which makes the sample a fair one.
 
-Factorization in float64; the feedback in float32 (`dtype`), blocks of columns by a product of matrices, the columns of a
-block in native code where there is a compiler (`dlqc.intround`). Peak memory: H, one float64 copy of it, two float32 copies
-and one uint8 copy of the weight.
+Pruned weights (`kept`). Columns are rounded to 0 where a weight is pruned, whatever t says, and the error t - 0 goes on to the
+columns after it like any other: from the weight as it was before pruning, one sweep makes up for pruning and rounding at once
+(SparseGPT, arXiv 2301.00774, section 3.5, with the mask known in advance). From weights that pruning has moved it makes up for
+rounding; where those are the best on their mask the objectives are the same, since what is left of the error then has no
+gradient there, (W - Ŵ)H = 0 on the mask. Scales are chosen from the kept weights.
+
+The feedback is float32 (`dtype`), between blocks of columns a product of matrices, inside a block native code where there
+is a compiler (`dlqc.intround`). So is the factor, if H is far enough from singular (`factorize`). Peak memory: H, one
+float32 copy of it, three float32 copies and one uint8 copy of the weight.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -38,6 +44,7 @@ import torch
 from dlqc import intround
 from dlqc.errors import CalibrationError, ContractError, FeasibilityError, RecipeError
 from dlqc.formats.integer import Clip, IntFormat, QuantizedWeight
+from dlqc.formats.sparse import SparseFormat
 from dlqc.rounding.contract import Rounded, Rounding
 from dlqc.rounding.hessian import MAX_DAMP, Factor, energy, factorize, output_energy, sqnr_db
 
@@ -47,8 +54,9 @@ Parameters = tuple[torch.Tensor, torch.Tensor | None]
 # Ways to choose a group's scale that clip="trial" compares: IntFormat.parameters' clip and shrink.
 TRIALS: tuple[Choice, ...] = (("mse", 1.0), ("minmax", 1.0), ("minmax", 0.9), ("minmax", 0.8))
 
-# Rows, evenly spaced, on which the trials are made and rounding to nearest is measured.
-SAMPLE = 256
+# Rows, evenly spaced, on which the trials are made and rounding to nearest is measured; on which the signal is measured.
+SAMPLE = 128
+MEASURED = 256
 
 # Rows of a block that are rounded before their errors reach the others by a product of matrices: the rows that one
 # step reads (16 · N float32) stay in the second-level cache.
@@ -74,6 +82,8 @@ class Gptq(Rounding):
 
     name: ClassVar[str] = "gptq"
     statistics: ClassVar[frozenset[str]] = frozenset({"hessian"})
+    takes: ClassVar[tuple[type[Any], ...]] = (IntFormat, SparseFormat)
+    compensates: ClassVar[bool] = True
 
     act_order: bool = True
     static_groups: bool = True
@@ -98,13 +108,27 @@ class Gptq(Rounding):
         hessian = stats.get("hessian")
         if not isinstance(hessian, torch.Tensor):
             return stats
-        return {**stats, "hessian": factorize(hessian, act_order=self.act_order, damp=self.damp)}
+        factor = factorize(hessian, act_order=self.act_order, damp=self.damp, dtype=torch.float32)
+        return {**stats, "hessian": factor}
 
     def round(self, weight: torch.Tensor, fmt: Any, stats: Mapping[str, Any]) -> Rounded:
         hessian = stats.get("hessian")
         if hessian is None:
             raise CalibrationError("gptq needs the statistic 'hessian'", remedy="Collect it, or use rounding 'rtn'")
-        return gptq(weight, hessian, fmt, self)
+        return on_kept(fmt, stats, lambda grid, kept: gptq(weight, hessian, grid, self, kept=kept))
+
+
+def on_kept(fmt: Any, stats: Mapping[str, Any], work: Callable[[IntFormat, torch.Tensor | None], Rounded]) -> Rounded:
+    """Round to integers with the mask among the statistics, if there is one; a sparse format then stores what is kept."""
+    kept = stats.get("kept")
+    if not isinstance(fmt, SparseFormat):
+        return work(fmt, kept)
+    if kept is None:
+        what = f"{fmt.label} stores what pruning left, and this weight is not pruned"
+        raise ContractError(what, where="format", remedy="Put sparsify before, or use integers")
+    rounded = work(fmt.integers, kept)
+    assert isinstance(rounded.weight, QuantizedWeight)
+    return Rounded(fmt.store(rounded.weight, kept), rounded.metrics)
 
 
 DEFAULTS = Gptq()
@@ -116,6 +140,7 @@ def gptq(
     fmt: IntFormat,
     options: Gptq = DEFAULTS,
     *,
+    kept: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Rounded:
     """Round `weight` [N, K] to `fmt` against the output error on inputs with second moment `hessian` [K, K].
@@ -123,15 +148,17 @@ def gptq(
     Args:
         hessian: H, or its `Factor` (then `damp` is what that was made with). Linears that read the same input can
             share a factor.
+        kept: bool [N, K], false where the weight becomes 0; None keeps all.
         dtype: arithmetic of the feedback, float32 or float64.
 
-    Metrics: `sqnr_db`, whose signal is estimated on up to 256 rows; `loss`, tr(E H Eᵀ) without λ; `loss_rtn`, the same for rounding to nearest with scales chosen
-    in the same way (from up to 256 evenly spaced rows, as the ratio to this method's loss on them); `damp` and
-    `damp_tries`; `shrink`, the part of the weights' range that the scales cover, 0 if that was searched by group.
+    Metrics: `sqnr_db`, whose signal is estimated on up to 256 evenly spaced rows; `loss`, tr(E H Eᵀ) without λ;
+    `loss_rtn`, the same for rounding to nearest with scales chosen in the same way (from up to 128 rows, as the ratio to
+    this method's loss on them); `damp` and `damp_tries`; `shrink`, the part of the weights' range that the scales cover,
+    0 if that was searched by group.
     """
     factor = hessian
     if not isinstance(factor, Factor):
-        factor = factorize(factor, act_order=options.act_order, damp=options.damp)
+        factor = factorize(factor, act_order=options.act_order, damp=options.damp, dtype=dtype)
     count, width = weight.shape
     if factor.order.shape[0] != width:
         what = f"the Hessian is of {factor.order.shape[0]} input features, the weight of {width}"
@@ -144,24 +171,26 @@ def gptq(
     sample = exact[rows]
     if options.clip == "trial":
         # All trials at once, one below the other: rows do not depend on each other.
-        losses = _round(sample.repeat(len(TRIALS), 1), _Grid(fmt, TRIALS, factor), options)[2]
+        masks = None if kept is None else kept[rows].repeat(len(TRIALS), 1)
+        losses = _round(sample.repeat(len(TRIALS), 1), _Grid(fmt, TRIALS, factor), options, masks)[2][0]
         choice = TRIALS[int(losses.reshape(len(TRIALS), -1).sum(dim=1).argmin())]
     else:
         choice = (options.clip, 1.0)
     grid = _Grid(fmt, (choice,), factor)
-    rounded, work, losses = _round(exact, grid, options)
-    loss = losses.sum().item()
+    rounded, work, losses = _round(exact, grid, options, kept)
+    loss, spread = losses.sum(dim=1).tolist()
 
     back = torch.argsort(factor.order)
     own = output_energy(work[:, rows][back].T, factor.hessian).sum().item()
-    other = output_energy(sample - grid.nearest(sample), factor.hessian).sum().item()
-    noise = loss - factor.ridge * torch.linalg.vector_norm(work, dtype=torch.float64).item() ** 2
+    nearest = grid.nearest(sample if kept is None else sample * kept[rows])
+    other = output_energy(sample - nearest, factor.hessian).sum().item()
+    noise = loss - factor.ridge * spread
     if count <= SAMPLE:
         noise = own
     elif noise < CANCELLED * loss:
         noise = output_energy(work[back].T, factor.hessian).sum().item()
     metrics = {
-        "sqnr_db": sqnr_db(energy(exact, factor.hessian, rows), noise),
+        "sqnr_db": sqnr_db(energy(exact, factor.hessian, sample_rows(weight, MEASURED)), noise),
         "loss": noise,
         "loss_rtn": other * (noise / own if own > 0 else count / len(rows)),
         "damp": factor.damp,
@@ -171,10 +200,10 @@ def gptq(
     return Rounded(rounded, metrics)
 
 
-def sample_rows(weight: torch.Tensor) -> torch.Tensor:
-    """Indices of up to SAMPLE rows of a weight [N, K], evenly spaced."""
+def sample_rows(weight: torch.Tensor, most: int = SAMPLE) -> torch.Tensor:
+    """Indices of up to `most` rows of a weight [N, K], evenly spaced."""
     count = len(weight)
-    return torch.linspace(0, count - 1, min(count, SAMPLE), device=weight.device).round().long()
+    return torch.linspace(0, count - 1, min(count, most), device=weight.device).round().long()
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,8 +216,8 @@ class _Grid:
 
     def parameters(self, weight: torch.Tensor, columns: slice = slice(None)) -> Parameters:
         """Scales [N, G] and zero points for `columns` of W."""
-        importance = torch.empty_like(self.factor.upper.diagonal())
-        importance[self.factor.order] = self.factor.upper.diagonal().square()
+        importance = torch.empty_like(self.factor.pivots)
+        importance[self.factor.order] = self.factor.pivots.square()
         parts = [
             self.fmt.parameters(part, clip=clip, shrink=shrink, importance=importance[columns])
             for part, (clip, shrink) in zip(weight.chunk(len(self.choices)), self.choices, strict=True)
@@ -201,26 +230,28 @@ class _Grid:
         return QuantizedWeight(self.fmt.encode(weight, scales, zeros), scales, zeros, self.fmt).dequantize()
 
 
-def _round(exact: torch.Tensor, grid: _Grid, options: Gptq) -> tuple[QuantizedWeight, torch.Tensor, torch.Tensor]:
-    """Round `exact` [N, K]: the result; the errors W - Ŵ [K, N], transposed and reversed; the damped losses [N]."""
-    fmt, order, upper = grid.fmt, grid.factor.order, grid.factor.upper
+def _round(
+    exact: torch.Tensor, grid: _Grid, options: Gptq, kept: torch.Tensor | None = None
+) -> tuple[QuantizedWeight, torch.Tensor, torch.Tensor]:
+    """Round `exact` [N, K]: the result; the errors W - Ŵ [K, N], transposed and reversed; the damped losses and ‖E‖² [2, N]."""
+    fmt, order, upper, pivots = grid.fmt, grid.factor.order, grid.factor.upper, grid.factor.pivots
     width = len(order)
     group = fmt.group_size or width
     static = options.static_groups or group == width
     # Scales that are chosen on entering a group need all errors before it; blocks are then whole groups.
     block = options.block if static else max(options.block // group, 1) * group
     step = block if static else group
-    work = exact.T.index_select(0, order)
+    work = exact.T.contiguous().index_select(0, order)  # the transposition alone is the fast one
     codes = torch.empty_like(work, dtype=torch.uint8)
-    losses = torch.zeros(len(exact), dtype=torch.float64, device=work.device)
-    largest = upper.diagonal().max()
-    chosen = [grid.parameters(exact)] if static else []
+    losses = torch.zeros(2, len(exact), dtype=torch.float64, device=work.device)
+    largest = pivots.max()
+    held = None if kept is None else kept.T.index_select(0, order).to(work.dtype)
+    chosen = [grid.parameters(exact if kept is None else exact * kept)] if static else []
     table = _table(chosen[0], work.dtype) if static else None
     for stop in range(width, 0, -block):
         start = max(0, stop - block)
-        pivots = upper.diagonal()[start:stop]
-        feedback = (upper[start:stop, start:] / pivots.unsqueeze(1)).to(work.dtype)
-        share = (pivots / largest).square().to(work.dtype)
+        feedback = upper[start:stop, start:].to(work.dtype) / pivots[start:stop].unsqueeze(1).to(work.dtype)
+        share = (pivots[start:stop] / largest).square().to(work.dtype)
         size = stop - start
         target = torch.addmm(work[start:stop], feedback[:, size:], work[stop:])
         for last in range(size, 0, -step):
@@ -232,15 +263,18 @@ def _round(exact: torch.Tensor, grid: _Grid, options: Gptq) -> tuple[QuantizedWe
             if table is None:
                 # The correction X of the whole group cancels what the errors so far add to (W-Ŵ)R there: near·X = t - w.
                 correction = torch.linalg.solve_triangular(near, aim - work[rows], upper=True, unitriangular=True)
-                corrected = (work[rows] + correction).flip(0).T
+                corrected = work[rows] + correction
+                corrected = (corrected if held is None else corrected * held[rows]).flip(0).T
                 chosen.append(grid.parameters(corrected, slice(width - rows.stop, width - rows.start)))
                 own, index = _table(chosen[-1], work.dtype), torch.zeros_like(order[rows])
             else:
                 own, index = table, order[rows] // group
-            columns = _Columns(aim, work[rows], codes[rows], near, own, index, share[part])
+            masks = None if held is None else held[rows]
+            columns = _Columns(aim, work[rows], codes[rows], near, own, index, share[part], masks)
             columns.round(fmt, losses)
     codes = codes[torch.argsort(order)].T.contiguous()
-    return QuantizedWeight(codes, *_cat(chosen, dim=1), fmt), work, losses * largest.square()
+    losses[0] *= largest.square()
+    return QuantizedWeight(codes, *_cat(chosen, dim=1), fmt), work, losses
 
 
 def _cat(parts: list[Parameters], dim: int) -> Parameters:
@@ -265,6 +299,7 @@ class _Columns:
         near: [B, B], unit upper triangular: how errors of later rows enter earlier ones.
         table, group: scales and zero points [G, N], and the row of them that each column takes, [B].
         share: [B], weights of the squared residuals in the loss.
+        kept: [B, N], 0 where the weight is pruned and 1 elsewhere; None if none is.
     """
 
     target: torch.Tensor
@@ -274,11 +309,12 @@ class _Columns:
     table: Parameters
     group: torch.Tensor
     share: torch.Tensor
+    kept: torch.Tensor | None = None
 
     def round(self, fmt: IntFormat, losses: torch.Tensor) -> None:
-        """Round, and add what it costs to `losses` [N]."""
+        """Round, and add Σ share·(t - ŵ)² and Σ (w - ŵ)² to `losses` [2, N]."""
         operands = (self.target, self.work, self.codes, self.near, *self.table, self.group)
-        if not intround.round_block(*operands, fmt.midpoint, fmt.top, self.share, losses):
+        if self.kept is not None or not intround.round_block(*operands, fmt.midpoint, fmt.top, self.share, losses):
             self._round_plainly(fmt, losses)
 
     def _round_plainly(self, fmt: IntFormat, losses: torch.Tensor) -> None:
@@ -295,6 +331,9 @@ class _Columns:
                 aim = target[row].addmv_(work[row + 1 : stop].T, near[row, row + 1 : stop])
                 level = torch.div(aim, scale[row], out=levels[row]).round_()
                 level.clamp_(low[row], high[row])
+                if self.kept is not None:
+                    level.mul_(self.kept[row])
                 work[row].addcmul_(level, scale[row], value=-1)
         self.codes.copy_(levels + offset)
-        losses += self.share @ target.addcmul_(levels, scale, value=-1).square_()
+        losses[0] += self.share @ target.addcmul_(levels, scale, value=-1).square_()
+        losses[1] += work.square().sum(dim=0)
