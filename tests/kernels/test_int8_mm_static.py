@@ -128,10 +128,10 @@ def test_refusals(weight: IntFormat, act: ActFormat | None, reason: str) -> None
 def test_kernels_that_take_no_fixed_scales_get_rounded_values() -> None:
     """They are asked about the site without its quantizer, and the choice says what happens in front of them."""
     spec = LinearSpec(64, 48, IntFormat(4, 32), ActFormat(8, 32, False, 4), False)
-    for backend, expected in ((BACKEND, "int4pack"), (REFERENCE, "reference")):
+    for backend, expected in ((BACKEND, ("linear16", "int4pack")), (REFERENCE, ("reference",))):
         kernel, refusals = choose_kernel(backend, spec)
         assert kernel is not None
-        assert kernel.name == expected
+        assert kernel.name in expected  # native code, or torch's where there is no compiler
         said = "activations are rounded to int8 static g32 asymmetric by 4 mask ratios by an op of their own, then multiplied"
         assert said in remark(kernel, spec)
         if backend is BACKEND:
