@@ -104,7 +104,8 @@ class Executor:
         if self._dtype is not None:
             args, kwargs = self._retype(args), self._retype(kwargs)
         if entering is not None:
-            args = (entering(args[0]), *args[1:])
+            first: Any = args[0]
+            args = (entering(first), *args[1:])
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def _constant(self, node: fx.Node) -> torch.Tensor:
