@@ -46,10 +46,23 @@ PRESETS = {
     "w2a16-gptq": "2-bit weights g128 by GPTQ on masked states",
     "w3a16-gptaq": "3-bit weights g128 by GPTAQ on masked states",
     "w2a16-gptaq": "2-bit weights g128 by GPTAQ on masked states",
+    "w4a16-autoround": "4-bit weights g128, rounding learned block by block on masked states (SignRound)",
+    "w3a16-autoround": "3-bit weights g128, rounding learned block by block on masked states (SignRound)",
+    "w2a16-autoround": "2-bit weights g128, rounding learned block by block on masked states (SignRound)",
+    "w4a4-autoround": "as w4a4-rtn, rounding learned block by block under 4-bit activations on masked states (SignRound)",
+    "w3a16-lqer": "as w3a16-gptq with corrections of rank 16 in 8 bits",
+    "w2a16-lqer": "as w2a16-gptq with corrections of rank 16 in 8 bits",
+    "w4a16-icqbc": "as w4a16-rtn with biases that give outputs the means of full precision on masked states",
+    "w3a16-icqbc": "as w3a16-rtn with biases that give outputs the means of full precision on masked states",
+    "w4a4-icqbc": "as w4a4-rtn with biases that give outputs the means of full precision on masked states",
     "w8a16-fp8": "fp8 (E4M3) weights, a scale per channel, nearest rounding, no calibration",
     "w4a16-nf4": "nf4 weights in blocks of 64 with doubly quantized scales, nearest rounding, no calibration",
     "w4a16-mxfp4": "mxfp4 weights, blocks of 32, nearest rounding, no calibration",
     "w4a16-nvfp4": "nvfp4 weights, blocks of 16, nearest rounding, no calibration",
+    "w4a16-hqq": "4-bit weights g128 with real zero points by HQQ, no calibration",
+    "w3a16-hqq": "3-bit weights g128 with real zero points by HQQ, no calibration",
+    "w2a16-hqq": "2-bit weights g128 with real zero points by HQQ, no calibration",
+    "w2a16-g128-kmeans": "2-bit tables g128 (2.5 bits in all) by k-means with GPTQ's feedback on masked states",
     "w3a16-squeezellm": "3-bit tables per channel by k-means weighted with diag(H) on masked states, 0.45 % of weights sparse",
     "w2a16-daq": "two sign planes g128 by DAQ on masked states, with the steps beyond the paper",
     "w2a16-quant-dllm": "two sign planes g128 on average by DAQ and ABMP as the paper has them, on masked states",
@@ -59,11 +72,11 @@ PRESETS = {
 
 GRAMMAR = re.compile(
     r"w(?P<w>[2348])a(?P<a>4|6|8|16)(?:-(?:g(?P<g>\d+)|(?P<channel>channel)))?(?P<sym>-sym)?"
-    r"-(?P<method>[a-z]+)(?:-(?P<variant>clean|cgq|tmas|tmas-cgq|rtn|gptq|gptaq))?"
+    r"-(?P<method>[a-z]+)(?:-(?P<variant>clean|cgq|tmas|tmas-cgq|rtn|gptq|gptaq|autoround|lqer))?"
 )
 
 #: Roundings of integers that take statistics.
-CALIBRATED = ("gptq", "gptaq")
+CALIBRATED = ("gptq", "gptaq", "autoround", "lqer")
 
 Maker = Callable[..., Pass]
 
@@ -83,7 +96,8 @@ def preset(name: str, pass_class: Callable[[str], Any]) -> tuple[Pass, ...] | No
     variant = found["variant"]
     if variant in ("clean", "cgq", "tmas", "tmas-cgq") and rounding not in CALIBRATED:
         without = name.removesuffix("-" + variant)
-        raise RecipeError(f"-{variant} goes with gptq and gptaq only", where=name, remedy=f"Use {without!r}")
+        what = f"-{variant} goes with {', '.join(CALIBRATED[:-1])} and {CALIBRATED[-1]} only"
+        raise RecipeError(what, where=name, remedy=f"Use {without!r}")
     if variant in ("rtn", *CALIBRATED):
         if not before:
             without = name.removesuffix("-" + variant)
@@ -95,9 +109,10 @@ def preset(name: str, pass_class: Callable[[str], Any]) -> tuple[Pass, ...] | No
     for step, options in before:
         rounded = {option: widths[option] for option in ROUNDED.get(step, ())}
         steps.append(pass_class(step)(**rounded, **options))
-    steps.append(_quantize(pass_class, weights, rounding))
+    steps.append(_quantize(pass_class, weights, rounding, widths["act_bits"]))
     if act < 16:
         steps.append(pass_class("quantize_activations")(bits=act))
+    steps += [pass_class(step)(**options) for step, options in AFTER.get(found["method"], ())]
     return (*steps, pass_class("pack")(), pass_class("lower")())
 
 
@@ -106,6 +121,23 @@ def _coded(pass_class: Callable[[str], Any], fmt: Any, method: Any, before: tupl
     steps = [pass_class(step)(**options) for step, options in before]
     steps += [_calibrate(pass_class, None)] if method.statistics else []
     return (*steps, pass_class("quantize_weights")(format=fmt, method=method), pass_class("lower")())
+
+
+def _hqq(bits: int) -> Callable[[], tuple[Any, Any]]:
+    def made() -> tuple[Any, Any]:
+        from dlqc.formats.offset import OffsetFormat
+        from dlqc.rounding.hqq import Hqq
+
+        return OffsetFormat(bits), Hqq()
+
+    return made
+
+
+def _kmeans() -> tuple[Any, Any]:
+    from dlqc.formats.codebook import CodebookFormat
+    from dlqc.rounding.kmeans import Kmeans
+
+    return CodebookFormat(2, 128), Kmeans(feedback=True)
 
 
 def _data_free(fmt: Callable[[Any], Any]) -> Callable[[], tuple[Any, Any]]:
@@ -156,6 +188,10 @@ CODED: dict[str, Callable[[], tuple[Any, ...]]] = {
     "w4a16-nf4": _data_free(lambda formats: formats.Nf4Format()),
     "w4a16-mxfp4": _data_free(lambda formats: formats.MicroscalingFormat("mxfp4")),
     "w4a16-nvfp4": _data_free(lambda formats: formats.MicroscalingFormat("nvfp4")),
+    "w4a16-hqq": _hqq(4),
+    "w3a16-hqq": _hqq(3),
+    "w2a16-hqq": _hqq(2),
+    "w2a16-g128-kmeans": _kmeans,
     "w3a16-squeezellm": _squeezellm,
     "w2a16-daq": _daq,
     "w2a16-quant-dllm": _quant_dllm,
@@ -182,13 +218,21 @@ def _format(found: re.Match[str]) -> dict[str, Any]:
     return {"bits": bits, "group_size": group, "symmetric": wide or found["sym"] is not None}
 
 
-def _quantize(pass_class: Callable[[str], Any], weights: dict[str, Any], rounding: str) -> Pass:
+def _quantize(pass_class: Callable[[str], Any], weights: dict[str, Any], rounding: str, act: int | None) -> Pass:
     from dlqc.rounding.gptaq import Gptaq
     from dlqc.rounding.gptq import Gptq
+    from dlqc.rounding.low_rank import LowRank
     from dlqc.rounding.rtn import Rtn
+    from dlqc.rounding.signround import SignRound
 
-    method = {"rtn": Rtn, "gptq": Gptq, "gptaq": Gptaq}[rounding]()
-    made: Pass = pass_class("quantize_weights")(**weights, method=method)
+    options: dict[str, dict[str, Any]] = {
+        "rtn": {"method": Rtn()},
+        "gptq": {"method": Gptq()},
+        "gptaq": {"method": Gptaq()},
+        "autoround": {"method": SignRound(act_bits=act)},
+        "lqer": {"method": Gptq(), "low_rank": LowRank()},
+    }
+    made: Pass = pass_class("quantize_weights")(**weights, **options[rounding])
     return made
 
 
@@ -202,11 +246,17 @@ ROUNDED = {
     "flatquant": ("weight_bits", "act_bits"),
 }
 
+#: What comes behind the quantization of weights and activations.
+AFTER: dict[str, tuple[Step, ...]] = {"icqbc": (("correct_bias", {"against": "stream"}),)}
+
 #: method → (transforms, whether they need states, rounding)
 METHODS: dict[str, tuple[tuple[Step, ...], bool, str]] = {
     "rtn": ((), False, "rtn"),
     "gptq": ((), False, "gptq"),
     "gptaq": ((), False, "gptaq"),
+    "autoround": ((), False, "autoround"),
+    "lqer": ((), False, "lqer"),
+    "icqbc": ((), True, "rtn"),
     "smooth": ((("smooth", {}),), True, "rtn"),
     "smoothquant": ((("smooth", {}),), True, "rtn"),
     "awq": ((("awq_scale", {"relative": True}), ("awq_clip", {})), True, "rtn"),
