@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from dlqc.activation_presets import WORDS, Activations
@@ -68,10 +69,23 @@ PRESETS = {
     "w2a16-gptq": "2-bit weights g128 by GPTQ on masked states",
     "w3a16-gptaq": "3-bit weights g128 by GPTAQ on masked states, layer by layer",
     "w2a16-gptaq": "2-bit weights g128 by GPTAQ on masked states, layer by layer",
+    "w4a16-autoround": "4-bit weights g128, rounding learned block by block on masked states (SignRound)",
+    "w3a16-autoround": "3-bit weights g128, rounding learned block by block on masked states (SignRound)",
+    "w2a16-autoround": "2-bit weights g128, rounding learned block by block on masked states (SignRound)",
+    "w4a4-autoround": "as w4a4-rtn, rounding learned block by block under 4-bit activations on masked states (SignRound)",
+    "w3a16-lqer": "as w3a16-gptq with corrections of rank 16 in 8 bits",
+    "w2a16-lqer": "as w2a16-gptq with corrections of rank 16 in 8 bits",
+    "w4a16-icqbc": "as w4a16-rtn with biases that give outputs the means of full precision on masked states",
+    "w3a16-icqbc": "as w4a16-icqbc with 3-bit weights",
+    "w4a4-icqbc": "as w4a4-rtn with biases that give outputs the means of full precision on masked states",
     "w8a16-fp8": "fp8 (E4M3) weights, a scale per channel, nearest rounding, no calibration",
     "w4a16-nf4": "nf4 weights in blocks of 64 with doubly quantized scales, nearest rounding, no calibration",
     "w4a16-mxfp4": "mxfp4 weights, blocks of 32, nearest rounding, no calibration",
     "w4a16-nvfp4": "nvfp4 weights, blocks of 16, nearest rounding, no calibration",
+    "w4a16-hqq": "4-bit weights g128 with real zero points by HQQ, no calibration",
+    "w3a16-hqq": "3-bit weights g128 with real zero points by HQQ, no calibration",
+    "w2a16-hqq": "2-bit weights g128 with real zero points by HQQ, no calibration",
+    "w2a16-g128-kmeans": "2-bit tables g128 (2.5 bits in all) by k-means with GPTQ's feedback on masked states",
     "w3a16-squeezellm": "3-bit tables per channel by k-means weighted with diag(H) on masked states, 0.45 % of weights sparse",
     "w2a16-daq": "two sign planes g128 by DAQ on masked states, with the steps beyond the paper",
     "w2a16-quant-dllm": "two sign planes g128 on average by DAQ and ABMP as the paper has them, on masked states",
@@ -81,12 +95,12 @@ PRESETS = {
 
 GRAMMAR = re.compile(
     r"w(?P<w>[2348])a(?P<a>4|6|8|16)(?:-(?:g(?P<g>\d+)|(?P<channel>channel)))?(?P<sym>-sym)?"
-    rf"(?P<acts>{WORDS})-(?P<method>[a-z]+8?)(?:-(?P<variant>clean|cgq|tmas|tmas-cgq|rtn|gptq|gptaq|awq))?"
+    rf"(?P<acts>{WORDS})-(?P<method>[a-z]+8?)(?:-(?P<variant>clean|cgq|tmas|tmas-cgq|rtn|gptq|gptaq|autoround|lqer|awq))?"
     r"(?:-(?=[eh])(?:e(?P<e>[48]))?(?:h(?P<h>[48]))?)?"
 )
 
 #: Roundings of integers that take statistics.
-CALIBRATED = ("gptq", "gptaq")
+CALIBRATED = ("gptq", "gptaq", "autoround", "lqer")
 
 Maker = Callable[..., Pass]
 
@@ -110,8 +124,8 @@ def preset(name: str, pass_class: Callable[[str], Any]) -> tuple[Pass, ...] | No
     if variant == "awq":
         raise RecipeError("-awq goes with dllmquant only", where=name, remedy=f"Use {without!r}")
     if variant in ("clean", "cgq", "tmas", "tmas-cgq") and rounding not in CALIBRATED and not activations.static:
-        remedy = f"Use {without!r}"
-        raise RecipeError(f"-{variant} goes with gptq, gptaq and fixed ranges only", where=name, remedy=remedy)
+        what = f"-{variant} goes with {', '.join(CALIBRATED)} and fixed ranges only"
+        raise RecipeError(what, where=name, remedy=f"Use {without!r}")
     if variant in ("rtn", *CALIBRATED):
         if not before:
             raise RecipeError(f"-{variant} goes with transforms only", where=name, remedy=f"Use {without!r}")
@@ -120,9 +134,11 @@ def preset(name: str, pass_class: Callable[[str], Any]) -> tuple[Pass, ...] | No
     drawn = needs_states or rounding in CALIBRATED or activations.static
     steps = [_calibrate(pass_class, variant, everywhere=activations.static)] if drawn else []
     steps += _transforms(pass_class, found["method"], weights, activations)
-    steps.append(_quantize(pass_class, weights, rounding, head=int(found["h"]) if found["h"] else None))
+    head = int(found["h"]) if found["h"] else None
+    steps.append(_quantize(pass_class, weights, rounding, act=activations.bits, head=head))
     steps += activations.of_linears(pass_class)
     steps += activations.of_attention(pass_class, "token" if found["method"] == "quarot" else "head")
+    steps += [pass_class(step)(**options) for step, options in AFTER.get(found["method"], ())]
     return _finished(pass_class, steps, found)
 
 
@@ -171,7 +187,7 @@ def _dllmquant(
         *steps,
         _calibrate(pass_class, "tmas-cgq"),
         *dataclasses.replace(activations, attention=heads).of_attention(pass_class, "token", IaAq()),
-        _quantize(pass_class, weights, "gptq", head=int(found["h"]) if found["h"] else None),
+        _quantize(pass_class, weights, "gptq", act=None, head=int(found["h"]) if found["h"] else None),
         *activations.of_linears(pass_class),
     ]
     return _finished(pass_class, steps, found)
@@ -182,6 +198,23 @@ def _coded(pass_class: Callable[[str], Any], fmt: Any, method: Any, before: tupl
     steps = [pass_class(step)(**options) for step, options in before]
     steps += [_calibrate(pass_class, None)] if method.statistics else []
     return (*steps, pass_class("quantize_weights")(format=fmt, method=method), pass_class("lower")())
+
+
+def _hqq(bits: int) -> Callable[[], tuple[Any, Any]]:
+    def made() -> tuple[Any, Any]:
+        from dlqc.formats.offset import OffsetFormat
+        from dlqc.rounding.hqq import Hqq
+
+        return OffsetFormat(bits), Hqq()
+
+    return made
+
+
+def _kmeans() -> tuple[Any, Any]:
+    from dlqc.formats.codebook import CodebookFormat
+    from dlqc.rounding.kmeans import Kmeans
+
+    return CodebookFormat(2, 128), Kmeans(feedback=True)
 
 
 def _data_free(fmt: Callable[[Any], Any]) -> Callable[[], tuple[Any, Any]]:
@@ -232,6 +265,10 @@ CODED: dict[str, Callable[[], tuple[Any, ...]]] = {
     "w4a16-nf4": _data_free(lambda formats: formats.Nf4Format()),
     "w4a16-mxfp4": _data_free(lambda formats: formats.MicroscalingFormat("mxfp4")),
     "w4a16-nvfp4": _data_free(lambda formats: formats.MicroscalingFormat("nvfp4")),
+    "w4a16-hqq": _hqq(4),
+    "w3a16-hqq": _hqq(3),
+    "w2a16-hqq": _hqq(2),
+    "w2a16-g128-kmeans": _kmeans,
     "w3a16-squeezellm": _squeezellm,
     "w2a16-daq": _daq,
     "w2a16-quant-dllm": _quant_dllm,
@@ -266,15 +303,26 @@ def _table(bits: int) -> dict[str, Any]:
     return {"bits": 8} if bits == 8 else {"bits": bits, "group_size": 128, "symmetric": False}
 
 
-def _quantize(pass_class: Callable[[str], Any], weights: dict[str, Any], rounding: str, head: int | None) -> Pass:
+def _quantize(
+    pass_class: Callable[[str], Any], weights: dict[str, Any], rounding: str, *, act: int | None, head: int | None
+) -> Pass:
     from dlqc.rounding.gptaq import Gptaq
     from dlqc.rounding.gptq import Gptq
+    from dlqc.rounding.low_rank import LowRank
     from dlqc.rounding.rtn import Rtn
+    from dlqc.rounding.signround import SignRound
 
-    method = {"rtn": Rtn, "gptq": Gptq, "gptaq": Gptaq}[rounding]()
+    methods: dict[str, Callable[[], Any]] = {
+        "rtn": Rtn,
+        "gptq": Gptq,
+        "gptaq": Gptaq,
+        "lqer": Gptq,
+        "autoround": partial(SignRound, act_bits=act),
+    }
     # GPTAQ lives on seeing all that rounding has done to an input, within the block, too; its authors have it so.
-    how = {"sequential": "layer"} if rounding == "gptaq" else {}
-    made: Pass = pass_class("quantize_weights")(**weights, method=method, head=head, **how)
+    options: dict[str, dict[str, Any]] = {"gptaq": {"sequential": "layer"}, "lqer": {"low_rank": LowRank()}}
+    how = options.get(rounding, {})
+    made: Pass = pass_class("quantize_weights")(**weights, method=methods[rounding](), head=head, **how)
     return made
 
 
@@ -288,11 +336,17 @@ ROUNDED = {
     "flatquant": ("weight_bits", "act_bits"),
 }
 
+#: What comes behind the quantization of weights and activations.
+AFTER: dict[str, tuple[Step, ...]] = {"icqbc": (("correct_bias", {"against": "stream"}),)}
+
 #: method → (transforms, whether they need states, rounding)
 METHODS: dict[str, tuple[tuple[Step, ...], bool, str]] = {
     "rtn": ((), False, "rtn"),
     "gptq": ((), False, "gptq"),
     "gptaq": ((), False, "gptaq"),
+    "autoround": ((), False, "autoround"),
+    "lqer": ((), False, "lqer"),
+    "icqbc": ((), True, "rtn"),
     "smooth": ((("smooth", {}),), True, "rtn"),
     "smoothquant": ((("smooth", {}),), True, "rtn"),
     "llmint8": ((("split_outliers", {"required": False}),), True, "rtn"),

@@ -3,12 +3,13 @@
 Before:  y = linear(x, W, b)
 After:   y = linear_q(x, codes, scales, zeros, b),   W ≈ (codes - zeros)·scales
          y = linear_coded(x, parts, b),              W ≈ what the parts stand for in `format`, stored packed at once
+         y = low_rank(linear_q(x, …), x, A, B),      with `low_rank`: W ≈ (codes - zeros)·scales + A·B, likewise for linear_coded
 
 How codes are chosen is the `method`'s business (`dlqc.rounding`): round-to-nearest, GPTQ, … Not every method rounds to every
-format: nf4, fp8, microscaling and lattice take rtn, planes rtn and daq, lattice ldlq, codebook kmeans,
-offset rtn and hqq. It gets the weight
-with all folds evaluated in float64 and the statistics of the layer's inputs on the denoising states, as they arrive through the
-blocks that are quantized already. Lossy; the report gives each site's output signal-to-noise ratio.
+format: nf4, fp8, microscaling, lattice and offset take rtn, planes rtn and daq, lattice ldlq, codebook kmeans, offset hqq. It
+gets the weight with all folds evaluated in float64 and the statistics of the layer's inputs on the denoising states, as they
+arrive through the blocks that are quantized already. `signround` looks at the output of the block instead (`dlqc.reconstruct`).
+Lossy; the report gives each site's output signal-to-noise ratio.
 
 Declines:
     - a linear that `skip` names
