@@ -136,7 +136,7 @@ def test_descriptions_name_what_the_words_say() -> None:
     [
         ("w4a16-static-gptq", "-static is about activations of fewer than 16 bits. Write a8 or a4, or leave it out"),
         ("w4a16-ag64-gptq", "-ag64 is about activations of fewer than 16 bits. Write a8 or a4, or leave it out"),
-        ("w8a8-rtn-tmas", "-tmas goes with gptq and fixed ranges only. Use 'w8a8-rtn'"),
+        ("w8a8-rtn-tmas", "-tmas goes with gptq, gptaq and fixed ranges only. Use 'w8a8-rtn'"),
         ("w4a4-quarot-awq", "-awq goes with dllmquant only. Use 'w4a4-quarot'"),
         (
             "w4a16-dllmquant",

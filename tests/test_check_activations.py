@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import fx
 from dlqc.check import check
 from dlqc.contract import FACTS_OF_CAPTURE
 from dlqc.errors import ContractError
-from dlqc.graph import SDPA, aten, call_before, is_call
+from dlqc.graph import SDPA, aten, call_before, copy_graph, is_call
 from dlqc.heads import Static
 from dlqc.manager import PassManager
 from dlqc.ops import ATTENTION, QUANTIZE_ACT_STATIC, QUANTIZE_HEADS, QUANTIZE_HEADS_STATIC
@@ -34,16 +35,21 @@ def refused(k: Any, message: str, facts: frozenset[str] | set[str] = FACTS_OF_CA
         check(k.graph, k.ctx.weights, k.ctx.spec, set(facts), after="pass 'planted'")
 
 
+_MADE: list[Any] = []
+
+
 def fixed(case: CaseMaker) -> Any:
-    """A graph with fixed scales at the inputs of linears and at values, for two mask ratios."""
-    k = case("llada")
-    passes = (
-        QuantizeAttention(None, None, 8, 8, v=Static(buckets=2)),
-        QuantizeWeights(8, None, True, Rtn()),
-        QuantizeActivations(ranges=MinMax(), buckets=2),
-    )
-    PassManager(passes).run(k.graph, k.ctx)
-    return k
+    """A graph with fixed scales at the inputs of linears and at values, for two mask ratios; made once, and copied."""
+    if not _MADE:
+        _MADE.append(case("llada"))
+        passes = (
+            QuantizeAttention(None, None, 8, 8, v=Static(buckets=2)),
+            QuantizeWeights(8, None, True, Rtn()),
+            QuantizeActivations(ranges=MinMax(), buckets=2),
+        )
+        PassManager(passes).run(_MADE[0].graph, _MADE[0].ctx)
+    k = _MADE[0]
+    return replace(k, graph=copy_graph(k.graph), ctx=replace(k.ctx, weights=k.ctx.weights.clone()))
 
 
 @pytest.mark.parametrize(
