@@ -30,6 +30,8 @@ STATISTICS = ("absmax", "count", "drift", "energy", "hessian", "masked", "meanab
 
 #: Statistics that compare with the model before weights were rounded: its states run through the blocks, too.
 PAIRED = frozenset({"drift"})
+#: Statistics of a weight, which linears that read the same value do not share.
+OWN = frozenset({"fisher"})
 SAMPLE = 512
 
 #: Rows of a second moment that are summed at a time.
