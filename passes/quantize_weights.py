@@ -47,7 +47,7 @@ from torch import fx
 
 from dlqc.backend import LinearSpec
 from dlqc.blocks import tail
-from dlqc.contract import Context, Pass, PassReport, Plan, Reads, Sequential, matches
+from dlqc.contract import Context, Pass, PassReport, Plan, Reads, Sequential, Statistics, matches
 from dlqc.errors import ContractError, RecipeError, nearest
 from dlqc.formats.codebook import CodebookFormat
 from dlqc.formats.coded import CodedFormat, encode, fault
@@ -70,7 +70,7 @@ from dlqc.rounding.low_rank import LowRank, add_low_rank
 from dlqc.rounding.rtn import Rtn
 from dlqc.rounding.signround import SignRound
 from dlqc.rounding.vector import Ldlq
-from dlqc.stats import PAIRED, Moments
+from dlqc.stats import OWN, PAIRED, Moments
 
 #: Formats without an exact zero: a pruned weight would come back.
 NO_ZERO = (PlanesFormat, CodebookFormat, LatticeFormat)
@@ -233,18 +233,20 @@ class QuantizeWeights(Pass):
         groups = self._groups(graph, ctx, report)
         together = round_block(graph, ctx, groups, method, target, report)
         for group in groups:
-            stats = self._statistics(group[0], ctx)
-            moments.add(stats, len(group))
-            prepared = self._noted(group[0], method.prepare, stats)
+            stats = self._statistics([sites[0].weight for sites in group], ctx)
+            shared = stats.get(group[0][0].weight, {})
+            moments.add(shared, len(group))
+            prepared = self._noted(group[0], method.prepare, shared)
             for sites in group:
-                exact, given = self._given(sites[0].weight, ctx, method, prepared)
+                own = {name: s for name, s in stats.get(sites[0].weight, {}).items() if name in OWN}
+                exact, given = self._given(sites[0].weight, ctx, method, {**prepared, **own})
                 rounded = together.get(sites[0].weight) or self._noted(sites, method.round, exact, target, given)
                 self._check_zeros(sites[0], rounded, ctx)
                 rewrite = self._rewrite if isinstance(rounded.weight, QuantizedWeight) else self._rewrite_coded
                 cost = rewrite(graph, ctx, rounded.weight, sites) | rounded.metrics
                 error = exact - rounded.weight.dequantize()
                 if self.low_rank is not None:
-                    fit = self._noted(sites, self.low_rank.fit, exact, error, stats.get("hessian"))
+                    fit = self._noted(sites, self.low_rank.fit, exact, error, shared.get("hessian"))
                     add_low_rank(graph, ctx.weights, ctx.nodes(graph), sites[0].name, self.low_rank.format, fit.parts)
                     cost |= fit.metrics | {"bits_per_weight": cost["bits_per_weight"] + fit.bits_per_weight}
                     error = fit.rest
@@ -267,15 +269,14 @@ class QuantizeWeights(Pass):
             groups.setdefault(tuple(site.x for site in sites), []).append(sites)
         return list(groups.values())
 
-    def _statistics(self, sites: list[Linear], ctx: Context) -> Mapping[str, Any]:
-        """Statistics of what the calls of a weight read."""
-        weight = sites[0].weight
+    def _statistics(self, weights: list[str], ctx: Context) -> Statistics:
+        """Statistics of the one value that weights read, by the first of them, and what is each weight's own."""
         if self.sequential != "layer":
-            return ctx.stats.get(weight, {})
+            return ctx.stats
         if ctx.collect is None:
             what = "sequential='layer' takes statistics anew, and there is nothing to take them with"
             raise ContractError(what, where="sequential", remedy="Run the pass by a PassManager, with blocks")
-        return ctx.collect([weight])[weight]
+        return ctx.collect(weights if self.statistics() & OWN else weights[:1])
 
     def _given(
         self, weight: str, ctx: Context, method: Method, stats: Mapping[str, Any]
