@@ -34,7 +34,9 @@ from dlqc.presets import CODED
 from dlqc.recipe import PASSES, PRESETS, ForeignPass, Recipe, as_recipe, from_plain, parse_line, pass_class
 from dlqc.rounding.gptaq import Gptaq
 from dlqc.rounding.gptq import Gptq
+from dlqc.rounding.low_rank import LowRank
 from dlqc.rounding.rtn import Rtn
+from dlqc.rounding.signround import SignRound
 
 ROOT = Path(__file__).parent.parent
 
@@ -157,23 +159,33 @@ def test_yaml_spells_every_option_out() -> None:
         "method": {"gptq": {f.name: f.default for f in dataclasses.fields(Gptq)}},
         "skip": [],
         "format": None,
+        "head": None,
         "sequential": "block",
+        "low_rank": None,
     }
 
 
 # ---- presets -------------------------------------------------------------------------------------------------------
 
 
+#: Words of names that tests/test_activation_presets.py is about.
+ACTIVATIONS = {"static", "static4", "ag128", "asym", "kv4", "qkv4", "qkv8", "p8", "dllmquant"}
+
+
 @pytest.mark.parametrize(
     "name",
     [
-        *sorted(PRESETS.keys() - CODED.keys()),
+        *sorted(name for name in PRESETS.keys() - CODED.keys() if not (set(name.split("-")) & ACTIVATIONS)),
         "w3a16-g64-rtn",
         "w4a8-channel-gptq-clean",
         "w8a16-g128-smoothquant",
         "w3a16-channel-sym-rtn",
         "w4a4-quarot-rtn",
         "w4a4-quarot-gptaq",
+        "w4a4-quarot-autoround",
+        "w3a16-awq-lqer",
+        "w2a16-autoround-tmas-cgq",
+        "w4a8-icqbc",
     ],
 )
 def test_a_preset_s_name_tells_the_truth(name: str) -> None:
@@ -193,8 +205,14 @@ def test_a_preset_s_name_tells_the_truth(name: str) -> None:
     assert weights.symmetric == (bits == 8 or act < 8 or "sym" in words)
     assert weights.skip == ()
     assert weights.sequential == ("layer" if "gptaq" in words else "block")
-    by_gptq = bool({"gptq", "gptaq"} & set(words)) or ("quarot" in words and "rtn" not in words)
-    assert type(weights.method) is (Gptaq if "gptaq" in words else Gptq if by_gptq else Rtn)
+    learned = "autoround" in words
+    by_gptq = bool({"gptq", "gptaq", "lqer"} & set(words)) or ("quarot" in words and not learned and "rtn" not in words)
+    kinds = {"gptaq": Gptaq, "autoround": SignRound}
+    assert type(weights.method) is next((kinds[w] for w in words if w in kinds), Gptq if by_gptq else Rtn)
+    if isinstance(weights.method, SignRound):
+        assert weights.method.act_bits == (None if act == 16 else act)
+    assert weights.low_rank == (LowRank() if "lqer" in words else None)
+    assert ("correct_bias" in by_name) == ("icqbc" in words)
 
     assert ("quantize_activations" in by_name) == (act != 16)
     if act != 16:
@@ -205,7 +223,9 @@ def test_a_preset_s_name_tells_the_truth(name: str) -> None:
         assert (step in by_name) == (method in words)
     assert ("awq_scale" in by_name) == ("awq" in words)
     assert ("calibrate" in by_name) == (
-        by_gptq or bool({"smooth", "smoothquant", "duquant", "awq", "spinquant", "flatquant"} & set(words))
+        by_gptq
+        or learned
+        or bool({"smooth", "smoothquant", "duquant", "awq", "spinquant", "flatquant", "icqbc", "llmint8"} & set(words))
     )
     if "calibrate" in by_name:
         calibrate = by_name["calibrate"]
@@ -220,11 +240,12 @@ def test_a_preset_s_name_tells_the_truth(name: str) -> None:
 @pytest.mark.parametrize(("name", "words"), PRESETS.items())
 def test_a_preset_s_description_tells_the_truth(name: str, words: str) -> None:
     if words.startswith("as "):
-        assert words.split()[1] in PRESETS
+        assert words.split()[1].rstrip(",") in PRESETS
         return
     weights = next(p for p in as_recipe(name).passes if isinstance(p, QuantizeWeights))
     if weights.format is not None:
         assert ("nearest rounding, no calibration" in words) == (weights.method == Rtn())
+        assert ("no calibration" in words) == ("on masked states" not in words)
         assert ("on masked states" in words) == (as_recipe(name).passes[0] == Calibrate())
         assert name.startswith(f"w{int(weights.target.bits_per_weight(4096, 4096))}a16-")
         assert as_recipe(name).passes[-1].name == "lower"
@@ -233,7 +254,7 @@ def test_a_preset_s_description_tells_the_truth(name: str, words: str) -> None:
     assert words.startswith(f"{weights.bits}-bit weights {group}")
     act = int(re.search(r"a(\d+)-", name).group(1))  # type: ignore[union-attr]
     assert (f"{act}-bit activations per token" in words) == (act != 16)
-    for title, method in {"GPTQ": Gptq, "GPTAQ": Gptaq, "nearest rounding": Rtn}.items():
+    for title, method in {"GPTQ": Gptq, "GPTAQ": Gptaq, "(SignRound)": SignRound, "nearest rounding": Rtn}.items():
         assert (title in words) == (type(weights.method) is method)
 
 
@@ -409,7 +430,10 @@ def message(call: Callable[[], object]) -> str:
         ),
         ("dlqc.contract.Past", "dlqc.contract.Past: cannot import the pass (module 'dlqc.contract' has no attribute"),
         ("json.loads", "json.loads: not a subclass of dlqc.Pass. Derive it from dlqc.Pass"),
-        ("w4a16-rtn-clean", "w4a16-rtn-clean: -clean goes with gptq and gptaq only. Use 'w4a16-rtn'"),
+        (
+            "w4a16-rtn-clean",
+            "w4a16-rtn-clean: -clean goes with gptq, gptaq, autoround, lqer and fixed ranges only. Use 'w4a16-rtn'",
+        ),
         ("w4a16-g0-rtn", "group_size: a group of 0 input features is impossible"),
         ("", "passes: unknown recipe ''. Known: awq_clip"),
     ],

@@ -33,7 +33,7 @@ import torch
 
 from dlqc.errors import CalibrationError, RecipeError
 from dlqc.rounding.contract import Rounded
-from dlqc.rounding.gptq import MEASURED, Gptq, gptq, sample_rows
+from dlqc.rounding.gptq import MEASURED, Gptq, gptq, on_kept, sample_rows
 from dlqc.rounding.hessian import COLUMNS, Factor, divide, energy, factorize, sqnr_db
 
 
@@ -81,7 +81,7 @@ class Gptaq(Gptq):
         factor, found = stats["hessian"], stats["drift"]
         exact = weight.float()
         correction = self.alpha * (exact @ found.matrix)
-        rounded = gptq(exact + correction, factor, fmt, self)
+        rounded = on_kept(fmt, stats, lambda grid, kept: gptq(exact + correction, factor, grid, self, kept=kept))
         rows = sample_rows(exact, MEASURED)
         noise = energy(exact - rounded.weight.dequantize(), factor.hessian, rows)
         signal, moved = (energy(part, factor.hessian, rows) for part in (exact, correction))

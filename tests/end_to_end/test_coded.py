@@ -40,6 +40,7 @@ PRESETS = {
     "w4a16-nf4": 4.0,
     "w4a16-mxfp4": 4.0,
     "w4a16-nvfp4": 4.0,
+    "w2a16-hqq": 2.0,
     "w3a16-squeezellm": 3.0,
     "w2a16-daq": 2.0,
     "w2a16-quant-dllm": 2.0,
@@ -49,6 +50,7 @@ PRESETS = {
 OTHERS = (
     "calibrate(sequences=4), quantize_weights(format=planes(order=3, group_size=64), method=rtn), lower",
     "calibrate(sequences=4), quantize_weights(format=codebook(bits=2, group_size=64), method=kmeans(feedback=True)), lower",
+    "quantize_weights(format=offset(bits=4, group_size=32, scale_dtype='bfloat16'), method=hqq), quantize_activations, lower",
     "quantize_weights(format=nf4(block=32, scale_block=None), method=rtn), lower",
     "quantize_weights(format=fp8(unit='block'), method=rtn), lower",
     "quantize_weights(format=lattice(group_size=64), method=rtn), quantize_activations(bits=8), lower",
