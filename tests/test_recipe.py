@@ -157,6 +157,7 @@ def test_yaml_spells_every_option_out() -> None:
         "method": {"gptq": {f.name: f.default for f in dataclasses.fields(Gptq)}},
         "skip": [],
         "format": None,
+        "head": None,
         "sequential": "block",
     }
 
@@ -174,6 +175,10 @@ def test_yaml_spells_every_option_out() -> None:
         "w3a16-channel-sym-rtn",
         "w4a4-quarot-rtn",
         "w4a4-quarot-gptaq",
+        "w4a16-awq-e4h8",
+        "w4a4-quarot-e8",
+        "w8a8-smoothquant-gptq-h8",
+        "w4a16-wanda-rtn",
     ],
 )
 def test_a_preset_s_name_tells_the_truth(name: str) -> None:
@@ -183,6 +188,8 @@ def test_a_preset_s_name_tells_the_truth(name: str) -> None:
     by_name = {p.name: p for p in recipe.passes}
     assert len(by_name) == len(recipe.passes)
     words = name.split("-")
+    ends = re.fullmatch(r"(?:e(\d))?(?:h(\d))?", words[-1])
+    table, head = ends.groups() if ends else (None, None)
     bits, act = map(int, re.fullmatch(r"w(\d)a(\d+)", words[0]).groups())  # type: ignore[union-attr]
 
     weights = by_name["quantize_weights"]
@@ -192,7 +199,8 @@ def test_a_preset_s_name_tells_the_truth(name: str) -> None:
     assert weights.group_size == (groups.pop() if groups else None if bits == 8 or act < 8 else 128)
     assert weights.symmetric == (bits == 8 or act < 8 or "sym" in words)
     assert weights.skip == ()
-    by_gptq = bool({"gptq", "gptaq"} & set(words)) or ("quarot" in words and "rtn" not in words)
+    rounded = {"quarot", "sparsegpt", "wanda"} & set(words)
+    by_gptq = bool({"gptq", "gptaq"} & set(words)) or (bool(rounded) and "rtn" not in words)
     assert type(weights.method) is (Gptaq if "gptaq" in words else Gptq if by_gptq else Rtn)
 
     assert ("quantize_activations" in by_name) == (act != 16)
@@ -204,8 +212,20 @@ def test_a_preset_s_name_tells_the_truth(name: str) -> None:
         assert (step in by_name) == (method in words)
     assert ("awq_scale" in by_name) == ("awq" in words)
     assert ("calibrate" in by_name) == (
-        by_gptq or bool({"smooth", "smoothquant", "duquant", "awq", "spinquant", "flatquant"} & set(words))
+        by_gptq
+        or bool(
+            {"smooth", "smoothquant", "duquant", "awq", "spinquant", "flatquant", "llmint8", "sparsegpt", "wanda"}
+            & set(words)
+        )
     )
+    assert ("split_outliers" in by_name) == ("llmint8" in words)
+    assert ("sparsify" in by_name) == bool({"sparsegpt", "wanda"} & set(words))
+    assert weights.head == (None if head is None else int(head))
+    assert ("quantize_embedding" in by_name) == (table is not None)
+    if table is not None:
+        order = [p.scope for p in recipe.passes]
+        assert by_name["quantize_embedding"].bits == int(table)  # type: ignore[attr-defined]
+        assert order.index("block") == [p.name for p in recipe.passes].index("quantize_embedding") + 1
     if "calibrate" in by_name:
         calibrate = by_name["calibrate"]
         assert isinstance(calibrate, Calibrate)

@@ -18,6 +18,7 @@ from dlqc.formats.lattice import LatticeFormat
 from dlqc.formats.microscaling import MicroscalingFormat
 from dlqc.formats.nf4 import Nf4Format
 from dlqc.formats.planes import PlanesFormat
+from dlqc.formats.sparse import SparseFormat
 
 FORMATS: dict[str, Any] = {
     encode(f): f
@@ -37,6 +38,9 @@ FORMATS: dict[str, Any] = {
         MicroscalingFormat("nvfp4"),
         LatticeFormat(),
         LatticeFormat(32, "float32"),
+        SparseFormat(4, 64, density=1.0),
+        SparseFormat(3, None, True),
+        SparseFormat(16),
     )
 }
 every_format = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
@@ -55,7 +59,7 @@ def stored(fmt: Any, count: int = 40, width: int = 192, seed: int = 0) -> Any:
 
 def test_every_class_has_its_name_and_is_tried() -> None:
     assert {type(f) for f in FORMATS.values()} == set(CLASSES.values())
-    assert CLASSES.keys() == {"planes", "codebook", "nf4", "fp8", "microscaling", "lattice"}
+    assert CLASSES.keys() == {"planes", "codebook", "nf4", "fp8", "microscaling", "lattice", "sparse"}
 
 
 @every_format
