@@ -9,7 +9,8 @@ A legal dlqc graph is well formed, typed, and tells the truth about itself:
     L5  every value has a fake `val`, and propagating shapes again gives the same rank, static sizes and dtype
     L6  a matrix is read by one module only, unless it is a declared tie or an embedding that is the head, too
     L7  each quantized linear and embedding has codes, scales and zero points (or the parts of its format), rightly shaped; so
-        have quantizers with fixed scales, and every quantizer is read by what it quantizes for
+        have quantizers with fixed scales, and every quantizer is read by what it quantizes for; a correction of low rank stands
+        behind a linear that reads the same value, with factors of the right shape and dtype
     L8  where the model declares full attention, no attention is causal (masks are classified by computing them)
     L9  the facts that passes claim hold
 
@@ -29,6 +30,7 @@ from dlqc.diffusion.spec import DiffusionSpec
 from dlqc.errors import ContractError
 from dlqc.execute import mask_class
 from dlqc.formats.coded import fault
+from dlqc.formats.low_rank import low_rank_fault
 from dlqc.formats.packing import packed_shape
 from dlqc.graph import (
     ACT_QUANTIZERS,
@@ -52,6 +54,7 @@ from dlqc.ops import (
     LINEAR_CODED,
     LINEAR_PACKED,
     LINEAR_Q,
+    LOW_RANK,
     QUANTIZE_ACT_STATIC,
     QUANTIZE_HEADS_STATIC,
 )
@@ -223,6 +226,8 @@ def _quantized(graph: fx.Graph, weights: Weights) -> Iterator[str]:
             yield from _quantized_linear(node, weights)
         elif is_call(node, LINEAR_CODED):
             yield from _coded_linear(node, weights)
+        elif is_call(node, LOW_RANK):
+            yield from _low_rank(node, weights)
         elif is_call(node, EMBEDDING_PACKED):
             _, codes, scales, zeros, bits, group, k, _ = args_of(node)
             yield from _stored(node, (codes, scales, zeros), int(bits), int(group), int(k), weights, packed=True)
@@ -314,6 +319,21 @@ def _coded_linear(node: fx.Node, weights: Weights) -> Iterator[str]:
     yield from _bias(node, bias, n, weights)
 
 
+def _low_rank(node: fx.Node, weights: Weights) -> Iterator[str]:
+    y, x, parts, spec = args_of(node)
+    names = [constant_name(part) for part in parts]
+    if not all(name is not None and name in weights for name in names):
+        yield f"%{node.name}: a part is no constant"
+        return
+    wrong = low_rank_fault(spec, [weights[str(name)].leaf for name in names], width(y), width(x))
+    if wrong is not None:
+        yield f"%{node.name}: {wrong}"
+    if not (is_call(y, *QUANTIZED_LINEARS) or _is_kernel(y)):
+        yield f"%{node.name} corrects %{y.name}, which is no quantized linear"
+    elif x not in (args_of(y)[0], args_of(args_of(y)[0])[0] if is_call(args_of(y)[0], *ACT_QUANTIZERS) else None):
+        yield f"%{node.name} reads %{x.name}, which %{y.name} does not read"
+
+
 def _bias(node: fx.Node, bias: object, n: int, weights: Weights) -> Iterator[str]:
     name = constant_name(bias)
     if bias is not None and (name is None or tuple(weights[name].shape) != (n,)):
@@ -379,11 +399,6 @@ def _activations_quantized(graph: fx.Graph, weights: Weights) -> Iterator[str]:
             yield f"%{node.name} reads activations that are not quantized"
 
 
-def _some_attention_quantized(graph: fx.Graph, weights: Weights) -> Iterator[str]:
-    if not any(is_call(node, *HEAD_QUANTIZERS, ATTENTION) for node in graph.nodes):
-        yield "no attention reads anything quantized"
-
-
 def _is_kernel(node: fx.Node) -> bool:
     target = node.target
     return isinstance(target, torch._ops.OpOverload) and target.namespace not in ("aten", "dlqc")
@@ -396,7 +411,6 @@ FACT_CHECKS: dict[str, Callable[[fx.Graph, Weights], Iterator[str]]] = {
     "unit-gain": _unit_gain,
     "quantized-weights": _some_quantized,
     "quantized-activations": _activations_quantized,
-    "quantized-attention": _some_attention_quantized,
     "packed": _no_call(LINEAR_Q),
     "lowered": _no_call(LINEAR_PACKED, LINEAR_CODED),
 }

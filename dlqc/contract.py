@@ -12,6 +12,7 @@ checks the whole order before any work and never sorts it.
     float-attention        no query, key, value or attention probability is quantized yet (holds after capture)
     states                 denoising states for calibration exist
     unit-gain              every norm that feeds only linears has gain one
+    original               the block as it was before its weights were rounded is at hand; a graph-scoped pass ends this
     quantized-weights      the linears that were asked for are linear_q
     quantized-embeddings   the tables of embeddings are stored in few bits
     quantized-activations  their inputs are quantized
@@ -46,6 +47,9 @@ Statistics = Mapping[str, Mapping[str, torch.Tensor]]
 #: Which activations statistics are taken of, see `Pass.sequence`.
 Sequential = Literal["none", "block", "layer"]
 
+#: What of the calibration states and of the block before rounding a pass reads itself, see `Pass.reads`.
+Reads = Literal["nothing", "current", "original", "paired"]
+
 FACTS_OF_CAPTURE = frozenset({"normal-form", "float-weights", "float-activations", "float-attention"})
 
 
@@ -79,6 +83,10 @@ class PassReport:
     certificate: float | None = None
     notes: list[str] = field(default_factory=list)
 
+    def note(self, *sentences: str) -> None:
+        """Add what is not said yet."""
+        self.notes += [sentence for sentence in sentences if sentence not in self.notes]
+
     def merge(self, other: PassReport) -> None:
         """Add the report of another block of the same pass."""
         self.sites += other.sites
@@ -87,7 +95,7 @@ class PassReport:
         self.choices |= other.choices
         if other.certificate is not None:
             self.certificate = max(self.certificate or 0.0, other.certificate)
-        self.notes += [note for note in other.notes if note not in self.notes]
+        self.note(*other.notes)
         for key, value in other.metrics.items():
             self.metrics[key] = self.metrics.get(key, 0.0) + value
 
@@ -96,16 +104,34 @@ class PassReport:
 class Plan:
     """What the pipeline will make of each linear, found without touching a weight.
 
-    `sites` maps the module name to its planned spec; passes fill it in order. `tables` are embeddings that are stored in few
-    bits and are no head, with rows and width; `pruned` are linears with zeros, and the share of weights that is kept.
-    `problems` lists everything that would fail, so that all offenders are named at once.
+    `sites` maps the module name to its planned spec; passes fill it in order. `beside` has bits that are stored beside the
+    weight of a site; `tables` are embeddings that are stored in few bits and are no head, with rows and width; `pruned` are
+    linears with zeros, and the share of weights that is kept. `problems` lists everything that would fail, so that all
+    offenders are named at once.
     """
 
     sites: dict[str, LinearSpec] = field(default_factory=dict)
+    beside: dict[str, int] = field(default_factory=dict)
     tables: dict[str, tuple[IntFormat, int, int]] = field(default_factory=dict)
     pruned: dict[str, float] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class BlockInput:
+    """A part of the calibration states at the input of a block.
+
+    Attributes:
+        ids: int64 [B, L]. weights: float32 [B, L], token weights.
+        hidden: behind the blocks as they are now, as the graph has it ([B, L, d], as a rule).
+        exact: behind the blocks as they were before their weights were rounded; `hidden` itself where that was not asked for.
+    """
+
+    ids: torch.Tensor
+    weights: torch.Tensor
+    hidden: torch.Tensor
+    exact: torch.Tensor
 
 
 @dataclass
@@ -123,6 +149,9 @@ class Context:
         stats: statistics of the inputs of the block's linears.
         collect: statistics of the inputs of the linears with the given weights, on the block as it is now; there for a
             pass whose `sequence` is "layer", which has no `stats`.
+        inputs: the calibration states at the input of the block, in parts, for a pass that `reads` them.
+        original: graph and weights with the block as it was before its weights were rounded, for a pass that `reads` it and
+            comes after rounding.
         observed: the observers that the pass at hand asked for, by its names for them, after they saw the states.
         facts: what holds now.
         blocks: the stack of blocks, in order.
@@ -137,6 +166,8 @@ class Context:
     block: Block | None = None
     stats: Statistics = field(default_factory=dict)
     collect: Callable[[Sequence[str]], Statistics] | None = None
+    inputs: Sequence[BlockInput] = ()
+    original: tuple[fx.Graph, Weights] | None = None
     observed: Mapping[str, Observer] = field(default_factory=dict)
     facts: set[str] = field(default_factory=lambda: set(FACTS_OF_CAPTURE))
     blocks: Sequence[Block] = ()
@@ -199,6 +230,15 @@ class Pass:
         "none": those of the model before any weight was rounded.
         """
         return "block"
+
+    def reads(self) -> Reads:
+        """What `apply` needs to run the block itself.
+
+        "current": the states at its input, `ctx.inputs`.
+        "original": likewise, and the block as it was before its weights were rounded, `ctx.original`.
+        "paired": likewise, and the states behind the blocks as they were, `BlockInput.exact`.
+        """
+        return "nothing"
 
     def observers(self, graph: fx.Graph, ctx: Context) -> Mapping[str, Observer]:
         """What a block-scoped pass that needs "states" wants to see of the block at hand; it finds them in `ctx.observed`."""

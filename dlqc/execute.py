@@ -57,28 +57,58 @@ class Executor:
 
     def __call__(self, *values: torch.Tensor, taps: Mapping[fx.Node, Tap] | None = None) -> list[torch.Tensor]:
         """Run once. `taps` are called with the value of a node as soon as it is known."""
+        with torch.set_grad_enabled(self._grad):
+            return self._run(values, taps or {}, {}, {})
+
+    def differentiable(
+        self,
+        *values: torch.Tensor,
+        constants: Mapping[str, torch.Tensor],
+        entering: Mapping[fx.Node, Callable[[torch.Tensor], torch.Tensor]] | None = None,
+    ) -> list[torch.Tensor]:
+        """Run once, with gradients where they are enabled.
+
+        Args:
+            constants: by name, what is computed with in place of the weights.
+            entering: by call, what its first argument goes through before.
+        """
+        return self._run(values, {}, constants, entering or {})
+
+    def _run(
+        self,
+        values: Sequence[torch.Tensor],
+        taps: Mapping[fx.Node, Tap],
+        constants: Mapping[str, torch.Tensor],
+        entering: Mapping[fx.Node, Callable[[torch.Tensor], torch.Tensor]],
+    ) -> list[torch.Tensor]:
         env: dict[fx.Node, Any] = dict(zip(self._inputs, values, strict=True))
-        taps = taps or {}
-        with torch.set_grad_enabled(self._grad), _default_dtype(self._dtype):
+        with _default_dtype(self._dtype):
             for node in self._inputs:
                 if node in taps:
                     taps[node](node, env[node])
             for node in self.nodes:
-                env[node] = self._value(node, env)
+                given = constants.get(str(node.target)) if node.op == "get_attr" else None
+                env[node] = self._value(node, env, entering.get(node)) if given is None else given
                 if node in taps:
                     taps[node](node, env[node])
                 for dead in self._dies.get(node, ()):
                     env.pop(dead, None)
         return [env[node] for node in self._outputs]
 
-    def _value(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+    def _value(
+        self, node: fx.Node, env: dict[fx.Node, Any], entering: Callable[[torch.Tensor], torch.Tensor] | None
+    ) -> Any:
         if node.op == "get_attr":
             return self._constant(node)
         if node.op != "call_function":
             raise RuntimeError(f"{node.name}: {node.op} node was given no value")
+        args: tuple[Any, ...]
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n])
         if self._dtype is not None:
             args, kwargs = self._retype(args), self._retype(kwargs)
+        if entering is not None:
+            entered: Any = args[0]
+            args = (entering(entered), *args[1:])
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def _constant(self, node: fx.Node) -> torch.Tensor:

@@ -25,7 +25,7 @@ from dlqc.check import check
 from dlqc.contract import FACTS_OF_CAPTURE, Context, Pass, PassReport, Plan
 from dlqc.errors import ContractError, FeasibilityError
 from dlqc.graph import fingerprint
-from dlqc.states import StateFlow, needs_exact
+from dlqc.states import StateFlow, needs_exact, needs_original, needs_states
 
 Progress = Callable[[str, int, int], None]
 
@@ -85,8 +85,9 @@ class PassManager:
                     remedy=f"Leave {before.name!r} out, use a transform of the whole graph, or sensitivity='hessian'",
                 )
             before = p
-            facts = (facts - p.invalidates) | p.given_facts()
-            broken_by |= dict.fromkeys(p.invalidates - p.given_facts(), p.name)
+            ended = p.invalidates | ({"original"} if p.scope == "graph" else set())
+            broken_by |= dict.fromkeys((ended & facts) - p.given_facts(), p.name)
+            facts = (facts - ended) | p.given_facts()
 
     def _remedy(self, p: Pass, fact: str, broken_by: dict[str, str]) -> str:
         if fact in broken_by:
@@ -197,14 +198,10 @@ class PassManager:
                 instrument.before(p, graph, ctx)
         # Between blocks some blocks are rewritten and some are not: only facts that no member ends hold throughout.
         lasting = ctx.facts - frozenset().union(*(p.invalidates for p in passes))
-        uses_states = any(p.statistics() or "states" in p.needed_facts() for p in passes)
         try:
             gradients = any("fisher" in p.statistics() for p in passes)
-            flow = (
-                StateFlow(graph, ctx, self.batch, paired=needs_exact(passes), gradients=gradients)
-                if uses_states
-                else None
-            )
+            kept = {"paired": needs_exact(passes), "original": needs_original(passes), "gradients": gradients}
+            flow = StateFlow(graph, ctx, self.batch, **kept) if needs_states(passes) else None
             stretches = [*ctx.blocks, *self._tail(passes, graph, ctx)]
             for block in stretches:
                 ctx.block = block
@@ -225,7 +222,7 @@ class PassManager:
                     total.merge(report)
                     for instrument in self.instruments:
                         instrument.after_block(p, graph, ctx, report)
-                    ctx.stats, ctx.collect, ctx.observed = {}, None, {}
+                    ctx.stats, ctx.collect, ctx.inputs, ctx.original, ctx.observed = {}, None, (), None, {}
                     # The share of the pass in the nested pipeline, its statistics included.
                     total.metrics["seconds"] = total.metrics.get("seconds", 0.0) + time.perf_counter() - started
                 if flow and block is not stretches[-1]:

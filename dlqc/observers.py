@@ -72,6 +72,13 @@ def by_tokens(value: torch.Tensor, node: fx.Node, batch: Batch) -> torch.Tensor 
     return None
 
 
+def laid_out(value: torch.Tensor, how: Layout) -> torch.Tensor:
+    """A value [B, L, C] with its tokens laid out in one of these ways; as it is for "heads" and "other"."""
+    if how == "length first":
+        return value.transpose(0, 1).contiguous()
+    return value.flatten(0, 1) if how == "flat" else value
+
+
 @dataclass(frozen=True)
 class MaskRatios:
     """Which set of scales a row takes: by the number of `edges` below the share of [MASK] among its ids."""

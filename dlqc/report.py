@@ -19,10 +19,10 @@ from rich.table import Table
 from torch import fx
 
 from dlqc.contract import Pass, PassReport
-from dlqc.graph import LINEAR, QUANTIZED_LINEARS, args_of, constant_name, is_call, uses, width
+from dlqc.graph import ADDED_BIAS, LINEAR, QUANTIZED_LINEARS, args_of, constant_name, is_call, uses, width
 from dlqc.instruments import Record
 from dlqc.kept import OUTLIERS, picks_columns
-from dlqc.ops import EMBEDDING_PACKED, LINEAR_CODED, QUANTIZE_ACT_STATIC, QUANTIZE_HEADS_STATIC
+from dlqc.ops import EMBEDDING_PACKED, LINEAR_CODED, LOW_RANK, QUANTIZE_ACT_STATIC, QUANTIZE_HEADS_STATIC
 from dlqc.weights import Weights
 
 
@@ -67,7 +67,8 @@ class Storage:
         parameters: parameters of the original model, ties counted once.
         quantized: how many of them are stored as codes.
         bits: stored bits in all.
-        bits_quantized: stored bits of the quantized ones, scales and zero points included.
+        bits_quantized: stored bits of the quantized ones: scales, zero points, corrections of low rank and biases that were
+            added are included.
         original_bits: bits of the checkpoint.
         kept: matrices that stay as they are → (parameters, reason).
     """
@@ -220,9 +221,9 @@ def measure_storage(original: Weights, graph: fx.Graph, weights: Weights, kept: 
     for node in graph.nodes:
         if is_call(node, QUANTIZE_ACT_STATIC, QUANTIZE_HEADS_STATIC):
             seen |= {str(constant_name(part)) for part in args_of(node)[1:3]}  # counted in the whole, but no weights
-        if not is_call(node, *QUANTIZED_LINEARS, EMBEDDING_PACKED):
+        if not is_call(node, *QUANTIZED_LINEARS, LOW_RANK, EMBEDDING_PACKED):
             continue
-        parts = args_of(node)[1] if is_call(node, LINEAR_CODED) else args_of(node)[1:4]
+        parts = _parts(node)
         for part in parts:
             name = constant_name(part)
             if name is None or name in seen:
@@ -230,7 +231,7 @@ def measure_storage(original: Weights, graph: fx.Graph, weights: Weights, kept: 
             seen.add(name)
             leaf = weights[name].leaf
             bits_quantized += leaf.numel() * leaf.element_size() * 8
-            if part is parts[0]:
+            if part is parts[0] and not is_call(node, LOW_RANK):
                 rows = args_of(node)[4] if is_call(node, LINEAR_CODED) else leaf.shape[0]
                 quantized += int(rows) * width(node if is_call(node, EMBEDDING_PACKED) else args_of(node)[0])
     # What is stored, not the leaf it comes from: a part of a fused projection is smaller, a folded gain is wider.
@@ -249,6 +250,15 @@ def measure_storage(original: Weights, graph: fx.Graph, weights: Weights, kept: 
         original_bits=sum(_bits(c.leaf) for c in leaves),
         kept=matrices,
     )
+
+
+def _parts(node: fx.Node) -> list[Any]:
+    """The constants that are stored for a weight: a bias only if a pass added it."""
+    if is_call(node, LOW_RANK):
+        return list(args_of(node)[2])
+    coded = is_call(node, LINEAR_CODED)
+    parts, bias = (args_of(node)[1], args_of(node)[2]) if coded else (args_of(node)[1:4], args_of(node)[4])
+    return [*parts, *([bias] if ADDED_BIAS in str(constant_name(bias)).split(".") else [])]
 
 
 def _distinct(weights: Weights) -> list[Any]:

@@ -7,7 +7,8 @@ Two streams of hidden values stand at the input of the current block:
 
 Both are in the same basis: transforms that fold into weights come before rounding, so the block that the exact stream goes
 through has them, too. It is a copy of the graph and of the expressions of the weights, whose tensors are the checkpoint's;
-it is made when the first pass is about to end 'float-weights' and dropped when the stream has gone through it.
+it is made when the first pass is about to end 'float-weights' and dropped when the stream has gone through it. What passes
+before that change on purpose (a clipped weight) is part of it: it is the model that rounding gets.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from torch import fx
 
 from dlqc.blocks import Block
-from dlqc.contract import Context, Pass, Statistics
+from dlqc.contract import BlockInput, Context, Pass, Reads, Statistics
 from dlqc.errors import ContractError
 from dlqc.execute import Executor, placeholder
 from dlqc.fisher import fisher
@@ -31,9 +32,21 @@ from dlqc.stats import OWN, PAIRED, Collector
 from dlqc.weights import Weights
 
 
+def needs_states(passes: Iterable[Pass]) -> bool:
+    """Whether a pass asks for states, or for statistics from them."""
+    return any(p.statistics() or p.reads() != "nothing" or "states" in p.needed_facts() for p in passes)
+
+
 def needs_exact(passes: Iterable[Pass]) -> bool:
-    """Whether a pass asks for statistics of the model before weights were rounded."""
-    return any(p.statistics() & PAIRED or (p.statistics() and p.sequence() == "none") for p in passes)
+    """Whether a pass asks for states of the model before weights were rounded, or for statistics from them."""
+    return any(
+        p.reads() == "paired" or p.statistics() & PAIRED or (p.statistics() and p.sequence() == "none") for p in passes
+    )
+
+
+def needs_original(passes: Iterable[Pass]) -> bool:
+    """Whether a pass asks for blocks as they were before their weights were rounded."""
+    return needs_exact(passes) or any(p.reads() == "original" for p in passes)
 
 
 class StateFlow:
@@ -42,11 +55,19 @@ class StateFlow:
     Args:
         batch: states that run at a time.
         paired: keep the exact stream.
+        original: keep each block as it was until the states have gone through it; the exact stream needs that.
         gradients: measure the Fisher information of all blocks' weights now, as they are before the first pass.
     """
 
     def __init__(
-        self, graph: fx.Graph, ctx: Context, batch: int, *, paired: bool = False, gradients: bool = False
+        self,
+        graph: fx.Graph,
+        ctx: Context,
+        batch: int,
+        *,
+        paired: bool = False,
+        original: bool = False,
+        gradients: bool = False,
     ) -> None:
         if ctx.states is None:
             raise ContractError("block passes ask for statistics, but there are no states", remedy="Add 'calibrate'")
@@ -56,12 +77,13 @@ class StateFlow:
         start = Executor(graph, ctx.weights, [placeholder(graph)], [first], keep_weights=True)
         self._hidden = [start(self._states.ids[s])[0] for s in self._slices]
         self._exact = list(self._hidden) if paired else None
+        self._keeps = paired or original
         self._original: tuple[fx.Graph, Weights] | None = None
         self._fisher = fisher(graph, ctx, batch=batch) if gradients else {}
 
     def serve(self, p: Pass, block: Block) -> None:
         """Give the context what a pass asks for, and keep the block for the exact stream if the pass is going to round it."""
-        if self._exact is not None and self._original is None and "float-weights" in p.invalidates:
+        if self._keeps and self._original is None and "float-weights" in p.invalidates:
             self._original = copy_graph(self._graph), self._ctx.weights.clone()
         wanted = p.statistics()
         self._ctx.stats, self._ctx.collect = {}, None
@@ -69,9 +91,17 @@ class StateFlow:
             self._ctx.collect = partial(self.collect, block, wanted)
         elif wanted:
             self._ctx.stats = self.collect(block, wanted, exact=p.sequence() == "none")
+        self._ctx.inputs = (
+            [self._part(i, p.reads()) for i in range(len(self._slices))] if p.reads() != "nothing" else ()
+        )
+        self._ctx.original = self._original if p.reads() in ("original", "paired") else None
         self._ctx.observed = p.observers(self._graph, self._ctx)
         if self._ctx.observed:
             self.observe(block, self._ctx.observed.values())
+
+    def _part(self, i: int, reads: Reads) -> BlockInput:
+        s, exact = self._slices[i], self._stream(reads == "paired")[i]
+        return BlockInput(self._states.ids[s], self._states.weights[s], self._hidden[i], exact)
 
     def collect(
         self, block: Block, wanted: frozenset[str], weights: Sequence[str] | None = None, *, exact: bool = False

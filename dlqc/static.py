@@ -1,4 +1,4 @@
-"""What passes that fix scales share: names, the nodes that tell a row's mask-ratio bucket, the numbers for the report."""
+"""What passes that fix scales share: names, nodes of scales and of a row's mask-ratio bucket, numbers for the report."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import TypeVar
 from torch import fx
 
 from dlqc.execute import placeholder
-from dlqc.graph import args_of, aten, call_before, is_call
+from dlqc.graph import args_of, aten, call_before, is_call, read
 from dlqc.observers import Layout
 from dlqc.ops import MASK_BUCKET
 from dlqc.ranges import Fixed, Seen
+from dlqc.weights import Weights
 
 
 def bucket_of(
@@ -35,6 +36,22 @@ def bucket_of(
     if layout == "flat":
         return call_before(graph, before, aten.reshape.default, (by_token, [-1]))
     return by_token
+
+
+def scale_nodes(
+    graph: fx.Graph, weights: Weights, fixed: Fixed, prefix: str, before: fx.Node, shape: tuple[int, ...] = ()
+) -> list[fx.Node | None]:
+    """Fixed scales and zero points as constants `<prefix>scale` and `<prefix>zero_point`, read in front of a node.
+
+    Args:
+        shape: of the scales of one set; () leaves them as they are, [S, G].
+    """
+    nodes: list[fx.Node | None] = []
+    for name, tensor in ((f"{prefix}scale", fixed.scale), (f"{prefix}zero_point", fixed.zero)):
+        if tensor is not None:
+            weights.put(name, tensor.reshape(-1, *shape) if shape else tensor)
+        nodes.append(None if tensor is None else read(graph, weights, name, before))
+    return nodes
 
 
 T = TypeVar("T")

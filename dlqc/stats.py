@@ -4,6 +4,7 @@
     drift     Σ c·(x₀ - x)ᵀx       [K, K]   likewise; x₀ is what the linear would read in the model before weights were rounded
     energy    Σ c·x²               [K]      the diagonal of the Hessian alone
     absmax    max |x| over rows with c > 0   [K]
+    mean      Σ c·x / Σ c          [K]
     meanabs   Σ c·|x| / Σ c        [K]
     fisher    Σ (∂ℓ/∂W)² / S       [N, K]   of the weight itself, from one backward sweep before the first block (`dlqc.fisher`)
     count     Σ over rows of 1     []
@@ -26,13 +27,15 @@ from dlqc.errors import CalibrationError, ContractError, nearest
 from dlqc.execute import placeholder
 from dlqc.graph import Linear
 
-STATISTICS = ("absmax", "count", "drift", "energy", "hessian", "masked", "meanabs", "sample")
+STATISTICS = ("absmax", "count", "drift", "energy", "hessian", "masked", "mean", "meanabs", "sample")
 
 #: Statistics that compare with the model before weights were rounded: its states run through the blocks, too.
 PAIRED = frozenset({"drift"})
 #: Statistics of a weight, which linears that read the same value do not share.
 OWN = frozenset({"fisher"})
 SAMPLE = 512
+
+_MEANS = frozenset({"mean", "meanabs"})
 
 #: Rows of a second moment that are summed at a time.
 PANEL = 1024
@@ -98,11 +101,10 @@ class Collector:
         if "absmax" in self.wanted:
             peak = x[c > 0].abs().amax(dim=0) if bool((c > 0).any()) else torch.zeros(k)
             sums["absmax"] = torch.maximum(sums.get("absmax", torch.zeros(k)), peak)
-        if "meanabs" in self.wanted:
-            sums["meanabs"] = (
-                sums.get("meanabs", torch.zeros(k, dtype=torch.float64)) + (c[:, None] * x.abs()).sum(0).double()
-            )
-            self._weight_sum[node] = self._weight_sum.get(node, 0.0) + float(c.sum())
+        for name in _MEANS & self.wanted:
+            term = c.double() @ (x.abs() if name == "meanabs" else x).double()
+            sums[name] = sums.get(name, torch.zeros(k, dtype=torch.float64)) + term
+        self._weight_sum[node] = self._weight_sum.get(node, 0.0) + float(c.sum(dtype=torch.float64))
         if self.wanted & {"sample", "masked"}:
             self._draw(node, x, c, sums)
         if "energy" in self.wanted:
@@ -112,6 +114,9 @@ class Collector:
             scaled = x * c.sqrt()[:, None]
             _add_product(sums, "hessian", scaled, scaled)
         if "drift" in self.wanted:
+            if node not in self._exact:
+                what = "the statistic 'drift' compares with the model before rounding, and what that reads here was not given"
+                raise ContractError(what, where="statistics", remedy="Collect it by a PassManager, over blocks")
             shift = self._rows(node, self._exact[node], " of the model before rounding") - x
             _add_product(sums, "drift", shift.mul_(c[:, None]), x)
 
@@ -120,7 +125,7 @@ class Collector:
         generator = torch.Generator().manual_seed(self._batches)
         u = torch.rand(self._row_weights.shape, generator=generator, dtype=torch.float64)
         masked = self._masked
-        if self._sequence_first(node):
+        if _sequence_first(node):
             u, masked = u.T, masked.T
         if u.numel() != x.shape[0]:  # other rows than the tokens
             u = torch.rand(x.shape[0], generator=generator, dtype=torch.float64)
@@ -134,26 +139,9 @@ class Collector:
         self._priority[node], sums["sample"], sums["masked"] = priority[keep], x[keep], masked[keep]
 
     def _weights_for(self, node: fx.Node, rows: int) -> torch.Tensor:
-        """c [rows]; a linear that reads other rows than the tokens can only be weighed evenly."""
-        c = self._row_weights.reshape(-1)
-        if self._sequence_first(node):
-            return self._row_weights.T.reshape(-1)
-        batch, length, dims = _dims(node)
-        if c.numel() == rows and (dims == [batch, length] or len(dims) == 1):
-            return c
-        if bool((c == c[0]).all()):
-            return torch.ones(rows)
+        """c [rows] of what a linear reads."""
         site = next(s for s in self._sites if s.x is node)
-        raise CalibrationError(
-            f"reads {rows} rows where the states have {c.numel()} tokens, so token weights do not apply",
-            where=site.name,
-            remedy="Use weight=uniform, or exclude it with skip=",
-        )
-
-    def _sequence_first(self, node: fx.Node) -> bool:
-        """Whether a value is [L, B, K] where the states are [B, L]."""
-        batch, length, dims = _dims(node)
-        return dims == [length, batch]
+        return weights_of_rows(node, self._row_weights, rows, site.name)
 
     def result(self) -> dict[str, dict[str, torch.Tensor]]:
         """Statistics by weight name. Linears that read the same value share the tensors."""
@@ -171,8 +159,8 @@ class Collector:
                     continue
                 merged[name] = torch.maximum(merged[name], value) if name == "absmax" else merged[name] + value
         for weight, sums in found.items():
-            if "meanabs" in sums:
-                sums["meanabs"] = sums["meanabs"] / max(weight_sum[weight], 1e-30)
+            for name in _MEANS & sums.keys():
+                sums[name] = sums[name] / max(weight_sum[weight], 1e-30)
         return found
 
 
@@ -222,6 +210,33 @@ def _add_product(sums: dict[str, torch.Tensor], name: str, left: torch.Tensor, r
     for start in range(0, left.shape[1], PANEL):
         rows = slice(start, start + PANEL)
         sums[name][rows] += left[:, rows].T @ right
+
+
+def weights_of_rows(node: fx.Node, weights: torch.Tensor, rows: int, name: str) -> torch.Tensor:
+    """c [rows] of the rows of a value, from the token weights [B, L] of a batch. Other rows than tokens weigh alike.
+
+    Raises:
+        CalibrationError: there are other rows than tokens, and tokens do not weigh alike; `name` says where.
+    """
+    c = weights.reshape(-1)
+    if _sequence_first(node):
+        return weights.T.reshape(-1)
+    batch, length, dims = _dims(node)
+    if c.numel() == rows and (dims == [batch, length] or len(dims) == 1):
+        return c
+    if bool((c == c[0]).all()):
+        return torch.ones(rows)
+    raise CalibrationError(
+        f"reads {rows} rows where the states have {c.numel()} tokens, so token weights do not apply",
+        where=name,
+        remedy="Use weight=uniform, or exclude it with skip=",
+    )
+
+
+def _sequence_first(node: fx.Node) -> bool:
+    """Whether a value is [L, B, K] where the states are [B, L]."""
+    batch, length, dims = _dims(node)
+    return dims == [length, batch]
 
 
 def _dims(node: fx.Node) -> tuple[str, str, list[str]]:

@@ -39,14 +39,13 @@ from dlqc.graph import (
     call_before,
     is_call,
     linears,
-    read,
     site_name,
     width,
 )
 from dlqc.observers import MaskRatios, Observer, RangeObserver, layout
 from dlqc.ops import QUANTIZE_ACT, QUANTIZE_ACT_STATIC
 from dlqc.ranges import Ranges, fixed_scales, inner_edges
-from dlqc.static import bucket_of, summary, unique_names
+from dlqc.static import bucket_of, scale_nodes, summary, unique_names
 
 
 @dataclass(frozen=True)
@@ -149,13 +148,9 @@ class QuantizeActivations(Pass):
         assert isinstance(observer, RangeObserver)
         low, high = self.ranges.estimate(observer.seen, self.format)
         fixed = fixed_scales(observer.seen, low, high, self.format, f"input of {name}")
-        report.notes += fixed.notes
+        report.note(*fixed.notes)
         report.details[name] = summary(fixed, observer.seen)
-        parts: list[fx.Node | None] = []
-        for role, tensor in (("input_scale", fixed.scale), ("input_zero_point", fixed.zero)):
-            if tensor is not None:
-                ctx.weights.put(f"{name}.{role}", tensor)
-            parts.append(None if tensor is None else read(graph, ctx.weights, f"{name}.{role}", reader))
+        parts = scale_nodes(graph, ctx.weights, fixed, f"{name}.input_", reader)
         bucket = bucket_of(graph, ctx.spec.mask_id, self.edges, reader, layout(x))
         return call_before(graph, reader, QUANTIZE_ACT_STATIC, (x, *parts, bucket, self.bits))
 

@@ -38,7 +38,6 @@ from dlqc.graph import (
     args_of,
     call_before,
     is_call,
-    read,
     replace,
     site_name,
 )
@@ -47,7 +46,7 @@ from dlqc.observers import AttendedObserver, Observer, RangeObserver, layout
 from dlqc.ops import ATTENTION, QUANTIZE_HEADS, QUANTIZE_HEADS_STATIC
 from dlqc.ranges import fixed_scales
 from dlqc.regions import attentions
-from dlqc.static import bucket_of, summary, unique_names
+from dlqc.static import bucket_of, scale_nodes, summary, unique_names
 
 
 @dataclass(frozen=True)
@@ -150,13 +149,9 @@ class QuantizeAttention(Pass):
         observer = ctx.observed[where]
         assert isinstance(observer, RangeObserver | AttendedObserver)
         fixed = fixed_scales(observer.seen, *scheme.estimate(observer.seen, bits), static_format(scheme, bits), where)
-        report.notes += fixed.notes
+        report.note(*fixed.notes)
         report.details[where] = summary(fixed, observer.seen)
-        shape, parts = shape_of(scheme, value), list[fx.Node | None]()
-        for role, tensor in (("scale", fixed.scale), ("zero_point", fixed.zero)):
-            if tensor is not None:
-                ctx.weights.put(f"{where}.{role}", tensor.reshape(-1, *shape))
-            parts.append(None if tensor is None else read(graph, ctx.weights, f"{where}.{role}", node))
+        parts = scale_nodes(graph, ctx.weights, fixed, f"{where}.", node, shape_of(scheme, value))
         bucket = bucket_of(graph, ctx.spec.mask_id, scheme.edges, node)
         return call_before(graph, node, QUANTIZE_HEADS_STATIC, (value, *parts, bucket, bits))
 

@@ -3,11 +3,13 @@
 Before:  y = linear(x, W, b)
 After:   y = linear_q(x, codes, scales, zeros, b),   W ≈ (codes - zeros)·scales
          y = linear_coded(x, parts, b),              W ≈ what the parts stand for in `format`, stored packed at once
+         y = low_rank(linear_q(x, …), x, A, B),      with `low_rank`: W ≈ (codes - zeros)·scales + A·B, likewise for linear_coded
 
 How codes are chosen is the `method`'s business (`dlqc.rounding`): round-to-nearest, GPTQ, … Not every method rounds to every
-format: nf4, fp8, microscaling and lattice take rtn, planes rtn and daq, lattice ldlq, codebook kmeans. It gets the weight
-with all folds evaluated in float64 and the statistics of the layer's inputs on the denoising states, as they arrive through the
-blocks that are quantized already. Lossy; the report gives each site's output signal-to-noise ratio.
+format: nf4, fp8, microscaling, lattice and offset take rtn, planes rtn and daq, lattice ldlq, codebook kmeans, offset hqq. It
+gets the weight with all folds evaluated in float64 and the statistics of the layer's inputs on the denoising states, as they
+arrive through the blocks that are quantized already. `signround` looks at the output of the block instead (`dlqc.reconstruct`).
+Lossy; the report gives each site's output signal-to-noise ratio.
 
 Declines:
     - a linear that `skip` names
@@ -24,9 +26,12 @@ A pruned weight (`sparsify`) stays zero where it is zero; a format without a zer
 
 A weight that several calls share is rounded once, on the sum of their statistics, and all calls are rewritten.
 
-What the statistics are of is `sequential`. "block": a block as it comes, behind blocks that are quantized (GPTQ's own setting in
-most tools). "layer", true-sequential: linears that read the same value are rounded together, in the order of the dataflow, and the
-statistics of the next are taken behind them. "none": the model before any rounding, so that no error is seen downstream.
+What the statistics are of is `sequential`:
+
+    block    the block as the pass finds it, behind blocks that are quantized already
+    layer    true-sequential: linears that read the same value are rounded together, in the order of the dataflow, and the
+             statistics of the next are taken behind them; those of one group are held at a time
+    none     the model before any rounding: no error is seen downstream
 """
 
 from __future__ import annotations
@@ -42,31 +47,36 @@ from torch import fx
 
 from dlqc.backend import LinearSpec
 from dlqc.blocks import tail
-from dlqc.contract import Context, Pass, PassReport, Plan, Sequential, Statistics, matches
+from dlqc.contract import Context, Pass, PassReport, Plan, Reads, Sequential, Statistics, matches
 from dlqc.errors import ContractError, RecipeError, nearest
 from dlqc.formats.codebook import CodebookFormat
 from dlqc.formats.coded import CodedFormat, encode, fault
 from dlqc.formats.integer import IntFormat, QuantizedWeight
 from dlqc.formats.lattice import LatticeFormat
+from dlqc.formats.offset import OffsetFormat
 from dlqc.formats.planes import PlanesFormat
 from dlqc.formats.sparse import SparseFormat
 from dlqc.graph import Linear, arg, args_of, call_before, linears, read, replace, sweep
 from dlqc.kept import reason_to_keep, to_round
 from dlqc.ops import LINEAR_CODED, LINEAR_Q
-from dlqc.rounding.contract import Rounded
+from dlqc.reconstruct import round_block
+from dlqc.rounding.contract import BlockRounding, Rounded
 from dlqc.rounding.daq import Daq
 from dlqc.rounding.gptaq import Gptaq
 from dlqc.rounding.gptq import Gptq
 from dlqc.rounding.hessian import sqnr_db
+from dlqc.rounding.hqq import Hqq
 from dlqc.rounding.kmeans import Kmeans
+from dlqc.rounding.low_rank import LowRank, add_low_rank
 from dlqc.rounding.rtn import Rtn
+from dlqc.rounding.signround import SignRound
 from dlqc.rounding.vector import Ldlq
 from dlqc.stats import OWN, PAIRED, Moments
 
 #: Formats without an exact zero: a pruned weight would come back.
-NO_ZERO = (PlanesFormat, CodebookFormat, LatticeFormat)
+NO_ZERO = (PlanesFormat, CodebookFormat, LatticeFormat, OffsetFormat)
 
-Method = Rtn | Gptq | Gptaq | Daq | Kmeans | Ldlq
+Method = Rtn | Gptq | Gptaq | Daq | Kmeans | Ldlq | Hqq | SignRound
 
 
 @dataclass(frozen=True)
@@ -81,11 +91,12 @@ class QuantizeWeights(Pass):
         format: a format other than integers; then the first three have no say, and `pack` is not needed.
         head: bits of the linears between the last block and the logits; None leaves them alone.
         sequential: what statistics are taken of, "block", "layer" or "none"; see the module's text.
+        low_rank: a correction of low rank for what rounding leaves (`dlqc.rounding.low_rank`); None for none.
     """
 
     name: ClassVar[str] = "quantize_weights"
     needs: ClassVar[frozenset[str]] = frozenset({"normal-form", "float-weights"})
-    gives: ClassVar[frozenset[str]] = frozenset({"quantized-weights"})
+    gives: ClassVar[frozenset[str]] = frozenset({"quantized-weights", "original"})
     invalidates: ClassVar[frozenset[str]] = frozenset({"float-weights"})
     scope: ClassVar = "block"
 
@@ -97,6 +108,7 @@ class QuantizeWeights(Pass):
     format: CodedFormat | None = None
     head: int | None = None
     sequential: Sequential = "block"
+    low_rank: LowRank | None = None
 
     @property
     def target(self) -> IntFormat | CodedFormat:
@@ -129,7 +141,10 @@ class QuantizeWeights(Pass):
         if self.sequential not in typing.get_args(Sequential):
             what = f"{self.sequential!r} is no sequence of statistics"
             raise RecipeError(what, where="sequential", remedy="Use 'block', 'layer' or 'none'")
-        if self.sequential != "block" and not self.method.statistics:
+        if self.sequential != "block" and isinstance(self.method, BlockRounding):
+            what = f"{self.method.name} rounds the linears of a block together, so sequential={self.sequential!r} has no say"
+            raise RecipeError(what, where="sequential", remedy="Leave it out, or use method=gptq")
+        if self.sequential != "block" and not self.statistics():
             what = f"{self.method.name} takes no statistics, so sequential={self.sequential!r} has no say"
             raise RecipeError(what, where="sequential", remedy="Leave it out, or use method=gptq")
         if self.sequential == "none" and self.method.statistics & PAIRED:
@@ -137,20 +152,24 @@ class QuantizeWeights(Pass):
             raise RecipeError(what, where="sequential", remedy="Use 'block' or 'layer', or method=gptq")
 
     def needed_facts(self) -> frozenset[str]:
-        return self.needs | ({"states"} if self.method.statistics else set())
+        return self.needs | ({"states"} if self.statistics() or self.reads() != "nothing" else set())
 
     def given_facts(self) -> frozenset[str]:
         return self.gives | ({"packed"} if self.format is not None and self.head is None else set())
 
     def statistics(self) -> frozenset[str]:
         # With a second moment, how many rows it was summed over, for the note on too few.
-        return self.method.statistics | ({"count"} if "hessian" in self.method.statistics else set())
+        wanted = self.method.statistics | (self.low_rank.statistics if self.low_rank is not None else frozenset())
+        return wanted | ({"count"} if "hessian" in wanted else set())
 
     def reaches_tail(self) -> bool:
         return self.head is not None
 
     def sequence(self) -> Sequential:
         return self.sequential
+
+    def reads(self) -> Reads:
+        return self.method.reads() if isinstance(self.method, BlockRounding) else "nothing"
 
     def plan(self, graph: fx.Graph, ctx: Context, plan: Plan) -> None:
         names = [site.name for site in linears(graph.nodes, ctx.weights)]
@@ -185,10 +204,20 @@ class QuantizeWeights(Pass):
             remedy = remedy if grouped else "set it in format=, or exclude it with skip="
             plan.problems.append(f"{site.name}: {reason} ({remedy})")
             return
+        if self.low_rank is not None:
+            shape = (site.out_features, site.in_features)
+            reason = self.low_rank.format.check(*shape)
+            if reason is not None:
+                plan.problems.append(f"{site.name}: {reason} (use a lower rank in low_rank=, or exclude it with skip=)")
+                return
+            plan.beside[site.name] = self.low_rank.format.bits(*shape)
         if site.name in plan.pruned and isinstance(target, NO_ZERO):
             plan.problems.append(
                 f"{site.name}: pruned weights are zero, and {target.label} has no zero (use another format)"
             )
+        if site.name in plan.pruned and isinstance(self.method, BlockRounding):
+            what = f"pruned weights are zero, and {self.method.name} does not leave them so"
+            plan.problems.append(f"{site.name}: {what} (use method=gptq or rtn)")
         if isinstance(target, SparseFormat):
             if site.name not in plan.pruned:
                 plan.problems.append(f"{site.name}: {target.label} stores what pruning left (put sparsify before)")
@@ -200,12 +229,14 @@ class QuantizeWeights(Pass):
         fmt = self.head_target if behind else None
         if fmt is None:
             return self.target, self.method
-        return fmt, self.method if self.method.refusal(fmt) is None else Rtn()
+        return fmt, Rtn() if self.method.refusal(fmt) or isinstance(self.method, BlockRounding) else self.method
 
     def apply(self, graph: fx.Graph, ctx: Context) -> PassReport:
         report, moments = PassReport(), Moments()
         target, method = self.scheme(behind=ctx.block is not None and ctx.block not in ctx.blocks)
-        for group in self._groups(graph, ctx, report):
+        groups = self._groups(graph, ctx, report)
+        together = round_block(graph, ctx, groups, method, target, report)
+        for group in groups:
             stats = self._statistics([sites[0].weight for sites in group], ctx)
             shared = stats.get(group[0][0].weight, {})
             moments.add(shared, len(group))
@@ -213,11 +244,17 @@ class QuantizeWeights(Pass):
             for sites in group:
                 own = {name: s for name, s in stats.get(sites[0].weight, {}).items() if name in OWN}
                 exact, given = self._given(sites[0].weight, ctx, method, {**prepared, **own})
-                rounded = self._noted(sites, method.round, exact, target, given)
+                rounded = together.get(sites[0].weight) or self._noted(sites, method.round, exact, target, given)
                 self._check_zeros(sites[0], rounded, ctx)
                 rewrite = self._rewrite if isinstance(rounded.weight, QuantizedWeight) else self._rewrite_coded
                 cost = rewrite(graph, ctx, rounded.weight, sites) | rounded.metrics
-                report.details[sites[0].name] = cost | weight_noise(exact, rounded)
+                error = exact - rounded.weight.dequantize()
+                if self.low_rank is not None:
+                    fit = self._noted(sites, self.low_rank.fit, exact, error, shared.get("hessian"))
+                    add_low_rank(graph, ctx.weights, ctx.nodes(graph), sites[0].name, self.low_rank.format, fit.parts)
+                    cost |= fit.metrics | {"bits_per_weight": cost["bits_per_weight"] + fit.bits_per_weight}
+                    error = fit.rest
+                report.details[sites[0].name] = cost | weight_noise(exact, error)
                 report.sites += 1
         report.notes += moments.notes()
         sweep(graph, ctx.weights)
@@ -300,8 +337,6 @@ class QuantizeWeights(Pass):
         return {"bits_per_weight": bits / (first.out_features * first.in_features)}
 
 
-def weight_noise(exact: torch.Tensor, rounded: Rounded) -> dict[str, float]:
+def weight_noise(exact: torch.Tensor, error: torch.Tensor) -> dict[str, float]:
     """Signal to noise of the weight itself, 10·log10(‖W‖² / ‖W - Ŵ‖²), which every method has."""
-    signal = float(exact.square().sum())
-    noise = float((exact - rounded.weight.dequantize()).square().sum())
-    return {"weight_sqnr_db": sqnr_db(signal, noise)}
+    return {"weight_sqnr_db": sqnr_db(float(exact.square().sum()), float(error.square().sum()))}

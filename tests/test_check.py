@@ -440,6 +440,7 @@ def test_every_checked_fact_has_a_test_here() -> None:
     assert set(FACT_CHECKS) == {
         "float-weights",
         "float-activations",
+        "float-attention",  # in test_check_activations.py
         "unit-gain",
         "quantized-weights",
         "quantized-activations",

@@ -34,7 +34,9 @@ from dlqc.presets import CODED
 from dlqc.recipe import PASSES, PRESETS, ForeignPass, Recipe, as_recipe, from_plain, parse_line, pass_class
 from dlqc.rounding.gptaq import Gptaq
 from dlqc.rounding.gptq import Gptq
+from dlqc.rounding.low_rank import LowRank
 from dlqc.rounding.rtn import Rtn
+from dlqc.rounding.signround import SignRound
 
 ROOT = Path(__file__).parent.parent
 
@@ -159,16 +161,21 @@ def test_yaml_spells_every_option_out() -> None:
         "format": None,
         "head": None,
         "sequential": "block",
+        "low_rank": None,
     }
 
 
 # ---- presets -------------------------------------------------------------------------------------------------------
 
 
+#: Words of names that tests/test_activation_presets.py is about.
+ACTIVATIONS = {"static", "static4", "ag128", "asym", "kv4", "qkv4", "qkv8", "p8", "dllmquant"}
+
+
 @pytest.mark.parametrize(
     "name",
     [
-        *sorted(PRESETS.keys() - CODED.keys()),
+        *sorted(name for name in PRESETS.keys() - CODED.keys() if not (set(name.split("-")) & ACTIVATIONS)),
         "w3a16-g64-rtn",
         "w4a8-channel-gptq-clean",
         "w8a16-g128-smoothquant",
@@ -179,6 +186,10 @@ def test_yaml_spells_every_option_out() -> None:
         "w4a4-quarot-e8",
         "w8a8-smoothquant-gptq-h8",
         "w4a16-wanda-rtn",
+        "w4a4-quarot-autoround",
+        "w3a16-awq-lqer",
+        "w2a16-autoround-tmas-cgq",
+        "w4a8-icqbc",
     ],
 )
 def test_a_preset_s_name_tells_the_truth(name: str) -> None:
@@ -199,9 +210,16 @@ def test_a_preset_s_name_tells_the_truth(name: str) -> None:
     assert weights.group_size == (groups.pop() if groups else None if bits == 8 or act < 8 else 128)
     assert weights.symmetric == (bits == 8 or act < 8 or "sym" in words)
     assert weights.skip == ()
-    rounded = {"quarot", "sparsegpt", "wanda"} & set(words)
-    by_gptq = bool({"gptq", "gptaq"} & set(words)) or (bool(rounded) and "rtn" not in words)
-    assert type(weights.method) is (Gptaq if "gptaq" in words else Gptq if by_gptq else Rtn)
+    assert weights.sequential == ("layer" if "gptaq" in words else "block")
+    learned = "autoround" in words
+    over = bool({"quarot", "sparsegpt", "wanda"} & set(words)) and not learned and "rtn" not in words
+    by_gptq = bool({"gptq", "gptaq", "lqer"} & set(words)) or over
+    kinds = {"gptaq": Gptaq, "autoround": SignRound}
+    assert type(weights.method) is next((kinds[w] for w in words if w in kinds), Gptq if by_gptq else Rtn)
+    if isinstance(weights.method, SignRound):
+        assert weights.method.act_bits == (None if act == 16 else act)
+    assert weights.low_rank == (LowRank() if "lqer" in words else None)
+    assert ("correct_bias" in by_name) == ("icqbc" in words)
 
     assert ("quantize_activations" in by_name) == (act != 16)
     if act != 16:
@@ -213,10 +231,9 @@ def test_a_preset_s_name_tells_the_truth(name: str) -> None:
     assert ("awq_scale" in by_name) == ("awq" in words)
     assert ("calibrate" in by_name) == (
         by_gptq
-        or bool(
-            {"smooth", "smoothquant", "duquant", "awq", "spinquant", "flatquant", "llmint8", "sparsegpt", "wanda"}
-            & set(words)
-        )
+        or learned
+        or bool({"smooth", "smoothquant", "duquant", "awq", "spinquant", "flatquant", "icqbc"} & set(words))
+        or bool({"llmint8", "sparsegpt", "wanda"} & set(words))
     )
     assert ("split_outliers" in by_name) == ("llmint8" in words)
     assert ("sparsify" in by_name) == bool({"sparsegpt", "wanda"} & set(words))
@@ -239,11 +256,12 @@ def test_a_preset_s_name_tells_the_truth(name: str) -> None:
 @pytest.mark.parametrize(("name", "words"), PRESETS.items())
 def test_a_preset_s_description_tells_the_truth(name: str, words: str) -> None:
     if words.startswith("as "):
-        assert words.split()[1] in PRESETS
+        assert words.split()[1].rstrip(",") in PRESETS
         return
     weights = next(p for p in as_recipe(name).passes if isinstance(p, QuantizeWeights))
     if weights.format is not None:
         assert ("nearest rounding, no calibration" in words) == (weights.method == Rtn())
+        assert ("no calibration" in words) == ("on masked states" not in words)
         assert ("on masked states" in words) == (as_recipe(name).passes[0] == Calibrate())
         assert name.startswith(f"w{int(weights.target.bits_per_weight(4096, 4096))}a16-")
         assert as_recipe(name).passes[-1].name == "lower"
@@ -252,7 +270,7 @@ def test_a_preset_s_description_tells_the_truth(name: str, words: str) -> None:
     assert words.startswith(f"{weights.bits}-bit weights {group}")
     act = int(re.search(r"a(\d+)-", name).group(1))  # type: ignore[union-attr]
     assert (f"{act}-bit activations per token" in words) == (act != 16)
-    for title, method in {"GPTQ": Gptq, "GPTAQ": Gptaq, "nearest rounding": Rtn}.items():
+    for title, method in {"GPTQ": Gptq, "GPTAQ": Gptaq, "(SignRound)": SignRound, "nearest rounding": Rtn}.items():
         assert (title in words) == (type(weights.method) is method)
 
 
@@ -428,7 +446,10 @@ def message(call: Callable[[], object]) -> str:
         ),
         ("dlqc.contract.Past", "dlqc.contract.Past: cannot import the pass (module 'dlqc.contract' has no attribute"),
         ("json.loads", "json.loads: not a subclass of dlqc.Pass. Derive it from dlqc.Pass"),
-        ("w4a16-rtn-clean", "w4a16-rtn-clean: -clean goes with gptq and gptaq only. Use 'w4a16-rtn'"),
+        (
+            "w4a16-rtn-clean",
+            "w4a16-rtn-clean: -clean goes with gptq, gptaq, autoround, lqer and fixed ranges only. Use 'w4a16-rtn'",
+        ),
         ("w4a16-g0-rtn", "group_size: a group of 0 input features is impossible"),
         ("", "passes: unknown recipe ''. Known: awq_clip"),
     ],

@@ -88,9 +88,7 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
 
 @pytest.mark.parametrize("transforms", [(), (FoldNormScale(), RotateHidden())], ids=["plain", "rotated"])
 @pytest.mark.parametrize("batch", [2, 100])
-def test_the_drift_is_between_two_runs_in_one_basis(
-    case: CaseMaker, transforms: tuple[Pass, ...], batch: int
-) -> None:
+def test_the_drift_is_between_two_runs_in_one_basis(case: CaseMaker, transforms: tuple[Pass, ...], batch: int) -> None:
     k, look = case("llada"), Look(("hessian", "drift"))
     PassManager((*transforms, CALIBRATE, Smooth(alpha=0.7), look, ROUGH), batch=batch).run(k.graph, k.ctx)
     ids, block = k.ctx.states.ids, k.ctx.blocks[1]
@@ -237,6 +235,19 @@ def test_shared_weights_layer_by_layer_compare_all_calls(case: CaseMaker) -> Non
     assert close(down["hessian"], moment(k.ctx, x, x))
 
 
+@pytest.mark.parametrize("name", ["post norm", "dream", "llada bf16"])
+def test_every_kind_of_block_goes_through_both_streams(case: CaseMaker, name: str) -> None:
+    """Linears that read the block's own input; biases and grouped queries; 16-bit weights."""
+    k = case(name)
+    expected = k.forward(k.ctx.rows.ids).float()
+    sites = sum(len(list(linears(block.nodes(k.graph), k.ctx.weights))) for block in k.ctx.blocks)
+    p = QuantizeWeights(4, 32, method=Gptaq(), sequential="layer")
+    report = PassManager((Calibrate(sequences=16, length=16), p)).run(k.graph, k.ctx)[-1][1]
+    assert report.sites == sites
+    found = k.forward(k.ctx.rows.ids).float()
+    assert 0 < (found - expected).norm() < 0.35 * expected.norm()
+
+
 class Chained(nn.Module):
     """Linears that read each other's output, as a factorized projection does."""
 
@@ -244,9 +255,7 @@ class Chained(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.embed = nn.Embedding(32, 16)
-        self.layers = nn.ModuleList(
-            [nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 16), nn.Tanh()) for _ in range(2)]
-        )
+        self.layers = nn.ModuleList([nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 16), nn.Tanh()) for _ in range(2)])
         self.head = nn.Linear(16, 32)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -287,7 +296,9 @@ def test_what_was_not_there_before_rounding_has_no_drift(case: CaseMaker) -> Non
         def apply(self, graph: fx.Graph, ctx: Context) -> PassReport:
             site = next(s for s in linears(ctx.nodes(graph), ctx.weights))
             ctx.weights.put("added.weight", ctx.weights.value(site.weight))
-            site.node.replace_input_with(site.node.args[1], read_constant(graph, ctx.weights, "added.weight", site.node))
+            site.node.replace_input_with(
+                site.node.args[1], read_constant(graph, ctx.weights, "added.weight", site.node)
+            )
             sweep(graph, ctx.weights)
             return PassReport(sites=1)
 

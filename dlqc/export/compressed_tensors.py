@@ -4,8 +4,8 @@
                      and weight_zero_point int32 [⌈N·bits/32⌉, G] where there are zero points (packed along N)
     int-quantized    int8 weights with int8 activations: weight int8 [N, K], weight_scale [N, 1]
 
-Activations are dynamic per token, or have one fixed scale each: input_scale float32 [1], and input_zero_point int8 [1] unless they
-are symmetric. Linears that read the same value get the same numbers.
+Activations are dynamic per token, or have one fixed scale each: input_scale float32 [1], and input_zero_point int8 [1] unless
+they are symmetric. Linears that read the same value get the same numbers.
 
 Our packed rows are the format's words byte for byte, so codes are not touched on the way. Stored codes are unsigned;
 the format says q = code - 2^(bits-1), and so do its zero points. Everything that is not quantized is written under its
@@ -32,6 +32,7 @@ from dlqc.formats.coded import decode
 from dlqc.formats.integer import IntFormat
 from dlqc.formats.packing import pack, unpack
 from dlqc.graph import (
+    ADDED_BIAS,
     HEAD_QUANTIZERS,
     act_format,
     activation_quantizer,
@@ -42,7 +43,15 @@ from dlqc.graph import (
     site_name,
     width,
 )
-from dlqc.ops import ATTENTION, EMBEDDING_PACKED, LINEAR_CODED, LINEAR_PACKED, LINEAR_Q, QUANTIZE_ACT_STATIC
+from dlqc.ops import (
+    ATTENTION,
+    EMBEDDING_PACKED,
+    LINEAR_CODED,
+    LINEAR_PACKED,
+    LINEAR_Q,
+    LOW_RANK,
+    QUANTIZE_ACT_STATIC,
+)
 from dlqc.weights import Weights
 
 if TYPE_CHECKING:
@@ -126,6 +135,10 @@ def check_exportable(model: Compiled) -> list[Site]:
     problems += [f"{n.removesuffix('.weight')} is a linear of its own" for n in model.weights if n.endswith(OWN)]
     problems += [f"{s.name} has activations in groups" for s in sites if s.act and s.act.group_size is not None]
     problems += [f"constant {n!r} is a transform" for n in model.weights if n.startswith("transform.")]
+    corrections = [n for n in model.graph.nodes if is_call(n, LOW_RANK)]
+    problems += [f"{site_name(args_of(n)[0])} has a correction of low rank" for n in corrections]
+    added = [n for n in model.weights if ADDED_BIAS in n.split(".")]
+    problems += [f"{n.partition(f'.{ADDED_BIAS}')[0]} has a bias that its class does not read" for n in added]
     problems += [f"{s.name} has {s.act.sets} sets of input scales" for s in sites if s.act and s.act.sets > 1]
     problems += _more_scales_than_one(model.graph)
     problems += [f"%{n.name} quantizes in an attention" for n in model.graph.nodes if is_call(n, *IN_ATTENTION)]

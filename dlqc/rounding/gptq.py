@@ -28,9 +28,9 @@ columns after it like any other. Nothing is lost by taking V for W: (W - V)(H + 
 objective of W is that of V plus a constant. SparseGPT (arXiv 2301.00774, section 3.5) sets to zero and rounds in one sweep from W
 instead; there the scales, chosen from weights that have not moved yet, clamp those that have to take over from others.
 
-Factorization in float64; the feedback in float32 (`dtype`), blocks of columns by a product of matrices, the columns of a
-block in native code where there is a compiler (`dlqc.intround`). Peak memory: H, one float64 copy of it, two float32 copies
-and one uint8 copy of the weight.
+The feedback is float32 (`dtype`), between blocks of columns a product of matrices, inside a block native code where there
+is a compiler (`dlqc.intround`). So is the factor, if H is far enough from singular (`factorize`). Peak memory: H, one
+float32 copy of it, three float32 copies and one uint8 copy of the weight.
 """
 
 from __future__ import annotations
@@ -155,9 +155,10 @@ def gptq(
         kept: bool [N, K], false where the weight becomes 0; None keeps all. Losses are then those against `weight` as given.
         dtype: arithmetic of the feedback, float32 or float64.
 
-    Metrics: `sqnr_db`, whose signal is estimated on up to 256 rows; `loss`, tr(E H Eᵀ) without λ; `loss_rtn`, the same for rounding to nearest with scales chosen
-    in the same way (from up to 128 evenly spaced rows, as the ratio to this method's loss on them); `damp` and
-    `damp_tries`; `shrink`, the part of the weights' range that the scales cover, 0 if that was searched by group.
+    Metrics: `sqnr_db`, whose signal is estimated on up to 256 evenly spaced rows; `loss`, tr(E H Eᵀ) without λ;
+    `loss_rtn`, the same for rounding to nearest with scales chosen in the same way (from up to 128 rows, as the ratio to
+    this method's loss on them); `damp` and `damp_tries`; `shrink`, the part of the weights' range that the scales cover,
+    0 if that was searched by group.
     """
     factor = hessian
     if not isinstance(factor, Factor):

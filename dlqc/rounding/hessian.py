@@ -51,7 +51,7 @@ def energy(rows: torch.Tensor, hessian: torch.Tensor, sample: torch.Tensor) -> f
     if len(sample) == len(rows):
         return found
     diagonal = (hessian.diagonal() / hessian.diagonal().max()).to(rows.dtype)
-    share = torch.cat([part.square() @ diagonal for part in rows.split(ROWS)]).double()
+    share = torch.cat([part.square() @ diagonal for part in torch.split(rows, ROWS)]).double()
     part = share[sample].sum().item()
     return found * share.sum().item() / part if part > 0 else 0.0
 
@@ -164,13 +164,15 @@ def _cholesky(hessian: torch.Tensor, order: torch.Tensor, ridge: float, dtype: t
 
 def _gather(hessian: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """H[rows][:, columns] in float64; whole rows are copied, and then read in the order of the columns."""
-    parts = [hessian.index_select(0, part).gather(1, columns.expand(len(part), -1)) for part in rows.split(ROWS)]
+    parts = [hessian.index_select(0, part).gather(1, columns.expand(len(part), -1)) for part in torch.split(rows, ROWS)]
     return torch.cat(parts).double()
 
 
 def _inverse(corner: torch.Tensor) -> torch.Tensor:
     """Of an upper triangular matrix. Products with it run many times faster than substitution."""
-    return torch.linalg.solve_triangular(corner, torch.eye(len(corner), dtype=corner.dtype, device=corner.device), upper=True)
+    unit = torch.eye(len(corner), dtype=corner.dtype, device=corner.device)
+    found: torch.Tensor = torch.linalg.solve_triangular(corner, unit, upper=True)
+    return found
 
 
 def divide(rows: torch.Tensor, factor: Factor) -> torch.Tensor:

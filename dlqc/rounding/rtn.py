@@ -18,6 +18,7 @@ from dlqc.formats.integer import Clip, IntFormat
 from dlqc.formats.lattice import LatticeFormat
 from dlqc.formats.microscaling import MicroscalingFormat
 from dlqc.formats.nf4 import Nf4Format
+from dlqc.formats.offset import OffsetFormat
 from dlqc.formats.planes import PlanesFormat
 from dlqc.formats.sparse import SparseFormat
 from dlqc.rounding.contract import Rounded, Rounding
@@ -42,6 +43,7 @@ class Rtn(Rounding):
         MicroscalingFormat,
         LatticeFormat,
         PlanesFormat,
+        OffsetFormat,
         SparseFormat,
     )
 

@@ -44,7 +44,9 @@ class Problem:
     def objective(self, values: torch.Tensor, ridge: float = 0.0) -> torch.Tensor:
         """Σ c·‖Ŵx - Wx0‖² + λ·‖Ŵ - W‖², by row."""
         error = self.x @ values.double().T - self.x0 @ self.weight.double().T
-        return (self.c[:, None] * error.square()).sum(0) + ridge * (values.double() - self.weight.double()).square().sum(1)
+        return (self.c[:, None] * error.square()).sum(0) + ridge * (
+            values.double() - self.weight.double()
+        ).square().sum(1)
 
     def least_squares(self, ridge: float) -> torch.Tensor:
         """The weight with the least objective, by a solver that knows no Hessian."""

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from dlqc.errors import CalibrationError, ContractError, FeasibilityError, RecipeError
 from dlqc.formats.integer import IntFormat
 from dlqc.rounding.gptq import TRIALS, Choice, Gptq, gptq
-from dlqc.rounding.hessian import factorize, output_energy
+from dlqc.rounding.hessian import divide, energy, factorize, output_energy
 from dlqc.rounding.rtn import Rtn
 
 PLAIN = Gptq(act_order=False, clip="minmax")
@@ -95,7 +95,11 @@ LEGAL = {"plain": {"act_order": False}, "act_order": {}, "moving": {"act_order":
 @pytest.mark.parametrize(
     ("bits", "group", "clip", "columns"),
     [
-        *((bits, group, "minmax", columns) for bits, group in [(2, 8), (3, None), (4, 12), (8, 24)] for columns in (24, 48)),
+        *(
+            (bits, group, "minmax", columns)
+            for bits, group in [(2, 8), (3, None), (4, 12), (8, 24)]
+            for columns in (24, 48)
+        ),
         *((2, 8, clip, 24) for clip in ("mse", "trial")),
         *((3, None, clip, 24) for clip in ("mse", "trial")),
         (4, 1, "minmax", 24),
@@ -215,7 +219,7 @@ def test_tiny_problems_against_exhaustive_search(columns: int, act_order: bool) 
     # How far from the optimum greedy rounding is on these 160 rows, clamping included.
     assert torch.cat(ratios).median() < 1.5
     assert torch.cat(ratios).mean() < 3
-    assert torch.cat(ratios).max() < 20
+    assert torch.cat(ratios).max() < 30
 
 
 def test_babai_bound_with_fine_codes() -> None:
@@ -347,14 +351,59 @@ def test_a_factor_can_be_shared_and_rows_are_independent() -> None:
 
 
 @pytest.mark.parametrize("act_order", [True, False])
-def test_the_factor_is_that_of_the_reversed_hessian(act_order: bool) -> None:
-    _, hessian = problem(1, 40)
-    factor = factorize(hessian, act_order=act_order)
-    damped = hessian + factor.ridge * torch.eye(40, dtype=torch.float64)
-    torch.testing.assert_close(factor.upper.mT @ factor.upper, damped[factor.order][:, factor.order])
+@pytest.mark.parametrize("columns", [2, 40, 128, 129, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_factor_is_that_of_the_reversed_hessian(act_order: bool, columns: int, dtype: torch.dtype) -> None:
+    """Of one panel, of whole panels, and of a ragged last one."""
+    _, hessian = problem(1, columns)
+    factor = factorize(hessian, act_order=act_order, dtype=dtype)
+    damped = (hessian + factor.ridge * torch.eye(columns, dtype=torch.float64))[factor.order][:, factor.order]
+    upper = factor.upper.double()
+    assert factor.upper.dtype is dtype
+    # Componentwise, relative to the diagonal: what a Cholesky factorization promises.
+    root = damped.diagonal().sqrt()
+    error = ((upper.mT @ upper - damped) / root / root.unsqueeze(1)).abs().max()
+    assert error < (1e-6 if dtype is torch.float32 else 1e-14)
     assert torch.equal(factor.upper, factor.upper.triu())
+    assert torch.equal(factor.pivots, upper.diagonal())
     diagonal = hessian.diagonal()[factor.order]
     assert torch.equal(diagonal, diagonal.sort().values) == act_order
+
+
+def test_near_its_limits_a_factor_is_made_in_float64() -> None:
+    _, hessian = problem(1, 200, samples=150)
+    kinds = {damp: factorize(hessian, damp=damp, dtype=torch.float32).upper.dtype for damp in (1e-2, 1e-3, 1e-7)}
+    assert kinds == {1e-2: torch.float32, 1e-3: torch.float32, 1e-7: torch.float64}
+
+
+@pytest.mark.parametrize("samples", [150, 2000])
+def test_a_factor_in_float32_costs_nothing_that_can_be_measured(samples: int) -> None:
+    weight, hessian = problem(64, 512, samples)
+    for bits in (2, 4):
+        single, double = (
+            gptq(weight, factorize(hessian, dtype=dtype), IntFormat(bits)).metrics
+            for dtype in (torch.float32, torch.float64)
+        )
+        assert abs(single["sqnr_db"] - double["sqnr_db"]) < 0.05
+
+
+def test_quotients_by_a_hessian() -> None:
+    _, hessian = problem(1, 300)
+    rows = torch.randn(7, 300, dtype=torch.float64)
+    for dtype, error in ((torch.float64, 1e-10), (torch.float32, 1e-3)):
+        factor = factorize(hessian, dtype=dtype)
+        expected = torch.linalg.solve(hessian + factor.ridge * torch.eye(300, dtype=torch.float64), rows.T).T
+        assert (divide(rows, factor).double() - expected).norm() < error * expected.norm()
+
+
+def test_energy_is_exact_on_all_rows_and_close_on_a_sample() -> None:
+    rows, hessian = problem(2000, 96)
+    rows *= torch.logspace(-1, 1, 2000).unsqueeze(1)  # a mean over the sample alone would be off by much
+    expected = output_energy(rows.double(), hessian).sum().item()
+    everything, sample = torch.arange(2000), torch.linspace(0, 1999, 256).round().long()
+    assert energy(rows, hessian, everything) == pytest.approx(expected, rel=1e-5)
+    assert energy(rows, hessian, sample) == pytest.approx(expected, rel=0.05)
+    assert energy(torch.zeros(2000, 96), hessian, sample) == 0
 
 
 def test_round_uses_the_statistics() -> None:
