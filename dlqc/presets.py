@@ -24,6 +24,7 @@ from typing import Any
 from dlqc.activation_presets import WORDS, Activations
 from dlqc.contract import Pass
 from dlqc.errors import RecipeError
+from dlqc.pruning import Wanda
 
 PRESETS = {
     "w8a16-rtn": "8-bit weights per channel, nearest rounding, no calibration",
@@ -31,7 +32,7 @@ PRESETS = {
     "w8a8-rtn": "8-bit weights per channel, 8-bit activations per token, nearest rounding",
     "w4a4-rtn": "4-bit weights per channel, 4-bit activations per token, nearest rounding",
     "w8a8-smoothquant": "as w8a8-rtn after SmoothQuant on masked states",
-    "w8a8-llmint8": "as w8a8-rtn, columns with activations above 6 on masked states in 16 bits (LLM.int8())",
+    "w8a8-llmint8": "as w8a8-rtn with outlier columns of activations in 16 bits, by LLM.int8() on masked states",
     "w8a8-gptq": "8-bit weights per channel by GPTQ, 8-bit activations per token",
     "w4a8-gptq": "4-bit weights g128 by GPTQ, 8-bit activations per token",
     "w4a16-gptq": "4-bit weights g128 by GPTQ on masked states",
@@ -46,6 +47,8 @@ PRESETS = {
     "w4a16-gptaq-cgq": "as w4a16-gptaq with certainty-weighted statistics",
     "w4a16-gptaq-tmas": "as w4a16-gptaq on snapshots of the model's own denoising",
     "w4a16-gptaq-tmas-cgq": "as w4a16-gptaq-tmas with certainty-weighted statistics",
+    "w4a16-sparsegpt": "4-bit weights g128 by GPTQ, half of them zero by SparseGPT on masked states",
+    "w4a16-wanda": "4-bit weights g128 by GPTQ, half of them zero by Wanda on masked states",
     "w4a16-smooth": "4-bit weights g128 after smoothing on masked states, nearest rounding",
     "w4a16-awq": "4-bit weights g128 after AWQ's scaling and clipping on masked states, nearest rounding",
     "w4a4-smoothquant": "as w4a4-rtn after SmoothQuant on masked states",
@@ -86,7 +89,8 @@ PRESETS = {
     "w3a16-hqq": "3-bit weights g128 with real zero points by HQQ, no calibration",
     "w2a16-hqq": "2-bit weights g128 with real zero points by HQQ, no calibration",
     "w2a16-g128-kmeans": "2-bit tables g128 (2.5 bits in all) by k-means with GPTQ's feedback on masked states",
-    "w3a16-squeezellm": "3-bit tables per channel by k-means weighted with diag(H) on masked states, 0.45 % of weights sparse",
+    "w4a16-squeezellm": "4-bit tables per channel by k-means weighted with the loss's Fisher on masked states, 0.45 % sparse",
+    "w3a16-squeezellm": "as w4a16-squeezellm with 3-bit tables",
     "w2a16-daq": "two sign planes g128 by DAQ on masked states, with the steps beyond the paper",
     "w2a16-quant-dllm": "two sign planes g128 on average by DAQ and ABMP as the paper has them, on masked states",
     "w2a16-e8p": "2-bit E8P lattice per channel by LDLQ and descent on masked states, without rotations",
@@ -227,11 +231,14 @@ def _data_free(fmt: Callable[[Any], Any]) -> Callable[[], tuple[Any, Any]]:
     return made
 
 
-def _squeezellm() -> tuple[Any, Any]:
-    from dlqc.formats.codebook import CodebookFormat
-    from dlqc.rounding.kmeans import Kmeans
+def _squeezellm(bits: int) -> Callable[[], tuple[Any, Any]]:
+    def made() -> tuple[Any, Any]:
+        from dlqc.formats.codebook import CodebookFormat
+        from dlqc.rounding.kmeans import Kmeans
 
-    return CodebookFormat(3, sparse=0.0045), Kmeans()
+        return CodebookFormat(bits, sparse=0.0045), Kmeans(sensitivity="fisher")
+
+    return made
 
 
 def _daq() -> tuple[Any, Any]:
@@ -269,7 +276,8 @@ CODED: dict[str, Callable[[], tuple[Any, ...]]] = {
     "w3a16-hqq": _hqq(3),
     "w2a16-hqq": _hqq(2),
     "w2a16-g128-kmeans": _kmeans,
-    "w3a16-squeezellm": _squeezellm,
+    "w4a16-squeezellm": _squeezellm(4),
+    "w3a16-squeezellm": _squeezellm(3),
     "w2a16-daq": _daq,
     "w2a16-quant-dllm": _quant_dllm,
     "w2a16-e8p": _e8p,
@@ -350,6 +358,8 @@ METHODS: dict[str, tuple[tuple[Step, ...], bool, str]] = {
     "smooth": ((("smooth", {}),), True, "rtn"),
     "smoothquant": ((("smooth", {}),), True, "rtn"),
     "llmint8": ((("split_outliers", {"required": False}),), True, "rtn"),
+    "sparsegpt": ((("sparsify", {}),), True, "gptq"),
+    "wanda": ((("sparsify", {"method": Wanda()}),), True, "gptq"),
     "awq": ((("awq_scale", {"relative": True}), ("awq_clip", {})), True, "rtn"),
     "quarot": (
         (

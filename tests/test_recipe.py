@@ -182,6 +182,10 @@ ACTIVATIONS = {"static", "static4", "ag128", "asym", "kv4", "qkv4", "qkv8", "p8"
         "w3a16-channel-sym-rtn",
         "w4a4-quarot-rtn",
         "w4a4-quarot-gptaq",
+        "w4a16-awq-e4h8",
+        "w4a4-quarot-e8",
+        "w8a8-smoothquant-gptq-h8",
+        "w4a16-wanda-rtn",
         "w4a4-quarot-autoround",
         "w3a16-awq-lqer",
         "w2a16-autoround-tmas-cgq",
@@ -195,6 +199,8 @@ def test_a_preset_s_name_tells_the_truth(name: str) -> None:
     by_name = {p.name: p for p in recipe.passes}
     assert len(by_name) == len(recipe.passes)
     words = name.split("-")
+    ends = re.fullmatch(r"(?:e(\d))?(?:h(\d))?", words[-1])
+    table, head = ends.groups() if ends else (None, None)
     bits, act = map(int, re.fullmatch(r"w(\d)a(\d+)", words[0]).groups())  # type: ignore[union-attr]
 
     weights = by_name["quantize_weights"]
@@ -206,7 +212,8 @@ def test_a_preset_s_name_tells_the_truth(name: str) -> None:
     assert weights.skip == ()
     assert weights.sequential == ("layer" if "gptaq" in words else "block")
     learned = "autoround" in words
-    by_gptq = bool({"gptq", "gptaq", "lqer"} & set(words)) or ("quarot" in words and not learned and "rtn" not in words)
+    over = bool({"quarot", "sparsegpt", "wanda"} & set(words)) and not learned and "rtn" not in words
+    by_gptq = bool({"gptq", "gptaq", "lqer"} & set(words)) or over
     kinds = {"gptaq": Gptaq, "autoround": SignRound}
     assert type(weights.method) is next((kinds[w] for w in words if w in kinds), Gptq if by_gptq else Rtn)
     if isinstance(weights.method, SignRound):
@@ -225,8 +232,17 @@ def test_a_preset_s_name_tells_the_truth(name: str) -> None:
     assert ("calibrate" in by_name) == (
         by_gptq
         or learned
-        or bool({"smooth", "smoothquant", "duquant", "awq", "spinquant", "flatquant", "icqbc", "llmint8"} & set(words))
+        or bool({"smooth", "smoothquant", "duquant", "awq", "spinquant", "flatquant", "icqbc"} & set(words))
+        or bool({"llmint8", "sparsegpt", "wanda"} & set(words))
     )
+    assert ("split_outliers" in by_name) == ("llmint8" in words)
+    assert ("sparsify" in by_name) == bool({"sparsegpt", "wanda"} & set(words))
+    assert weights.head == (None if head is None else int(head))
+    assert ("quantize_embedding" in by_name) == (table is not None)
+    if table is not None:
+        order = [p.scope for p in recipe.passes]
+        assert by_name["quantize_embedding"].bits == int(table)  # type: ignore[attr-defined]
+        assert order.index("block") == [p.name for p in recipe.passes].index("quantize_embedding") + 1
     if "calibrate" in by_name:
         calibrate = by_name["calibrate"]
         assert isinstance(calibrate, Calibrate)
