@@ -22,6 +22,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -230,10 +231,10 @@ def main(
     reactions: Annotated[Path, typer.Option(help="unmapped reaction SMILES, one a line")],
     out: Annotated[Path, typer.Option(help="JSON to write")] = Path("docs/results/quantizers.json"),
     cells: Annotated[Path, typer.Option(help="folder of finished cells")] = Path("build/quantizers"),
-    rows: Annotated[int, typer.Option(help="rows of tiny-llada")] = 48,
-    count: Annotated[int, typer.Option(help="reactions to measure; the rest calibrates")] = 120,
+    rows: Annotated[int, typer.Option(help="rows of tiny-llada")] = 32,
+    count: Annotated[int, typer.Option(help="reactions to measure; the rest calibrates")] = 80,
     jobs: Annotated[int, typer.Option(help="processes")] = 2,
-    only: Annotated[str, typer.Option(help="measure arms whose 'model scheme arm' contains this")] = "",
+    only: Annotated[str, typer.Option(help="measure arms whose 'model scheme arm' this pattern is found in")] = "",
 ) -> None:
     """Measure what is not kept yet, then write the results."""
     started = time.perf_counter()
@@ -243,7 +244,7 @@ def main(
         for scheme, arms in ARMS.items():
             for arm, recipe in arms.items():
                 key = hashlib.sha256(repr((model, scheme, arm, recipe, rows, count)).encode()).hexdigest()[:16]
-                if only in f"{model} {scheme} {arm}":
+                if re.search(only, f"{model} {scheme} {arm}"):
                     todo.append((model, scheme, arm, recipe, inputs, cells / f"{key}.json"))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("spawn")

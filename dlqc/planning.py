@@ -66,7 +66,7 @@ def plan_report(model: nn.Module, recipe: str, *, backend: str = "auto", mask_id
     target, chosen = load_backend(backend), as_recipe(recipe)
     kernels: Counter[str] = Counter()
     parameters = bits = 0.0
-    names = {f"{name}.weight" for name in found.sites}
+    names = {f"{name}.weight" for name in (*found.sites, *found.tables)}
     seen = set()
     for name, constant in captured.weights.items():
         if id(constant.leaf) in seen:
@@ -80,6 +80,7 @@ def plan_report(model: nn.Module, recipe: str, *, backend: str = "auto", mask_id
         bits += n * k * site.weight.bits_per_weight(n, k) + found.beside.get(name, 0)
         kernel, _ = choose_kernel(target, site)
         kernels[kernel.name if kernel else "none"] += 1
+    bits += sum(rows * width * fmt.bits_per_weight(rows, width) for fmt, rows, width in found.tables.values())
     wanted = frozenset[str]().union(*(p.statistics() for p in chosen.passes))
     blocks = find_blocks(captured.graph)
     costs = [_block_cost(list(linears(b.nodes(captured.graph), captured.weights)), wanted) for b in blocks]

@@ -46,9 +46,13 @@ PASSES = {
     "learn_rotation": "LearnRotation",
     "mask_gate": "MaskGate",
     "calibrate": "Calibrate",
+    "split_outliers": "SplitOutliers",
+    "sparsify": "Sparsify",
+    "quantize_embedding": "QuantizeEmbedding",
     "quantize_weights": "QuantizeWeights",
     "quantize_activations": "QuantizeActivations",
     "correct_bias": "CorrectBias",
+    "quantize_attention": "QuantizeAttention",
     "pack": "Pack",
     "lower": "Lower",
 }

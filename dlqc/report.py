@@ -19,9 +19,10 @@ from rich.table import Table
 from torch import fx
 
 from dlqc.contract import Pass, PassReport
-from dlqc.graph import ADDED_BIAS, QUANTIZED_LINEARS, args_of, constant_name, is_call, uses, width
+from dlqc.graph import ADDED_BIAS, LINEAR, QUANTIZED_LINEARS, args_of, constant_name, is_call, uses, width
 from dlqc.instruments import Record
-from dlqc.ops import LINEAR_CODED, LOW_RANK
+from dlqc.kept import OUTLIERS, picks_columns
+from dlqc.ops import EMBEDDING_PACKED, LINEAR_CODED, LOW_RANK, QUANTIZE_ACT_STATIC, QUANTIZE_HEADS_STATIC
 from dlqc.weights import Weights
 
 
@@ -218,7 +219,9 @@ def measure_storage(original: Weights, graph: fx.Graph, weights: Weights, kept: 
     quantized = bits_quantized = 0
     seen: set[str] = set()
     for node in graph.nodes:
-        if not is_call(node, *QUANTIZED_LINEARS, LOW_RANK):
+        if is_call(node, QUANTIZE_ACT_STATIC, QUANTIZE_HEADS_STATIC):
+            seen |= {str(constant_name(part)) for part in args_of(node)[1:3]}  # counted in the whole, but no weights
+        if not is_call(node, *QUANTIZED_LINEARS, LOW_RANK, EMBEDDING_PACKED):
             continue
         parts = _parts(node)
         for part in parts:
@@ -229,8 +232,8 @@ def measure_storage(original: Weights, graph: fx.Graph, weights: Weights, kept: 
             leaf = weights[name].leaf
             bits_quantized += leaf.numel() * leaf.element_size() * 8
             if part is parts[0] and not is_call(node, LOW_RANK):
-                out_features = args_of(node)[4] if is_call(node, LINEAR_CODED) else leaf.shape[0]
-                quantized += int(out_features) * width(args_of(node)[0])
+                rows = args_of(node)[4] if is_call(node, LINEAR_CODED) else leaf.shape[0]
+                quantized += int(rows) * width(node if is_call(node, EMBEDDING_PACKED) else args_of(node)[0])
     # What is stored, not the leaf it comes from: a part of a fused projection is smaller, a folded gain is wider.
     total = sum(c.shape.numel() * c.storage_dtype.itemsize * 8 for c in weights.values())
     matrices = {
@@ -272,6 +275,8 @@ def _reason(graph: fx.Graph, name: str, kept: dict[str, str]) -> str:
         return kept[module]
     if any("embedding" in str(user.target) for user in uses(graph, name)):
         return "an embedding"
+    if any(is_call(user, LINEAR) and picks_columns(args_of(user)[0]) for user in uses(graph, name)):
+        return OUTLIERS
     return "no pass quantizes it"
 
 

@@ -14,7 +14,15 @@ Lossy; the report gives each site's output signal-to-noise ratio.
 Declines:
     - a linear that `skip` names
     - a router: its output goes into a topk, where a small error is another expert (`dlqc.routers`)
-    - (outside the repeated blocks nothing is a site: embeddings and head stay as they are, and the report says so)
+    - outlier columns that `split_outliers` gave a linear of their own
+    - a head that is tied to an embedding: `quantize_embedding` rounds the table for both
+    - (other linears outside the repeated blocks, and embeddings, are no sites: they stay, and the report says so)
+
+With `head`, linears between the last block and the logits become integers, too: 8 bits per output channel, fewer bits in the
+groups and with the zero points of the blocks' integers (g128 with zero points beside another format), by the same method, or to
+nearest where that takes no integers. Their statistics are of the states behind the last rounded block.
+
+A pruned weight (`sparsify`) stays zero where it is zero; a format without a zero is refused.
 
 A weight that several calls share is rounded once, on the sum of their statistics, and all calls are rewritten.
 
@@ -28,6 +36,7 @@ What the statistics are of is `sequential`:
 
 from __future__ import annotations
 
+import dataclasses
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -37,14 +46,20 @@ import torch
 from torch import fx
 
 from dlqc.backend import LinearSpec
-from dlqc.contract import Context, Declined, Pass, PassReport, Plan, Reads, Sequential, matches
+from dlqc.blocks import tail
+from dlqc.contract import Context, Pass, PassReport, Plan, Reads, Sequential, matches
 from dlqc.errors import ContractError, RecipeError, nearest
+from dlqc.formats.codebook import CodebookFormat
 from dlqc.formats.coded import CodedFormat, encode, fault
 from dlqc.formats.integer import IntFormat, QuantizedWeight
+from dlqc.formats.lattice import LatticeFormat
+from dlqc.formats.planes import PlanesFormat
+from dlqc.formats.sparse import SparseFormat
 from dlqc.graph import Linear, arg, args_of, call_before, linears, read, replace, sweep
+from dlqc.kept import reason_to_keep, to_round
 from dlqc.ops import LINEAR_CODED, LINEAR_Q
 from dlqc.reconstruct import round_block
-from dlqc.rounding.contract import BlockRounding
+from dlqc.rounding.contract import BlockRounding, Rounded
 from dlqc.rounding.daq import Daq
 from dlqc.rounding.gptaq import Gptaq
 from dlqc.rounding.gptq import Gptq
@@ -55,8 +70,10 @@ from dlqc.rounding.low_rank import LowRank, add_low_rank
 from dlqc.rounding.rtn import Rtn
 from dlqc.rounding.signround import SignRound
 from dlqc.rounding.vector import Ldlq
-from dlqc.routers import KEPT, is_router
 from dlqc.stats import PAIRED, Moments
+
+#: Formats without an exact zero: a pruned weight would come back.
+NO_ZERO = (PlanesFormat, CodebookFormat, LatticeFormat)
 
 Method = Rtn | Gptq | Gptaq | Daq | Kmeans | Ldlq | Hqq | SignRound
 
@@ -71,6 +88,7 @@ class QuantizeWeights(Pass):
         method: the rounding method.
         skip: glob patterns of module names to leave alone.
         format: a format other than integers; then the first three have no say, and `pack` is not needed.
+        head: bits of the linears between the last block and the logits; None leaves them alone.
         sequential: what statistics are taken of, "block", "layer" or "none"; see the module's text.
         low_rank: a correction of low rank for what rounding leaves (`dlqc.rounding.low_rank`); None for none.
     """
@@ -87,6 +105,7 @@ class QuantizeWeights(Pass):
     method: Method = field(default_factory=Gptq)
     skip: tuple[str, ...] = ()
     format: CodedFormat | None = None
+    head: int | None = None
     sequential: Sequential = "block"
     low_rank: LowRank | None = None
 
@@ -95,7 +114,18 @@ class QuantizeWeights(Pass):
         """The format that weights are rounded to."""
         return self.format or IntFormat(self.bits, self.group_size, self.symmetric)
 
+    @property
+    def head_target(self) -> IntFormat | None:
+        """The format of what comes after the last block."""
+        if self.head is None:
+            return None
+        if self.head == 8:
+            return IntFormat(8, None, True)
+        fmt = self.target if isinstance(self.target, IntFormat) else IntFormat(4, 128, False)
+        return dataclasses.replace(fmt, bits=self.head)
+
     def __post_init__(self) -> None:
+        self.head_target  # noqa: B018  a wrong width is refused here
         reason = self.method.refusal(self.target)  # a wrong width or group is refused here, with the option's name
         if reason is not None:
             fitting = [m.name for m in typing.get_args(Method) if isinstance(self.target, m.takes)]
@@ -124,12 +154,15 @@ class QuantizeWeights(Pass):
         return self.needs | ({"states"} if self.statistics() or self.reads() != "nothing" else set())
 
     def given_facts(self) -> frozenset[str]:
-        return self.gives | ({"packed"} if self.format is not None else set())
+        return self.gives | ({"packed"} if self.format is not None and self.head is None else set())
 
     def statistics(self) -> frozenset[str]:
         # With a second moment, how many rows it was summed over, for the note on too few.
         wanted = self.method.statistics | (self.low_rank.statistics if self.low_rank is not None else frozenset())
         return wanted | ({"count"} if "hessian" in wanted else set())
+
+    def reaches_tail(self) -> bool:
+        return self.head is not None
 
     def sequence(self) -> Sequential:
         return self.sequential
@@ -142,25 +175,29 @@ class QuantizeWeights(Pass):
         for pattern in (p for p in self.skip if not any(matches(name, [p]) for name in names)):
             plan.problems.append(f"skip pattern {pattern!r} matches no linear; {nearest(pattern, names[:8])}, …")
         inside = {node for block in ctx.blocks for node in block.nodes(graph)}
+        last = tail(graph, ctx.blocks) if self.head is not None else None
+        behind = set(last.nodes(graph)) if last is not None else set()
         for site in linears(graph.nodes, ctx.weights):
-            if site.node not in inside:
+            if site.name in plan.sites:  # a tied head: quantize_embedding has planned it
+                continue
+            if site.node not in inside | behind:
                 plan.kept[site.name] = "outside the repeated blocks"
             elif matches(site.name, self.skip):
                 plan.kept[site.name] = "named by skip="
-            elif is_router(site.node):
-                plan.kept[site.name] = KEPT
+            elif (reason := reason_to_keep(site)) is not None:
+                plan.kept[site.name] = reason
             else:
-                self._plan_site(site, plan)
+                self._plan_site(site, plan, self.scheme(behind=site.node in behind)[0])
 
         if self.required and not plan.sites and not plan.problems:
             plan.problems.append(
                 "quantize_weights: the repeated blocks hold no linear on a constant weight that is not skipped"
             )
 
-    def _plan_site(self, site: Linear, plan: Plan) -> None:
-        reason = self.target.check(site.in_features)
+    def _plan_site(self, site: Linear, plan: Plan, target: IntFormat | CodedFormat) -> None:
+        reason = target.check(site.in_features)
         if reason is not None:
-            grouped = isinstance(self.target, IntFormat)
+            grouped = isinstance(target, IntFormat)
             groups = ", ".join(map(str, IntFormat.suggest_groups(site.in_features))) if grouped else ""
             remedy = f"use {groups}, or exclude it with skip=" if groups else "use group_size=None, or skip="
             remedy = remedy if grouped else "set it in format=, or exclude it with skip="
@@ -173,22 +210,36 @@ class QuantizeWeights(Pass):
                 plan.problems.append(f"{site.name}: {reason} (use a lower rank in low_rank=, or exclude it with skip=)")
                 return
             plan.beside[site.name] = self.low_rank.format.bits(*shape)
-        has_bias = site.bias is not None
-        plan.sites[site.name] = LinearSpec(site.in_features, site.out_features, self.target, None, has_bias)
+        if site.name in plan.pruned and isinstance(target, NO_ZERO):
+            plan.problems.append(
+                f"{site.name}: pruned weights are zero, and {target.label} has no zero (use another format)"
+            )
+        if isinstance(target, SparseFormat):
+            if site.name not in plan.pruned:
+                plan.problems.append(f"{site.name}: {target.label} stores what pruning left (put sparsify before)")
+            target = dataclasses.replace(target, density=plan.pruned.get(site.name))
+        plan.sites[site.name] = LinearSpec(site.in_features, site.out_features, target, None, site.bias is not None)
+
+    def scheme(self, *, behind: bool) -> tuple[IntFormat | CodedFormat, Method]:
+        """Format and method of the blocks' linears, or of those behind them."""
+        fmt = self.head_target if behind else None
+        if fmt is None:
+            return self.target, self.method
+        return fmt, Rtn() if self.method.refusal(fmt) or isinstance(self.method, BlockRounding) else self.method
 
     def apply(self, graph: fx.Graph, ctx: Context) -> PassReport:
         report, moments = PassReport(), Moments()
+        target, method = self.scheme(behind=ctx.block is not None and ctx.block not in ctx.blocks)
         groups = self._groups(graph, ctx, report)
-        together = round_block(graph, ctx, groups, self.method, self.target, report)
+        together = round_block(graph, ctx, groups, method, target, report)
         for group in groups:
             stats = self._statistics(group[0], ctx)
             moments.add(stats, len(group))
-            prepared = self._noted(group[0], self.method.prepare, stats)
+            prepared = self._noted(group[0], method.prepare, stats)
             for sites in group:
-                exact = ctx.weights.value(sites[0].weight, torch.float64)
-                rounded = together.get(sites[0].weight) or self._noted(
-                    sites, self.method.round, exact, self.target, prepared
-                )
+                exact, given = self._given(sites[0].weight, ctx, method, prepared)
+                rounded = together.get(sites[0].weight) or self._noted(sites, method.round, exact, target, given)
+                self._check_zeros(sites[0], rounded, ctx)
                 rewrite = self._rewrite if isinstance(rounded.weight, QuantizedWeight) else self._rewrite_coded
                 cost = rewrite(graph, ctx, rounded.weight, sites) | rounded.metrics
                 error = exact - rounded.weight.dequantize()
@@ -209,17 +260,11 @@ class QuantizeWeights(Pass):
         In the graph values come before their readers, so whatever a group's inputs depend on is in the groups before.
         (Of a weight that is called again further down, the first call counts.)
         """
-        by_weight: dict[str, list[Linear]] = {}
-        for site in linears(ctx.nodes(graph), ctx.weights):
-            by_weight.setdefault(site.weight, []).append(site)
+        by_weight, declined = to_round(ctx.nodes(graph), ctx.weights, self.skip)
+        report.declined += declined
         groups: dict[tuple[fx.Node, ...], list[list[Linear]]] = {}
         for sites in by_weight.values():
-            if matches(sites[0].name, self.skip):
-                report.declined.append(Declined(sites[0].name, "named by skip="))
-            elif any(is_router(site.node) for site in sites):
-                report.declined.append(Declined(sites[0].name, KEPT))
-            else:
-                groups.setdefault(tuple(site.x for site in sites), []).append(sites)
+            groups.setdefault(tuple(site.x for site in sites), []).append(sites)
         return list(groups.values())
 
     def _statistics(self, sites: list[Linear], ctx: Context) -> Mapping[str, Any]:
@@ -231,6 +276,21 @@ class QuantizeWeights(Pass):
             what = "sequential='layer' takes statistics anew, and there is nothing to take them with"
             raise ContractError(what, where="sequential", remedy="Run the pass by a PassManager, with blocks")
         return ctx.collect([weight])[weight]
+
+    def _given(
+        self, weight: str, ctx: Context, method: Method, stats: Mapping[str, Any]
+    ) -> tuple[torch.Tensor, Mapping[str, Any]]:
+        """A weight and its statistics as a method takes them: with the mask, if it makes up for pruning itself."""
+        kept = ctx.weights[weight].kept() if method.compensates else None
+        if kept is None:
+            return ctx.weights.value(weight, torch.float64), stats
+        return ctx.weights[weight].unpruned.exact(), {**stats, "kept": kept}
+
+    def _check_zeros(self, site: Linear, rounded: Rounded, ctx: Context) -> None:
+        kept = ctx.weights[site.weight].kept()
+        if kept is not None and bool(rounded.weight.dequantize()[~kept].any()):
+            remedy = "This is a fault of the rounding method, report it"
+            raise ContractError("pruned weights are no longer zero", where=site.name, remedy=remedy)
 
     def _noted(self, sites: list[Linear], work: Callable[..., Any], *args: Any) -> Any:
         """Call a method; an error says at which linear it happened."""
@@ -251,9 +311,9 @@ class QuantizeWeights(Pass):
             codes, scales = (read(graph, ctx.weights, names[role], site.node) for role in ("codes", "scales"))
             zeros = None if weight.zeros is None else read(graph, ctx.weights, names["zeros"], site.node)
             bias = None if site.bias is None else arg(site.node, 2, "bias")
-            args = (x, codes, scales, zeros, bias, self.bits, self.group_size or 0)
+            args = (x, codes, scales, zeros, bias, weight.format.bits, weight.format.group_size or 0)
             replace(site.node, call_before(graph, site.node, LINEAR_Q, args))
-        return {"bits_per_weight": self.target.bits_per_weight(sites[0].out_features, sites[0].in_features)}
+        return {"bits_per_weight": weight.format.bits_per_weight(sites[0].out_features, sites[0].in_features)}
 
     def _rewrite_coded(self, graph: fx.Graph, ctx: Context, weight: Any, sites: list[Linear]) -> dict[str, float]:
         first, spec = sites[0], encode(weight.format)

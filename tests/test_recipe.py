@@ -159,6 +159,7 @@ def test_yaml_spells_every_option_out() -> None:
         "method": {"gptq": {f.name: f.default for f in dataclasses.fields(Gptq)}},
         "skip": [],
         "format": None,
+        "head": None,
         "sequential": "block",
         "low_rank": None,
     }
@@ -167,10 +168,14 @@ def test_yaml_spells_every_option_out() -> None:
 # ---- presets -------------------------------------------------------------------------------------------------------
 
 
+#: Words of names that tests/test_activation_presets.py is about.
+ACTIVATIONS = {"static", "static4", "ag128", "asym", "kv4", "qkv4", "qkv8", "p8", "dllmquant"}
+
+
 @pytest.mark.parametrize(
     "name",
     [
-        *sorted(PRESETS.keys() - CODED.keys()),
+        *sorted(name for name in PRESETS.keys() - CODED.keys() if not (set(name.split("-")) & ACTIVATIONS)),
         "w3a16-g64-rtn",
         "w4a8-channel-gptq-clean",
         "w8a16-g128-smoothquant",
@@ -199,6 +204,7 @@ def test_a_preset_s_name_tells_the_truth(name: str) -> None:
     assert weights.group_size == (groups.pop() if groups else None if bits == 8 or act < 8 else 128)
     assert weights.symmetric == (bits == 8 or act < 8 or "sym" in words)
     assert weights.skip == ()
+    assert weights.sequential == ("layer" if "gptaq" in words else "block")
     learned = "autoround" in words
     by_gptq = bool({"gptq", "gptaq", "lqer"} & set(words)) or ("quarot" in words and not learned and "rtn" not in words)
     kinds = {"gptaq": Gptaq, "autoround": SignRound}
@@ -219,7 +225,7 @@ def test_a_preset_s_name_tells_the_truth(name: str) -> None:
     assert ("calibrate" in by_name) == (
         by_gptq
         or learned
-        or bool({"smooth", "smoothquant", "duquant", "awq", "spinquant", "flatquant", "icqbc"} & set(words))
+        or bool({"smooth", "smoothquant", "duquant", "awq", "spinquant", "flatquant", "icqbc", "llmint8"} & set(words))
     )
     if "calibrate" in by_name:
         calibrate = by_name["calibrate"]
@@ -234,7 +240,7 @@ def test_a_preset_s_name_tells_the_truth(name: str) -> None:
 @pytest.mark.parametrize(("name", "words"), PRESETS.items())
 def test_a_preset_s_description_tells_the_truth(name: str, words: str) -> None:
     if words.startswith("as "):
-        assert words.split()[1] in PRESETS
+        assert words.split()[1].rstrip(",") in PRESETS
         return
     weights = next(p for p in as_recipe(name).passes if isinstance(p, QuantizeWeights))
     if weights.format is not None:
@@ -424,7 +430,10 @@ def message(call: Callable[[], object]) -> str:
         ),
         ("dlqc.contract.Past", "dlqc.contract.Past: cannot import the pass (module 'dlqc.contract' has no attribute"),
         ("json.loads", "json.loads: not a subclass of dlqc.Pass. Derive it from dlqc.Pass"),
-        ("w4a16-rtn-clean", "w4a16-rtn-clean: -clean goes with gptq, gptaq, autoround and lqer only. Use 'w4a16-rtn'"),
+        (
+            "w4a16-rtn-clean",
+            "w4a16-rtn-clean: -clean goes with gptq, gptaq, autoround, lqer and fixed ranges only. Use 'w4a16-rtn'",
+        ),
         ("w4a16-g0-rtn", "group_size: a group of 0 input features is impossible"),
         ("", "passes: unknown recipe ''. Known: awq_clip"),
     ],

@@ -243,6 +243,50 @@ class TestTransformers:
             loaded_by_transformers(exported("w4a16 g64 asym").folder)
 
 
+STATIC = "calibrate(sequences=8, length=16, sampler=forward_process), {}, quantize_activations({}), pack, lower"
+
+
+def with_fixed_ranges(weights: str, options: str, **more: Any) -> dlqc.Compiled:
+    rows = torch.randint(0, 63, (8, 16), generator=torch.Generator().manual_seed(1))
+    recipe = STATIC.format(f"quantize_weights({weights}, method=rtn)", f"ranges=percentile(share=0.99), {options}")
+    return compiled(recipe, calibration=rows, **more)
+
+
+class TestFixedRanges:
+    """Activations with one fixed scale each: transformers computes the very same model from our folder."""
+
+    @pytest.mark.parametrize("symmetric", [True, False])
+    @pytest.mark.parametrize(
+        "weights", ["bits=8, group_size=None, symmetric=True", "bits=4, group_size=64, symmetric=True"]
+    )
+    def test_transformers_reads_them_and_computes_the_same(self, weights: str, symmetric: bool, tmp_path: Path) -> None:
+        model = with_fixed_ranges(weights, f"symmetric={symmetric}")
+        dlqc.export(model, tmp_path / "out")
+        found, ours = loaded_by_transformers(tmp_path / "out")(ids()).logits, model(ids())
+        assert float((found - ours).norm() / ours.norm()) < 1e-5
+        plain = compiled(f"quantize_weights({weights}, method=rtn), pack, lower")(ids())
+        assert float((plain - ours).norm() / ours.norm()) > 1e-3, "the activations must have been quantized"
+
+    @pytest.mark.parametrize("symmetric", [True, False])
+    def test_tensors_and_configuration(self, symmetric: bool, tmp_path: Path) -> None:
+        model = with_fixed_ranges("bits=8, group_size=None, symmetric=True", f"symmetric={symmetric}")
+        dlqc.export(model, tmp_path / "out")
+        tensors = load_file(tmp_path / "out" / "model.safetensors")
+        config = json.loads((tmp_path / "out" / "config.json").read_text())
+        (scheme,) = QuantizationConfig.model_validate(config["quantization_config"]).config_groups.values()
+        acts = scheme.input_activations
+        assert (acts.num_bits, acts.symmetric, acts.strategy, acts.dynamic) == (8, symmetric, "tensor", False)
+        block = "model.transformer.blocks.1"
+        stored = model.weights.value(f"{block}.q_proj.input_scale")
+        for name in ("q_proj", "k_proj", "v_proj"):
+            found = tensors[f"{block}.{name}.input_scale"]
+            assert torch.equal(found, stored.reshape(1))
+            assert (f"{block}.{name}.input_zero_point" in tensors) == (not symmetric)
+        assert not torch.equal(tensors[f"{block}.ff_out.input_scale"], stored.reshape(1))
+        roles = {name.rpartition(".")[2] for name in tensors}
+        assert roles == {"weight", "bias", "weight_scale", "input_scale", *(() if symmetric else ("input_zero_point",))}
+
+
 class TestRefusals:
     def refused(self, model: dlqc.Compiled, folder: Path, words: str, **options: Any) -> None:
         before = sorted(folder.parent.rglob("*"))
@@ -265,6 +309,19 @@ class TestRefusals:
         )
         words = "compressed-tensors: model.transformer.blocks.0.q_proj has activations in groups; "
         self.refused(model, tmp_path / "out", words)
+
+    def test_fixed_ranges_for_several_mask_ratios(self, tmp_path: Path) -> None:
+        model = with_fixed_ranges("bits=8, group_size=None, symmetric=True", "buckets=3")
+        words = "compressed-tensors: model.transformer.blocks.0.q_proj has 3 sets of input scales; "
+        self.refused(model, tmp_path / "out", words)
+
+    def test_what_attentions_read(self, tmp_path: Path) -> None:
+        weights = line("bits=4, group_size=64")
+        model = compiled(f"quantize_attention(keys=None), {weights}")
+        words = "compressed-tensors: %quantize_heads_default quantizes in an attention; "
+        self.refused(model, tmp_path / "out", words)
+        model = compiled(f"quantize_attention(keys=None, values=None, probabilities=8), {weights}")
+        self.refused(model, tmp_path / "out", "compressed-tensors: %attention_default quantizes in an attention; ")
 
     def test_a_fused_projection(self, tmp_path: Path) -> None:
         class Fused(nn.Module):
