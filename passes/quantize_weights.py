@@ -53,6 +53,7 @@ from dlqc.formats.codebook import CodebookFormat
 from dlqc.formats.coded import CodedFormat, encode, fault
 from dlqc.formats.integer import IntFormat, QuantizedWeight
 from dlqc.formats.lattice import LatticeFormat
+from dlqc.formats.offset import OffsetFormat
 from dlqc.formats.planes import PlanesFormat
 from dlqc.formats.sparse import SparseFormat
 from dlqc.graph import Linear, arg, args_of, call_before, linears, read, replace, sweep
@@ -73,7 +74,7 @@ from dlqc.rounding.vector import Ldlq
 from dlqc.stats import PAIRED, Moments
 
 #: Formats without an exact zero: a pruned weight would come back.
-NO_ZERO = (PlanesFormat, CodebookFormat, LatticeFormat)
+NO_ZERO = (PlanesFormat, CodebookFormat, LatticeFormat, OffsetFormat)
 
 Method = Rtn | Gptq | Gptaq | Daq | Kmeans | Ldlq | Hqq | SignRound
 

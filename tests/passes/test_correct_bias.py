@@ -20,9 +20,17 @@ from dlqc.errors import CalibrationError, ContractError, ExportError, RecipeErro
 from dlqc.execute import Executor, placeholder
 from dlqc.export import export
 from dlqc.formats.nf4 import Nf4Format
-from dlqc.graph import ADDED_BIAS, QUANTIZED_LINEARS, args_of, corrected, is_call, linears, site_name
+from dlqc.graph import (
+    ADDED_BIAS,
+    QUANTIZED_LINEARS,
+    activation_quantizer,
+    args_of,
+    corrected,
+    is_call,
+    linears,
+    site_name,
+)
 from dlqc.manager import PassManager
-from dlqc.ops import QUANTIZE_ACT
 from dlqc.passes.calibrate import Calibrate
 from dlqc.passes.correct_bias import CorrectBias
 from dlqc.passes.fold_norm_scale import FoldNormScale
@@ -31,6 +39,7 @@ from dlqc.passes.quantize_activations import QuantizeActivations
 from dlqc.passes.quantize_weights import QuantizeWeights
 from dlqc.passes.smooth import Smooth
 from dlqc.planning import plan_report
+from dlqc.ranges import Percentile
 from dlqc.rounding.low_rank import LowRank
 from dlqc.rounding.rtn import Rtn
 
@@ -58,8 +67,7 @@ def errors(graph: fx.Graph, ctx: Any, against: str) -> list[Tensor]:
     calls = [n for n in ctx.block.nodes(graph) if is_call(n, *QUANTIZED_LINEARS)]
     sites = list(linears(ctx.block.nodes(before), constants))
     assert [s.name for s in sites] == [site_name(n) for n in calls]
-    read = [args_of(n)[0] for n in calls]
-    read = [args_of(x)[0] if is_call(x, QUANTIZE_ACT) else x for x in read]
+    read = [args_of(activation_quantizer(n) or n)[0] for n in calls]
     inputs, place = [placeholder(before), ctx.block.input(before)], [placeholder(graph), ctx.block.input(graph)]
     exact = Executor(before, constants, inputs, [s.x for s in sites])
     now = Executor(graph, ctx.weights, place, [*read, *map(corrected, calls)])
@@ -121,9 +129,16 @@ def test_the_means_of_the_errors_are_zero(case: CaseMaker, name: str, against: A
             QuantizeActivations(bits=4),
             Spied(),
         ),
+        (ROUGH, QuantizeActivations(bits=4, ranges=Percentile(), buckets=2), Spied()),
         (Smooth(), ROUGH, QuantizeActivations(bits=4), Pack(), Spied(against="stream")),
     ],
-    ids=["activations", "low rank, packed", "coded, low rank, activations", "smooth, activations, packed"],
+    ids=[
+        "activations",
+        "low rank, packed",
+        "coded, low rank, activations",
+        "fixed ranges",
+        "smooth, activations, packed",
+    ],
 )
 def test_whatever_the_linears_have_become(case: CaseMaker, passes: tuple[Any, ...]) -> None:
     zero_means(case("llada"), *passes)
@@ -198,6 +213,17 @@ def test_it_comes_behind_rounding_without_a_pass_on_the_graph_between(case: Case
         ContractError, match=r"^correct_bias: the block as it was before its weights were rounded is not at"
     ):
         k.apply(CorrectBias())
+
+
+def test_what_lies_behind_the_blocks_gets_no_bias(case: CaseMaker) -> None:
+    k = case("llada")
+    passes = (CALIBRATE, QuantizeWeights(4, 32, method=Rtn(), head=8), CorrectBias())
+    sites = PassManager(passes).plan(k.graph, k.ctx).sites
+    head = "model.transformer.ff_out"
+    assert {name for name, spec in sites.items() if not spec.has_bias} == {head}
+    report = PassManager(passes).run(k.graph, k.ctx)[-1][1]
+    assert report.sites == len(sites) - 1
+    assert report.details.keys() == sites.keys() - {head}
 
 
 def test_another_target_is_refused() -> None:
