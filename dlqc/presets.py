@@ -75,7 +75,7 @@ PRESETS = {
     "w4a16-autoround": "4-bit weights g128, rounding learned block by block on masked states (SignRound)",
     "w3a16-autoround": "3-bit weights g128, rounding learned block by block on masked states (SignRound)",
     "w2a16-autoround": "2-bit weights g128, rounding learned block by block on masked states (SignRound)",
-    "w4a4-autoround": "as w4a4-rtn, rounding learned block by block under 4-bit activations on masked states (SignRound)",
+    "w4a4-autoround": "as w4a4-rtn with rounding learned block by block under 4-bit activations on masked states (SignRound)",
     "w3a16-lqer": "as w3a16-gptq with corrections of rank 16 in 8 bits",
     "w2a16-lqer": "as w2a16-gptq with corrections of rank 16 in 8 bits",
     "w4a16-icqbc": "as w4a16-rtn with biases that give outputs the means of full precision on masked states",

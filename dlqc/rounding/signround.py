@@ -147,8 +147,8 @@ class Learned:
 
     @torch.no_grad()
     def confine(self) -> None:
-        """Hold V within ±½, α and β within 0 and 1."""
-        self.v.clamp_(-0.5, 0.5)
+        """Hold V within ±½, α and β within 0 and 1. A weight of zero, as pruning leaves it, stays zero."""
+        self.v.clamp_(-0.5, 0.5).masked_fill_(self.part == 0, 0)
         self.alpha.clamp_(0, 1)
         self.beta.clamp_(0, 1)
 

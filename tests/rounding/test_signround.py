@@ -195,6 +195,15 @@ def test_never_worse_than_its_start(
         assert not bool(found.dequantize().any())
 
 
+def test_a_weight_of_zero_stays_zero() -> None:
+    layer = problem(8, 32)
+    layer.weight[torch.rand(8, 32, generator=torch.Generator().manual_seed(1)) < 0.5] = 0
+    for symmetric in (False, True):
+        found, _ = run(layer, IntFormat(3, 16, symmetric), SignRound(steps=40, lr=0.05))
+        assert not bool(found.dequantize()[layer.weight == 0].any())
+        assert bool(found.dequantize()[layer.weight != 0].any())
+
+
 def test_the_same_seed_gives_the_same_codes() -> None:
     fmt = IntFormat(3, 16)
     first, second, third = (problem(8, 32, parts=5) for _ in range(3))
