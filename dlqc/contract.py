@@ -10,6 +10,7 @@ checks the whole order before any work and never sorts it.
     float-weights          no linear is quantized yet (holds after capture)
     float-activations      no activation is quantized yet (holds after capture)
     states                 denoising states for calibration exist
+    assignment             each linear to quantize has a scheme of its own, in `Context.assignment`
     unit-gain              every norm that feeds only linears has gain one
     quantized-weights      the linears that were asked for are linear_q
     quantized-activations  their inputs are quantized
@@ -19,8 +20,9 @@ checks the whole order before any work and never sorts it.
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -34,7 +36,10 @@ if TYPE_CHECKING:
     from dlqc.backend import Backend, LinearSpec
     from dlqc.blocks import Block
     from dlqc.calibration import States, TokenRows
+    from dlqc.schemes import Scheme
 
+#: Facts that are about the context: giving one changes no graph.
+FACTS_OF_CONTEXT = frozenset({"states", "assignment"})
 FACTS_OF_CAPTURE = frozenset({"normal-form", "float-weights", "float-activations"})
 
 
@@ -86,12 +91,24 @@ class Plan:
     """What the pipeline will make of each linear, found without touching a weight.
 
     `sites` maps the module name to its planned spec; passes fill it in order. `problems` lists everything that would
-    fail, so that all offenders are named at once.
+    fail, so that all offenders are named at once. `kept` are linears that stay, with the reason. `assigned` are the sites
+    whose scheme is found while compiling, with the candidates; of these `sites` has the last, and together they are stored
+    in no more than `limit_bits`. `notes` are sentences for the reader.
     """
 
     sites: dict[str, LinearSpec] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
+    assigned: dict[str, tuple[Scheme, ...]] = field(default_factory=dict)
+    limit_bits: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def specs(self) -> Iterator[tuple[str, LinearSpec]]:
+        """Every spec that a site may come to have: one, or one for each candidate format."""
+        for name, spec in self.sites.items():
+            formats = dict.fromkeys(scheme.format for scheme in self.assigned.get(name, ()))
+            for weight in formats or (spec.weight,):
+                yield name, dataclasses.replace(spec, weight=weight)
 
 
 @dataclass
@@ -109,6 +126,7 @@ class Context:
         stats: statistics of the inputs of the block's linears: weight name → statistic → tensor.
         facts: what holds now.
         blocks: the stack of blocks, in order.
+        assignment: by module name, the scheme that a pass chose for a linear; `quantize_weights` follows it.
     """
 
     weights: Weights
@@ -121,6 +139,7 @@ class Context:
     stats: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
     facts: set[str] = field(default_factory=lambda: set(FACTS_OF_CAPTURE))
     blocks: Sequence[Block] = ()
+    assignment: Mapping[str, Scheme] = field(default_factory=dict)
 
     def nodes(self, graph: fx.Graph) -> list[fx.Node]:
         """The nodes a pass may rewrite: the block's in block scope, else all."""

@@ -29,6 +29,7 @@ class Executor:
         inputs: nodes whose values are given at each call; nothing above them is computed.
         outputs: nodes whose values are returned.
         dtype: None computes as captured; another floating dtype replaces the captured float32 everywhere.
+        grad: whether autograd follows, to the values that are given and to those that are returned.
         keep_weights: keep evaluated weights between calls (a block that sees many batches), or free each after its last
             use (a whole model that sees few).
     """
@@ -41,12 +42,14 @@ class Executor:
         outputs: Sequence[fx.Node],
         *,
         dtype: torch.dtype | None = None,
+        grad: bool = False,
         keep_weights: bool = False,
     ) -> None:
         self._weights = weights
         self._inputs = tuple(inputs)
         self._outputs = tuple(outputs)
         self._dtype = dtype
+        self._grad = grad
         self._keep = keep_weights
         self._cache: dict[str, torch.Tensor] = {}
         self.nodes = _read_late(needed(graph, inputs, outputs))
@@ -56,7 +59,7 @@ class Executor:
         """Run once. `taps` are called with the value of a node as soon as it is known."""
         env: dict[fx.Node, Any] = dict(zip(self._inputs, values, strict=True))
         taps = taps or {}
-        with torch.no_grad(), _default_dtype(self._dtype):
+        with torch.set_grad_enabled(self._grad), _default_dtype(self._dtype):
             for node in self._inputs:
                 if node in taps:
                     taps[node](node, env[node])

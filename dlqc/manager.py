@@ -23,7 +23,7 @@ from torch import fx
 from dlqc.blocks import Block, find_blocks
 from dlqc.certificate import certified
 from dlqc.check import check
-from dlqc.contract import FACTS_OF_CAPTURE, Context, Pass, PassReport, Plan
+from dlqc.contract import FACTS_OF_CAPTURE, FACTS_OF_CONTEXT, Context, Pass, PassReport, Plan
 from dlqc.errors import ContractError, FeasibilityError
 from dlqc.execute import Executor, placeholder
 from dlqc.graph import fingerprint, linears
@@ -142,7 +142,7 @@ class PassManager:
                 f"apply() of pass {p.name!r} returned {type(report).__name__}", remedy="Return a dlqc.PassReport"
             )
         changed = fingerprint(graph, ctx.weights) != before
-        if report.sites and not changed and p.given_facts() - {"states"}:
+        if report.sites and not changed and p.given_facts() - FACTS_OF_CONTEXT:
             raise ContractError(
                 f"pass {p.name!r} reports {report.sites} sites, but nothing changed",
                 remedy=f"This is a fault of {p.name!r}: count only what it rewrites",
@@ -192,7 +192,7 @@ class PassManager:
         lasting = ctx.facts - frozenset().union(*(p.invalidates for p in passes))
         uses_states = any(p.statistics() for p in passes)
         try:
-            flow = _StateFlow(graph, ctx, self.batch) if uses_states else None
+            flow = StateFlow(graph, ctx, self.batch) if uses_states else None
             for block in ctx.blocks:
                 ctx.block = block
                 for p, total in zip(passes, totals, strict=True):
@@ -234,7 +234,7 @@ class PassManager:
             self.progress(label, done, total)
 
 
-class _StateFlow:
+class StateFlow:
     """The calibration states on their way through the blocks: hidden values at the input of the current block."""
 
     def __init__(self, graph: fx.Graph, ctx: Context, batch: int) -> None:

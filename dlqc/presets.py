@@ -1,10 +1,13 @@
 """Presets: recipes whose name says what they make.
 
-    w<bits>a<bits>[-g<size>|-channel][-sym]-<method>[-<variant>]
+    w<bits>a<bits>[-g<size>|-channel][-sym][-mixed]-<method>[-<variant>]
 
 `w4a16-gptq` is 4-bit weights in groups of 128 with zero points, 16-bit activations, GPTQ on masked states. Weights of 8 bits, and
 weights next to activations of fewer than 8 bits, have one scale per channel and no zero points unless the name says
 otherwise. Activations are quantized per token. Keys, values and attention scores stay as they are.
+
+With -mixed the number is a budget: no more stored bits per quantized weight than that, scales and zero points counted, on
+average over linears of 2, 3, 4 and 8 bits (`w3.2a16-mixed-gptq`). Elsewhere it is the width of a code.
 """
 
 from __future__ import annotations
@@ -40,6 +43,9 @@ PRESETS = {
     "w4a4-duquant": "as w4a4-rtn after smoothing and DuQuant's rotations on masked states",
     "w3a16-gptq": "3-bit weights g128 by GPTQ on masked states",
     "w2a16-gptq": "2-bit weights g128 by GPTQ on masked states",
+    "w4a16-mixed-gptq": "2, 3, 4 and 8-bit weights g128 by GPTQ on masked states, 4 bits per weight on average, all counted",
+    "w3.2a16-mixed-gptq": "as w4a16-mixed-gptq at 3.2 bits",
+    "w2.5a16-mixed-gptq": "as w4a16-mixed-gptq at 2.5 bits",
     "w8a16-fp8": "fp8 (E4M3) weights, a scale per channel, nearest rounding, no calibration",
     "w4a16-nf4": "nf4 weights in blocks of 64 with doubly quantized scales, nearest rounding, no calibration",
     "w4a16-mxfp4": "mxfp4 weights, blocks of 32, nearest rounding, no calibration",
@@ -51,9 +57,12 @@ PRESETS = {
 }
 
 GRAMMAR = re.compile(
-    r"w(?P<w>[2348])a(?P<a>4|6|8|16)(?:-(?:g(?P<g>\d+)|(?P<channel>channel)))?(?P<sym>-sym)?"
+    r"w(?P<w>\d(?:\.\d+)?)a(?P<a>4|6|8|16)(?:-(?:g(?P<g>\d+)|(?P<channel>channel)))?(?P<sym>-sym)?(?P<mixed>-mixed)?"
     r"-(?P<method>[a-z]+)(?:-(?P<variant>clean|cgq|tmas|tmas-cgq|rtn|gptq))?"
 )
+
+#: Widths of a code, as names spell them.
+WIDTHS = ("2", "3", "4", "8")
 
 Maker = Callable[..., Pass]
 
@@ -69,6 +78,11 @@ def preset(name: str, pass_class: Callable[[str], Any]) -> tuple[Pass, ...] | No
     found = GRAMMAR.fullmatch(name)
     if found is None or found["method"] not in METHODS:
         return None
+    if not found["mixed"] and found["w"] not in WIDTHS:
+        if "." not in found["w"]:
+            return None
+        what, remedy = f"no code has {found['w']} bits", f"For an average use {name.replace('-', '-mixed-', 1)!r}"
+        raise RecipeError(what, where=name, remedy=remedy)
     before, needs_states, rounding = METHODS[found["method"]]
     variant = found["variant"]
     if variant in ("clean", "cgq", "tmas", "tmas-cgq") and rounding != "gptq":
@@ -79,13 +93,19 @@ def preset(name: str, pass_class: Callable[[str], Any]) -> tuple[Pass, ...] | No
             without = name.removesuffix("-" + variant)
             raise RecipeError(f"-{variant} goes with transforms only", where=name, remedy=f"Use {without!r}")
         rounding = variant
+    if found["mixed"] and any(step in ROUNDED for step, _ in before):
+        what = f"-mixed does not go with {found['method']}, which has to know the width of each weight beforehand"
+        raise RecipeError(what, where=name, remedy="Use -mixed with gptq, rtn or quarot")
     weights, act = _format(found), int(found["a"])
-    widths = {**weights, "weight_bits": weights["bits"], "act_bits": act if act < 16 else None}
-    steps = [_calibrate(pass_class, variant)] if needs_states or rounding == "gptq" else []
+    widths = {**weights, "weight_bits": weights.get("bits"), "act_bits": act if act < 16 else None}
+    steps = [_calibrate(pass_class, variant)] if needs_states or rounding == "gptq" or found["mixed"] else []
     for step, options in before:
         rounded = {option: widths[option] for option in ROUNDED.get(step, ())}
         steps.append(pass_class(step)(**rounded, **options))
-    steps.append(_quantize(pass_class, weights, rounding))
+    chosen = {**weights, "method": _rounding(rounding)}
+    if found["mixed"]:
+        steps.append(pass_class("assign_bits")(budget=f"{found['w']}bpw", **chosen))
+    steps.append(pass_class("quantize_weights")(**chosen))
     if act < 16:
         steps.append(pass_class("quantize_activations")(bits=act))
     return (*steps, pass_class("pack")(), pass_class("lower")())
@@ -160,18 +180,17 @@ def _calibrate(pass_class: Callable[[str], Any], variant: str | None) -> Pass:
 
 def _format(found: re.Match[str]) -> dict[str, Any]:
     """The weight format that a name spells, as options of the passes that round."""
-    bits = int(found["w"])
-    wide = bits == 8 or found["a"] in ("4", "6")
+    wide = (found["w"] == "8" and not found["mixed"]) or found["a"] in ("4", "6")
     group = None if found["channel"] or (wide and not found["g"]) else int(found["g"] or 128)
-    return {"bits": bits, "group_size": group, "symmetric": wide or found["sym"] is not None}
+    width = {} if found["mixed"] else {"bits": int(found["w"])}
+    return width | {"group_size": group, "symmetric": wide or found["sym"] is not None}
 
 
-def _quantize(pass_class: Callable[[str], Any], weights: dict[str, Any], rounding: str) -> Pass:
+def _rounding(name: str) -> Any:
     from dlqc.rounding.gptq import Gptq
     from dlqc.rounding.rtn import Rtn
 
-    made: Pass = pass_class("quantize_weights")(**weights, method=Gptq() if rounding == "gptq" else Rtn())
-    return made
+    return Gptq() if name == "gptq" else Rtn()
 
 
 Step = tuple[str, dict[str, Any]]

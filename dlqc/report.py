@@ -19,6 +19,9 @@ from rich.table import Table
 from torch import fx
 
 from dlqc.contract import Pass, PassReport
+from dlqc.formats.coded import decode
+from dlqc.formats.contract import WeightFormat
+from dlqc.formats.integer import IntFormat
 from dlqc.graph import QUANTIZED_LINEARS, args_of, constant_name, is_call, uses, width
 from dlqc.instruments import Record
 from dlqc.ops import LINEAR_CODED
@@ -69,6 +72,7 @@ class Storage:
         bits_quantized: stored bits of the quantized ones, scales and zero points included.
         original_bits: bits of the checkpoint.
         kept: matrices that stay as they are → (parameters, reason).
+        formats: number format → (linears, their parameters, their stored bits).
     """
 
     parameters: int
@@ -77,6 +81,7 @@ class Storage:
     bits_quantized: int
     original_bits: int
     kept: dict[str, tuple[int, str]]
+    formats: dict[str, tuple[int, int, int]] = field(default_factory=dict)
 
     @property
     def bits_per_weight(self) -> float:
@@ -149,8 +154,8 @@ class Report:
                 f"on {int(cost['rows'])} calibration rows, {float(ratio):.0%} masked: KL {cost['kl']:.4f} nats, "
                 f"top-1 agreement {cost['agreement']:.1%}"
             )
-        for kernel, names in self._kernels().items():
-            console.print(f"kernel {kernel}: {len(names)} sites ({names[0]}{', …' if len(names) > 1 else ''})")
+        for choice, names in self._choices().items():
+            console.print(f"{choice}: {len(names)} sites ({names[0]}{', …' if len(names) > 1 else ''})")
         for note in [n for s in self.steps for n in s.notes] + self.notes:
             console.print(f"note: {note}")
         output = console.file
@@ -195,6 +200,8 @@ class Report:
             f"whole model: {s.bits / 8e6:.2f} MB, {s.bits_per_weight:.3f} bits per weight "
             f"(checkpoint {s.original_bits / 8e6:.2f} MB)",
         ]
+        for label, (sites, parameters, bits) in sorted(s.formats.items()) if len(s.formats) > 1 else ():
+            lines.append(f"{label}: {sites} linears, {parameters:,} parameters at {bits / parameters:.3f} bits each")
         reasons: dict[str, list[str]] = {}
         for name, (_, reason) in s.kept.items():
             reasons.setdefault(reason, []).append(name)
@@ -204,32 +211,32 @@ class Report:
             lines.append(f"not quantized, {reason}: {shown} ({count:,} parameters)")
         return "\n".join(lines)
 
-    def _kernels(self) -> dict[str, list[str]]:
+    def _choices(self) -> dict[str, list[str]]:
         found: dict[str, list[str]] = {}
         for step in self.steps:
             for site, choice in step.choices.items():
-                found.setdefault(choice, []).append(site)
+                said = f"kernel {choice}" if step.name == "lower" else f"{step.name} chose {choice}"
+                found.setdefault(said, []).append(site)
         return found
 
 
 def measure_storage(original: Weights, graph: fx.Graph, weights: Weights, kept: dict[str, str]) -> Storage:
     """Count what the graph stores against what the checkpoint stored."""
-    quantized = bits_quantized = 0
     seen: set[str] = set()
+    formats: dict[str, tuple[int, int, int]] = {}
     for node in graph.nodes:
         if not is_call(node, *QUANTIZED_LINEARS):
             continue
         parts = args_of(node)[1] if is_call(node, LINEAR_CODED) else args_of(node)[1:4]
-        for part in parts:
-            name = constant_name(part)
-            if name is None or name in seen:
-                continue
-            seen.add(name)
-            leaf = weights[name].leaf
-            bits_quantized += leaf.numel() * leaf.element_size() * 8
-            if part is parts[0]:
-                out_features = args_of(node)[4] if is_call(node, LINEAR_CODED) else leaf.shape[0]
-                quantized += int(out_features) * width(args_of(node)[0])
+        names = [name for name in map(constant_name, parts) if name is not None]
+        if names[0] in seen:
+            continue
+        seen.update(names)
+        leaves = [weights[name].leaf for name in names]
+        out_features = args_of(node)[4] if is_call(node, LINEAR_CODED) else leaves[0].shape[0]
+        counted = (1, int(out_features) * width(args_of(node)[0]), sum(map(_bits, leaves)))
+        label = _format_of(node).label
+        formats[label] = tuple(map(sum, zip(formats.get(label, (0, 0, 0)), counted, strict=True)))  # type: ignore[assignment]
     # What is stored, not the leaf it comes from: a part of a fused projection is smaller, a folded gain is wider.
     total = sum(c.shape.numel() * c.storage_dtype.itemsize * 8 for c in weights.values())
     matrices = {
@@ -237,15 +244,24 @@ def measure_storage(original: Weights, graph: fx.Graph, weights: Weights, kept: 
         for name, constant in weights.items()
         if name not in seen and len(constant.shape) > 1 and constant.leaf.is_floating_point()
     }
-    leaves = _distinct(original)
+    distinct = _distinct(original)
     return Storage(
-        parameters=sum(c.leaf.numel() for c in leaves),
-        quantized=quantized,
+        parameters=sum(c.leaf.numel() for c in distinct),
+        quantized=sum(parameters for _, parameters, _ in formats.values()),
         bits=total,
-        bits_quantized=bits_quantized,
-        original_bits=sum(_bits(c.leaf) for c in leaves),
+        bits_quantized=sum(bits for _, _, bits in formats.values()),
+        original_bits=sum(_bits(c.leaf) for c in distinct),
         kept=matrices,
+        formats=formats,
     )
+
+
+def _format_of(node: fx.Node) -> IntFormat | WeightFormat:
+    """The number format of a quantized linear."""
+    if is_call(node, LINEAR_CODED):
+        return decode(args_of(node)[3])
+    bits, group = args_of(node)[5:7]
+    return IntFormat(bits, group or None, args_of(node)[3] is None)
 
 
 def _distinct(weights: Weights) -> list[Any]:

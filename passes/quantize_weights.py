@@ -9,6 +9,9 @@ format: nf4, fp8, microscaling and lattice take rtn, planes rtn and daq, lattice
 with all folds evaluated in float64 and the statistics of the layer's inputs on the denoising states, as they arrive through the
 blocks that are quantized already. Lossy; the report gives each site's output signal-to-noise ratio.
 
+All linears get the same format and method but those that `overrides` names, and those that a pass before this one assigned a
+scheme of their own (`assign_bits`). A site that both name is refused.
+
 Declines:
     - a linear that `skip` names
     - a router: its output goes into a topk, where a small error is another expert (`dlqc.routers`)
@@ -19,7 +22,6 @@ A weight that several calls share is rounded once, on the sum of their statistic
 
 from __future__ import annotations
 
-import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -28,22 +30,17 @@ import torch
 from torch import fx
 
 from dlqc.backend import LinearSpec
-from dlqc.contract import Context, Declined, Pass, PassReport, Plan, matches
+from dlqc.contract import Context, Pass, PassReport, Plan, matches
 from dlqc.errors import ContractError, RecipeError, nearest
 from dlqc.formats.coded import CodedFormat, encode, fault
 from dlqc.formats.integer import IntFormat, QuantizedWeight
 from dlqc.graph import Linear, arg, call_before, linears, read, replace, sweep
 from dlqc.ops import LINEAR_CODED, LINEAR_Q
 from dlqc.rounding.contract import Rounded
-from dlqc.rounding.daq import Daq
 from dlqc.rounding.gptq import Gptq
 from dlqc.rounding.hessian import sqnr_db
-from dlqc.rounding.kmeans import Kmeans
-from dlqc.rounding.rtn import Rtn
-from dlqc.rounding.vector import Ldlq
 from dlqc.routers import KEPT, is_router
-
-Method = Rtn | Gptq | Daq | Kmeans | Ldlq
+from dlqc.schemes import Method, Override, Scheme, overridden, to_round
 
 
 @dataclass(frozen=True)
@@ -56,6 +53,7 @@ class QuantizeWeights(Pass):
         method: the rounding method.
         skip: glob patterns of module names to leave alone.
         format: a format other than integers; then the first three have no say, and `pack` is not needed.
+        overrides: variants for some linears, such as override(sites=('*.ff_out',), bits=4); the last that names one counts.
     """
 
     name: ClassVar[str] = "quantize_weights"
@@ -70,37 +68,52 @@ class QuantizeWeights(Pass):
     method: Method = field(default_factory=Gptq)
     skip: tuple[str, ...] = ()
     format: CodedFormat | None = None
+    overrides: tuple[Override, ...] = ()
 
     @property
     def target(self) -> IntFormat | CodedFormat:
-        """The format that weights are rounded to."""
+        """The format of a linear that nothing else names."""
         return self.format or IntFormat(self.bits, self.group_size, self.symmetric)
 
+    @property
+    def scheme(self) -> Scheme:
+        """That format and the method."""
+        return Scheme(self.target, self.method)
+
+    @property
+    def schemes(self) -> tuple[Scheme, ...]:
+        """That one, and those of the overrides."""
+        return (self.scheme, *(override.of(self.scheme) for override in self.overrides))
+
     def __post_init__(self) -> None:
-        reason = self.method.refusal(self.target)  # a wrong width or group is refused here, with the option's name
-        if reason is not None:
-            fitting = [m.name for m in typing.get_args(Method) if isinstance(self.target, m.takes)]
-            raise RecipeError(reason, where="method", remedy=f"Use method={' or '.join(fitting)}")
+        self.scheme.checked()
+        self.schemes  # noqa: B018  a wrong width, group or method is refused here, with the option's name
         for option in ("bits", "group_size", "symmetric") if self.format is not None else ():
             if getattr(self, option) != getattr(type(self), option):
                 what = f"{option}={getattr(self, option)} is for integers, weights become {self.target.label}"
                 raise RecipeError(what, where=option, remedy="Set it in format=, or leave format out")
 
     def needed_facts(self) -> frozenset[str]:
-        return self.needs | ({"states"} if self.method.statistics else set())
+        return self.needs | ({"states"} if self.statistics() else set())
 
     def given_facts(self) -> frozenset[str]:
-        return self.gives | ({"packed"} if self.format is not None else set())
+        coded = all(not isinstance(scheme.format, IntFormat) for scheme in self.schemes)
+        return self.gives | ({"packed"} if coded else set())
 
     def statistics(self) -> frozenset[str]:
-        return self.method.statistics
+        return frozenset().union(*(scheme.method.statistics for scheme in self.schemes))
 
     def plan(self, graph: fx.Graph, ctx: Context, plan: Plan) -> None:
-        names = [site.name for site in linears(graph.nodes, ctx.weights)]
-        for pattern in (p for p in self.skip if not any(matches(name, [p]) for name in names)):
-            plan.problems.append(f"skip pattern {pattern!r} matches no linear; {nearest(pattern, names[:8])}, …")
+        sites = list(linears(graph.nodes, ctx.weights))
+        names = [site.name for site in sites]
+        patterns = [("skip", p) for p in self.skip] + [("override", p) for o in self.overrides for p in o.sites]
+        for option, pattern in patterns:
+            if not any(matches(name, [pattern]) for name in names):
+                plan.problems.append(
+                    f"{option} pattern {pattern!r} matches no linear; {nearest(pattern, names[:8])}, …"
+                )
         inside = {node for block in ctx.blocks for node in block.nodes(graph)}
-        for site in linears(graph.nodes, ctx.weights):
+        for site in sites:
             if site.node not in inside:
                 plan.kept[site.name] = "outside the repeated blocks"
             elif matches(site.name, self.skip):
@@ -109,47 +122,61 @@ class QuantizeWeights(Pass):
                 plan.kept[site.name] = KEPT
             else:
                 self._plan_site(site, plan)
-
+        self._plan_assigned(plan)
         if self.required and not plan.sites and not plan.problems:
             plan.problems.append(
                 "quantize_weights: the repeated blocks hold no linear on a constant weight that is not skipped"
             )
 
     def _plan_site(self, site: Linear, plan: Plan) -> None:
-        reason = self.target.check(site.in_features)
-        if reason is not None:
-            grouped = isinstance(self.target, IntFormat)
-            groups = ", ".join(map(str, IntFormat.suggest_groups(site.in_features))) if grouped else ""
-            remedy = f"use {groups}, or exclude it with skip=" if groups else "use group_size=None, or skip="
-            remedy = remedy if grouped else "set it in format=, or exclude it with skip="
-            plan.problems.append(f"{site.name}: {reason} ({remedy})")
+        schemes = plan.assigned.get(site.name) or (overridden(site.name, self.scheme, self.overrides),)
+        for target in dict.fromkeys(scheme.format for scheme in schemes):
+            reason = target.check(site.in_features)
+            if reason is not None:
+                grouped = isinstance(target, IntFormat)
+                groups = ", ".join(map(str, IntFormat.suggest_groups(site.in_features))) if grouped else ""
+                remedy = f"use {groups}, or exclude it with skip=" if groups else "use group_size=None, or skip="
+                remedy = remedy if grouped else "set it in format=, or exclude it with skip="
+                plan.problems.append(f"{site.name}: {reason} ({remedy})")
+                return
+        spec = LinearSpec(site.in_features, site.out_features, schemes[-1].format, None, site.bias is not None)
+        plan.sites[site.name] = spec
+
+    def _plan_assigned(self, plan: Plan) -> None:
+        """A pass before this one that assigns schemes must speak of the same sites, and of what this one can do."""
+        named = [name for name in plan.assigned if any(matches(name, o.sites) for o in self.overrides)]
+        plan.problems += [
+            f"{name}: overrides= names it, and it is assigned (name it in fixed= there)" for name in named
+        ]
+        if not plan.assigned or plan.problems:
             return
-        has_bias = site.bias is not None
-        plan.sites[site.name] = LinearSpec(site.in_features, site.out_features, self.target, None, has_bias)
+        for name in sorted(plan.assigned.keys() ^ plan.sites.keys()):
+            what = "is assigned, and skipped here" if name in plan.assigned else "is rounded here, and not assigned"
+            plan.problems.append(f"{name}: {what} (give both passes the same skip=)")
+        schemes = {scheme for candidates in plan.assigned.values() for scheme in candidates}
+        if self.format is not None and any(isinstance(scheme.format, IntFormat) for scheme in schemes):
+            plan.problems.append("quantize_weights: integers are assigned (leave format= out)")
+        for method in sorted({s.method.name for s in schemes if s.method.statistics - self.statistics()}):
+            plan.problems.append(f"quantize_weights: {method} is assigned and needs statistics (set method={method})")
 
     def apply(self, graph: fx.Graph, ctx: Context) -> PassReport:
         report = PassReport()
-        by_weight: dict[str, list[Linear]] = {}
-        for site in linears(ctx.nodes(graph), ctx.weights):
-            by_weight.setdefault(site.weight, []).append(site)
-        shared: list[torch.Tensor] = []
+        by_weight, report.declined = to_round(ctx.nodes(graph), ctx.weights, self.skip)
+        shared: list[Any] = []
         prepared: Mapping[str, Any] = {}
         for weight, sites in by_weight.items():
-            if matches(sites[0].name, self.skip):
-                report.declined.append(Declined(sites[0].name, "named by skip="))
-                continue
-            if any(is_router(site.node) for site in sites):
-                report.declined.append(Declined(sites[0].name, KEPT))
-                continue
+            name = sites[0].name
+            scheme = ctx.assignment.get(name) or overridden(name, self.scheme, self.overrides)
             stats = ctx.stats.get(weight, {})
             # Linears that read the same value come one after the other and share their statistics, tensor for tensor.
-            if not prepared or [id(t) for t in shared] != [id(t) for t in stats.values()]:
-                shared, prepared = list(stats.values()), self._noted(sites, self.method.prepare, stats)
+            key = [scheme.method, *map(id, stats.values())]
+            if not prepared or shared != key:
+                shared, prepared = key, self._noted(sites, scheme.method.prepare, stats)
             exact = ctx.weights.value(weight, torch.float64)
-            rounded = self._noted(sites, self.method.round, exact, self.target, prepared)
+            rounded = self._noted(sites, scheme.method.round, exact, scheme.format, prepared)
             rewrite = self._rewrite if isinstance(rounded.weight, QuantizedWeight) else self._rewrite_coded
             cost = rewrite(graph, ctx, rounded.weight, sites) | rounded.metrics
-            report.details[sites[0].name] = cost | weight_noise(exact, rounded)
+            report.details[name] = cost | weight_noise(exact, rounded)
             report.sites += 1
         sweep(graph, ctx.weights)
         return report
@@ -172,16 +199,16 @@ class QuantizeWeights(Pass):
             codes, scales = (read(graph, ctx.weights, names[role], site.node) for role in ("codes", "scales"))
             zeros = None if weight.zeros is None else read(graph, ctx.weights, names["zeros"], site.node)
             bias = None if site.bias is None else arg(site.node, 2, "bias")
-            args = (site.x, codes, scales, zeros, bias, self.bits, self.group_size or 0)
+            args = (site.x, codes, scales, zeros, bias, weight.format.bits, weight.format.group_size or 0)
             replace(site.node, call_before(graph, site.node, LINEAR_Q, args))
-        return {"bits_per_weight": self.target.bits_per_weight(sites[0].out_features, sites[0].in_features)}
+        return {"bits_per_weight": weight.format.bits_per_weight(sites[0].out_features, sites[0].in_features)}
 
     def _rewrite_coded(self, graph: fx.Graph, ctx: Context, weight: Any, sites: list[Linear]) -> dict[str, float]:
         first, spec = sites[0], encode(weight.format)
         stored = sorted(weight.pack().items())
         wrong = fault(spec, [part for _, part in stored], first.out_features, first.in_features)
         if wrong is not None:
-            raise ContractError(wrong, where=first.name, remedy=f"This is a fault of {self.method.name!r}, report it")
+            raise ContractError(wrong, where=first.name, remedy="This is a fault of the rounding method, report it")
         for role, part in stored:
             ctx.weights.put(f"{first.name}.{role}", part)
         for site in sites:

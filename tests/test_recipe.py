@@ -156,6 +156,7 @@ def test_yaml_spells_every_option_out() -> None:
         "method": {"gptq": {f.name: f.default for f in dataclasses.fields(Gptq)}},
         "skip": [],
         "format": None,
+        "overrides": [],
     }
 
 
