@@ -53,7 +53,9 @@ class Budget:
             raise RecipeError(f"{text!r} is no budget", where="budget", remedy="Write '3.2bpw', '4.5GB' or '800MiB'")
         if found[2] not in (BPW, *UNITS):
             what = f"unit {found[2]!r} of {text!r} is unknown" if found[2] else f"{text!r} has no unit"
-            raise RecipeError(what, where="budget", remedy=nearest(found[2], (BPW, *UNITS)))
+            alike = [unit for unit in (BPW, *UNITS) if unit.lower() == found[2].lower()]
+            remedy = f"Did you mean {alike[0]!r}?" if alike else nearest(found[2], (BPW, *UNITS))
+            raise RecipeError(what, where="budget", remedy=remedy)
         if Fraction(found[1]) == 0:
             raise RecipeError(f"{text!r} leaves nothing", where="budget", remedy="Write '3.2bpw' or '4.5GB'")
         return cls(Fraction(found[1]), found[2])

@@ -1,4 +1,4 @@
-"""The command line: compile, plan, generate, eval, report, explain, export, verify, doctor.
+"""The command line: compile, plan, recommend, generate, eval, report, explain, export, verify, doctor.
 
 Every verb takes `--json` and then prints one JSON object and nothing else. An error is one line on the error stream and exit
 status 2; it says what, where, why and what to do.
@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from torch import nn
 
-from dlqc.errors import DlqcError, FeasibilityError, ModelError
+from dlqc.errors import DlqcError, FeasibilityError, ModelError, RecipeError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 screen = Console(soft_wrap=True)
@@ -256,6 +256,39 @@ def _print_report(found: Any, drawn: list[Path], as_json: bool) -> None:
     screen.print(found.render(), highlight=False, markup=False)
     for path in drawn:
         screen.print(f"wrote {path}", highlight=False, markup=False)
+
+
+@app.command("recommend")
+def recommend_command(
+    model: Original,
+    scenario: Annotated[str, typer.Option(help="general, quality, math-code, extreme or edge")] = "general",
+    text: Annotated[str | None, typer.Option(help="text file to try on; without it the model's own rollouts")] = None,
+    tolerance: Annotated[float | None, typer.Option(help="largest KL, nats per masked token")] = None,
+    probe: Annotated[str, typer.Option(help="compile, sites (an estimate, for large models) or auto")] = "auto",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="recipe file to write, .yaml")] = None,
+    seed: Annotated[int, typer.Option(help="of everything random")] = 0,
+    mask_id: MaskId = None,
+    trust_remote_code: Trust = False,
+    bidirectional: Bidirectional = False,
+    as_json: Json = False,
+) -> None:
+    """Print the recipe for a purpose, tried on the model, with its reasons; `compile --recipe` takes what is printed."""
+    from dlqc.recommend import recommend
+
+    if out is not None and (out.suffix not in (".yaml", ".yml") or not out.parent.is_dir()):
+        raise RecipeError("cannot hold a recipe", where=str(out), remedy="Name a .yaml file in a folder that exists")
+    loaded = _model(model, trust_remote_code, bidirectional)
+    calibration = Path(text) if text else None
+    options: Any = {"tolerance": tolerance, "probe": probe, "mask_id": mask_id, "seed": seed}
+    if sys.stderr.isatty():
+        options["progress"] = lambda name: typer.echo(f"trying {name}", err=True)
+    found = recommend(loaded, scenario, calibration=calibration, **options)
+    if out is not None:
+        out.write_text(found.render(), encoding="utf-8")
+    if as_json:
+        _print_json(found.to_plain())
+    else:
+        typer.echo(found.render())
 
 
 @app.command()

@@ -226,7 +226,14 @@ def frontier_figure(found: Pareto) -> Figure:
     predicted, measured = axes[0], axes[-1]
     positive = [p for p in found.points if p.predicted > 0]
     label = f"predicted, all {len(found.points)} assignments that no other one beats"
-    predicted.plot([p.bits for p in positive], [p.predicted for p in positive], color="C0", lw=1.2, label=label)
+    predicted.plot(
+        [p.bits for p in positive],
+        [p.predicted for p in positive],
+        color="C0",
+        lw=1.2,
+        drawstyle="steps-post",
+        label=label,
+    )
     uniform = list(found.uniform.values())
     if found.measured:
         _with_intervals(measured, found.measured, "o", "C1", "mixed, measured")

@@ -14,16 +14,16 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from dlqc.assignment import Choices
 from dlqc.backend import load_backend
 from dlqc.compile import Text, prepare
-from dlqc.contract import Context, Pass
+from dlqc.contract import Pass
 from dlqc.diffusion.fidelity import FidelityTable, fidelity
 from dlqc.diffusion.intervals import Interval
 from dlqc.errors import FeasibilityError
@@ -33,6 +33,7 @@ from dlqc.knapsack import frontier
 from dlqc.manager import PassManager
 from dlqc.recipe import Recipe, as_recipe
 from dlqc.schemes import Scheme
+from dlqc.trial import tried
 
 #: Points that `render` prints at most.
 _SHOWN = 16
@@ -99,7 +100,7 @@ class Pareto:
         shown = dict.fromkeys([*_evenly(self.points, _SHOWN), *self.measured])
         rows = [("mixed", p) for p in shown] + [(f"all {label}", p) for label, p in self.uniform.items()]
         for name, point in sorted(rows, key=lambda row: row[1].bits):
-            numbers = (f"{point.bits:.3f}", f"{point.megabytes:.3f}", f"{point.predicted:.3g}", str(point.kl or ""))
+            numbers = (f"{point.bits:.3f}", f"{point.megabytes:.3f}", f"{point.predicted:.3g}", _brief(point.kl))
             table.add_row(name, *numbers)
         console.print(table)
         output = console.file
@@ -111,8 +112,9 @@ class Study:
     """A model that is ready to be rounded in any assignment: captured, transformed, calibrated, its sensitivities known.
 
     Attributes:
-        choices: what may be chosen. costs: of each unit's candidates, in the metric of the recipe's `assign_bits`.
-        metrics: the same in all metrics that came along.
+        assign: the recipe's `assign_bits`. choices: what may be chosen.
+        costs: of each unit's candidates, in the metric of `assign`. metrics: the same in all metrics that came along.
+        original: the model as captured.
     """
 
     def __init__(
@@ -124,13 +126,14 @@ class Study:
         mask_id: int | None = None,
         seed: int = 0,
     ) -> None:
+        self.name = getattr(model, "dlqc_source", type(model).__name__).rstrip("/").split("/")[-1]
         self.recipe = as_recipe(recipe)
         places = [i for i, p in enumerate(self.recipe.passes) if p.name == "assign_bits"]
         if len(places) != 1:
             what = f"recipe {self.recipe.name!r} has {len(places)} passes 'assign_bits', must have one"
             raise FeasibilityError(what, where="recipe", remedy="Use w3.2a16-mixed-gptq, or add assign_bits(budget=…)")
         before, self._after = self.recipe.passes[: places[0]], self.recipe.passes[places[0] + 1 :]
-        assign: Any = self.recipe.passes[places[0]]
+        self.assign = cast(Any, self.recipe.passes[places[0]])
         PassManager(self.recipe.passes).check_order()
         captured, _, ctx = prepare(
             model,
@@ -144,11 +147,11 @@ class Study:
         self.original: Callable[[Tensor], Tensor] = functools.partial(forward, *original)
         self.graph, self.ctx = captured.graph, ctx
         PassManager(before).run(self.graph, ctx)
-        self.choices: Choices = assign.choices(self.graph, ctx)
+        self.choices: Choices = self.assign.choices(self.graph, ctx)
         if self.choices.problems:
             raise FeasibilityError("; ".join(self.choices.problems), remedy="Nothing was changed or written")
-        self.metric: str = assign.metric
-        self.metrics: list[list[dict[str, float]]] = assign.costs(self.graph, ctx, self.choices)
+        self.metric: str = self.assign.metric
+        self.metrics: list[list[dict[str, float]]] = self.assign.costs(self.graph, ctx, self.choices)
         self.costs = [[cost[self.metric] for cost in row] for row in self.metrics]
 
     def point(self, choice: Sequence[int], kl: Interval | None = None) -> Point:
@@ -168,20 +171,39 @@ class Study:
 
         `options` are those of `dlqc.diffusion.fidelity.fidelity`.
         """
-        graph, weights = self._rounded(choice)
-        return fidelity(self.original, functools.partial(forward, graph, weights), rows, self.ctx.spec, **options)
+        changes = {"facts": self.ctx.facts | {"assignment"}, "assignment": self.choices.assignment(choice)}
+        rounded = functools.partial(forward, *tried(self.graph, self.ctx, self._after, **changes))
+        return fidelity(self.original, rounded, rows, self.ctx.spec, **options)
 
-    def _rounded(self, choice: Sequence[int]) -> tuple[fx.Graph, Any]:
-        graph = copy_graph(self.graph)
-        ctx: Context = dataclasses.replace(
-            self.ctx,
-            weights=self.ctx.weights.clone(),
-            facts=self.ctx.facts | {"assignment"},
-            assignment=self.choices.assignment(choice),
+    def pareto(self, *, measure: int = 0, rows: Tensor | None = None) -> Pareto:
+        """The frontier.
+
+        Args:
+            measure: how many points, evenly spread, to round and to compare with the original; with any, the uniform ones too.
+            rows: clean token ids int64 [R, L] to compare on; the calibration rows where absent.
+        """
+        best = frontier(self.choices.items(self.costs))
+        points = [self.point(best.choice(i)) for i in range(len(best.sizes))]
+        uniform = {scheme.label: self.point(choice) for scheme, choice in self.uniform().items()}
+        if measure:
+            given = self.ctx.rows.ids if rows is None and self.ctx.rows is not None else rows
+            assert given is not None
+            chosen = {id(point) for point in _evenly(points, measure)}
+            points = [self._measured(point, given) if id(point) in chosen else point for point in points]
+            uniform = {label: self._measured(point, given) for label, point in uniform.items()}
+        return Pareto(
+            model=self.name,
+            recipe=f"{self.recipe.name}: {self.recipe}",
+            metric=self.metric,
+            units=tuple(unit.names for unit in self.choices.units),
+            schemes=tuple(tuple(s.label for s in schemes) for schemes in self.choices.schemes),
+            points=tuple(points),
+            uniform=uniform,
+            slack=best.slack,
         )
-        # Lowering is left out: packed linears compute by reference, as the reference backend would.
-        PassManager([p for p in self._after if "lowered" not in p.gives]).run(graph, ctx)
-        return graph, ctx.weights
+
+    def _measured(self, point: Point, rows: Tensor) -> Point:
+        return dataclasses.replace(point, kl=self.fidelity(point.choice, rows).mean_kl)
 
 
 def pareto(
@@ -193,45 +215,22 @@ def pareto(
     rows: Tensor | None = None,
     mask_id: int | None = None,
     seed: int = 0,
-    progress: Callable[[str], None] = lambda _: None,
 ) -> Pareto:
     """The frontier of a recipe's `assign_bits`, of which the budget has no say. The model is not changed.
 
     Args:
         model, recipe, calibration, mask_id, seed: as for `compile`.
-        measure: how many points, evenly spread, to round and to compare with the original; with any, the uniform ones too.
-        rows: clean token ids int64 [R, L] to compare on; the calibration rows where absent.
-        progress: called with the name of each step.
+        measure, rows: as for `Study.pareto`.
 
     Raises:
         FeasibilityError: the recipe has no `assign_bits`, or nothing to choose.
     """
-    progress("sensitivities")
     study = Study(model, recipe, calibration=calibration, mask_id=mask_id, seed=seed)
-    best = frontier(study.choices.items(study.costs))
-    points = [study.point(best.choice(i)) for i in range(len(best.sizes))]
-    uniform = {scheme.label: study.point(choice) for scheme, choice in study.uniform().items()}
-    if measure:
-        clean = study.ctx.rows.ids if rows is None and study.ctx.rows is not None else rows
-        assert clean is not None
+    return study.pareto(measure=measure, rows=rows)
 
-        def known(point: Point) -> Point:
-            progress(f"{point.bits:.3f} bits per weight")
-            return dataclasses.replace(point, kl=study.fidelity(point.choice, clean).mean_kl)
 
-        chosen = {id(point) for point in _evenly(points, measure)}
-        points = [known(point) if id(point) in chosen else point for point in points]
-        uniform = {label: known(point) for label, point in uniform.items()}
-    return Pareto(
-        model=getattr(model, "dlqc_source", type(model).__name__).rstrip("/").split("/")[-1],
-        recipe=f"{study.recipe.name}: {study.recipe}",
-        metric=study.metric,
-        units=tuple(unit.names for unit in study.choices.units),
-        schemes=tuple(tuple(s.label for s in schemes) for schemes in study.choices.schemes),
-        points=tuple(points),
-        uniform=uniform,
-        slack=best.slack,
-    )
+def _brief(kl: Interval | None) -> str:
+    return "" if kl is None else f"{kl.mean:.3g} [{kl.low:.3g}, {kl.high:.3g}]"
 
 
 def _evenly(points: Sequence[Point], count: int) -> list[Point]:

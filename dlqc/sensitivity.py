@@ -83,8 +83,8 @@ def units_of(
     """The linears of the blocks that are rounded, block by block, and those left alone.
 
     Args:
-        fused: linears that read the same value are one unit: queries, keys and values; gate and up; all experts. Engines merge
-            their weights into one, which has one format.
+        fused: linears that read the same value are one unit: queries, keys and values; gate and up, of all experts. Engines merge
+            their weights into one, which has one format. (The second linears of experts read values of their own.)
         skip: glob patterns of linears to leave alone.
     """
     found, left = [], []
