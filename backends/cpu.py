@@ -1,14 +1,17 @@
-"""The CPU backend: what torch itself has for low-bit linears, and a fallback that takes everything.
+"""The CPU backend: native code where it can be built, else what torch itself has, and a fallback that takes everything.
 
 In order of preference:
 
-    int8_mm   integer activations and per-channel weights: the only one that multiplies integers, exactly
+    linear8   native: integer activations, weights of 2, 3, 4 and 8 bits, exactly
+    int8_mm   integer activations and per-channel weights: torch's own product of integers, exactly
+    linear16  native: activations in floating point
     int8pack  8-bit per-channel weights, bfloat16 product
     int4pack  2- to 4-bit weights, bfloat16 product
     dequant   whatever is left of integers
-    coded     formats that are not integers, by their definition
+    coded16   native: normal floats, codebooks, sign planes
+    coded     other formats that are not integers, by their definition
 
-No two of the middle ones compete (they differ in bits); the first goes before them because its sums are exact.
+Of torch's ops no two in bfloat16 compete (they differ in bits); int8_mm goes before them because its sums are exact.
 """
 
 from __future__ import annotations
@@ -16,19 +19,31 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dlqc.backend import AnyKernel, Backend
+from dlqc.kernels.cpu.coded16 import Coded16
 from dlqc.kernels.cpu.dequant import Dequant
 from dlqc.kernels.cpu.int4pack import Int4Pack
 from dlqc.kernels.cpu.int8_mm import Int8MM
 from dlqc.kernels.cpu.int8pack import Int8Pack
+from dlqc.kernels.cpu.linear8 import Linear8
+from dlqc.kernels.cpu.linear16 import Linear16
 from dlqc.kernels.reference.coded import Coded
 
 
 @dataclass(frozen=True)
 class CpuBackend:
-    """The ops of torch, on the CPU."""
+    """Native kernels and the ops of torch, on the CPU."""
 
     name: str = "cpu"
-    kernels: tuple[AnyKernel, ...] = (Int8MM(), Int8Pack(), Int4Pack(), Dequant(), Coded())
+    kernels: tuple[AnyKernel, ...] = (
+        Linear8(),
+        Int8MM(),
+        Linear16(),
+        Int8Pack(),
+        Int4Pack(),
+        Dequant(),
+        Coded16(),
+        Coded(),
+    )
 
     def available(self) -> str | None:
         """Always: torch has a CPU, and each kernel checks for itself what it needs of this one."""

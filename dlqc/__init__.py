@@ -14,7 +14,7 @@ from dlqc.artifact import load
 from dlqc.compile import compile, plan
 from dlqc.compiled import Compiled
 from dlqc.contract import Context, Declined, Pass, PassReport
-from dlqc.diffusion.generate import generate
+from dlqc.diffusion.generate import generate, generate_batch, stream
 from dlqc.diffusion.spec import DiffusionSpec
 from dlqc.errors import DlqcError
 from dlqc.export import export
@@ -32,9 +32,11 @@ __all__ = [
     "compile",
     "export",
     "generate",
+    "generate_batch",
     "load",
     "load_model",
     "load_tokenizer",
     "plan",
     "recommend",
+    "stream",
 ]

@@ -8,7 +8,8 @@ A legal dlqc graph is well formed, typed, and tells the truth about itself:
     L4  every call is an aten op, a dlqc op, a kernel's op, or arithmetic on sizes
     L5  every value has a fake `val`, and propagating shapes again gives the same rank, static sizes and dtype
     L6  a matrix is read by one module only, unless it is a declared tie or an embedding that is the head, too
-    L7  each quantized linear has codes, scales and zero points (or the parts of its format) of the right shape and dtype
+    L7  each quantized linear has codes, scales and zero points (or the parts of its format) of the right shape and dtype, and
+        a correction of low rank stands behind one that reads the same value, with factors of the right shape and dtype
     L8  where the model declares full attention, no attention is causal (masks are classified by computing them)
     L9  the facts that passes claim hold
 
@@ -28,6 +29,7 @@ from dlqc.diffusion.spec import DiffusionSpec
 from dlqc.errors import ContractError
 from dlqc.execute import mask_class
 from dlqc.formats.coded import fault
+from dlqc.formats.low_rank import low_rank_fault
 from dlqc.formats.packing import packed_shape
 from dlqc.graph import (
     EMBEDDING,
@@ -43,7 +45,7 @@ from dlqc.graph import (
     uses,
     width,
 )
-from dlqc.ops import LINEAR_CODED, LINEAR_PACKED, LINEAR_Q, QUANTIZE_ACT
+from dlqc.ops import LINEAR_CODED, LINEAR_PACKED, LINEAR_Q, LOW_RANK, QUANTIZE_ACT
 from dlqc.regions import Refused, grow
 from dlqc.weights import Weights
 
@@ -212,6 +214,8 @@ def _quantized(graph: fx.Graph, weights: Weights) -> Iterator[str]:
             yield from _quantized_linear(node, weights)
         elif is_call(node, LINEAR_CODED):
             yield from _coded_linear(node, weights)
+        elif is_call(node, LOW_RANK):
+            yield from _low_rank(node, weights)
         elif is_call(node, QUANTIZE_ACT) and (
             not node.users or not all(is_call(user, *QUANTIZED_LINEARS) for user in node.users)
         ):
@@ -259,6 +263,21 @@ def _coded_linear(node: fx.Node, weights: Weights) -> Iterator[str]:
     if any(weights[str(name)].folds for name in names):
         yield f"%{node.name}: a part is not as it was rounded, something is folded into it"
     yield from _bias(node, bias, n, weights)
+
+
+def _low_rank(node: fx.Node, weights: Weights) -> Iterator[str]:
+    y, x, parts, spec = args_of(node)
+    names = [constant_name(part) for part in parts]
+    if not all(name is not None and name in weights for name in names):
+        yield f"%{node.name}: a part is no constant"
+        return
+    wrong = low_rank_fault(spec, [weights[str(name)].leaf for name in names], width(y), width(x))
+    if wrong is not None:
+        yield f"%{node.name}: {wrong}"
+    if not (is_call(y, *QUANTIZED_LINEARS) or _is_kernel(y)):
+        yield f"%{node.name} corrects %{y.name}, which is no quantized linear"
+    elif x not in (args_of(y)[0], args_of(args_of(y)[0])[0] if is_call(args_of(y)[0], QUANTIZE_ACT) else None):
+        yield f"%{node.name} reads %{x.name}, which %{y.name} does not read"
 
 
 def _bias(node: fx.Node, bias: object, n: int, weights: Weights) -> Iterator[str]:

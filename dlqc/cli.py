@@ -1,4 +1,4 @@
-"""The command line: compile, plan, recommend, generate, eval, report, explain, export, verify, doctor.
+"""The command line: compile, plan, recommend, generate, eval, bisect, report, explain, export, verify, doctor.
 
 Every verb takes `--json` and then prints one JSON object and nothing else. An error is one line on the error stream and exit
 status 2; it says what, where, why and what to do.
@@ -29,6 +29,11 @@ MaskId = Annotated[int | None, typer.Option(help="token id of [MASK], where the 
 RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="a preset, a recipe file, or one line of passes")]
 Trust = Annotated[bool, typer.Option(help="run the checkpoint's own Python code")]
 Bidirectional = Annotated[bool, typer.Option(help="make a causal decoder see every position")]
+
+SamplerText = Annotated[
+    str | None,
+    typer.Option("--sampler", "-s", help="such as llada(steps=32) or fast_dllm(cache='dual', threshold=0.8)"),
+]
 
 
 @app.command("compile")
@@ -100,10 +105,12 @@ def plan(
 def generate(
     model: Source,
     prompt: Annotated[str, typer.Argument(help="text to continue")],
-    length: Annotated[int, typer.Option(help="tokens to generate")] = 64,
-    steps: Annotated[int, typer.Option(help="denoising steps")] = 64,
+    sampler: SamplerText = None,
+    length: Annotated[int | None, typer.Option(help="tokens to generate; 64 without --sampler")] = None,
+    steps: Annotated[int | None, typer.Option(help="denoising steps; 64 without --sampler")] = None,
     block: Annotated[int | None, typer.Option(help="block length of semi-autoregressive decoding")] = None,
-    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy")] = None,
+    show: Annotated[bool, typer.Option("--stream", help="print the tokens of every step as they are fixed")] = False,
     seed: Annotated[int, typer.Option(help="of all noise")] = 0,
     backend: Backend = "auto",
     mask_id: MaskId = None,
@@ -112,15 +119,33 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Write text by denoising."""
+    from dlqc.diffusion.denoising import Commit
     from dlqc.diffusion.generate import generate as run
     from dlqc.models.describe import spec_of
+    from dlqc.models.load import load_tokenizer
 
     loaded = _any(model, backend, trust_remote_code, bidirectional)
     spec = spec_of(loaded, mask_id=mask_id)
-    options: dict[str, Any] = {"gen_length": length, "steps": steps, "temperature": temperature}
-    if block is not None or not spec.shift:
-        options["block_length"] = block or length  # refused by name where the sampler has no blocks
-    made = run(loaded, prompt, spec=spec, seed=seed, progress=not as_json and sys.stderr.isatty(), **options)
+    given = {"gen_length": length, "steps": steps, "block_length": block, "temperature": temperature}
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if sampler is None:
+        options = {"gen_length": 64, "steps": 64} | options
+    words = load_tokenizer(loaded)
+
+    def say(commit: Commit) -> None:
+        token = commit.token if words is None else words.decode([commit.token])
+        screen.print(f"{commit.step:4d}  {commit.position:4d}  {commit.confidence:8.4f}  {token}", markup=False)
+
+    made = run(
+        loaded,
+        prompt,
+        sampler=sampler,
+        spec=spec,
+        seed=seed,
+        progress=not (as_json or show) and sys.stderr.isatty(),
+        on_commit=say if show and not as_json else None,
+        **options,
+    )
     if as_json:
         facts = {"nfe": made.nfe, "tokens_per_forward": made.tokens_per_forward, "seconds": made.seconds}
         _print_json({"text": made.text, "ids": list(made.ids)} | facts)
@@ -139,20 +164,33 @@ def eval_command(
     rows: Annotated[int, typer.Option(min=2, help="rows of text at most")] = 64,
     length: Annotated[int, typer.Option(min=8, help="tokens a row, the model's maximum at most")] = 128,
     tasks: Annotated[int, typer.Option(help="items per generated task, 0 for none")] = 0,
-    seed: Annotated[int, typer.Option(help="of masks and items")] = 0,
+    trajectory: Annotated[
+        bool, typer.Option("--trajectory", help="also compare denoising runs; needs --against")
+    ] = False,
+    prompts: Annotated[int, typer.Option(min=2, help="rows whose beginnings are continued, for --trajectory")] = 16,
+    sampler: SamplerText = None,
+    seed: Annotated[int, typer.Option(help="of masks, items and noise")] = 0,
     backend: Backend = "auto",
     mask_id: MaskId = None,
     trust_remote_code: Trust = False,
     bidirectional: Bidirectional = False,
     as_json: Json = False,
 ) -> None:
-    """Masked NLL by mask ratio, with intervals; with --against also KL and agreement."""
+    """Masked NLL by mask ratio, with intervals; with --against also KL and agreement, and --trajectory how runs go apart."""
+    from dlqc.diffusion.registry import as_sampler
     from dlqc.evaluate import comparison_table, evaluate, rows_to_measure
     from dlqc.models.describe import spec_of
     from dlqc.models.load import load_tokenizer
 
+    if trajectory and against is None:
+        raise FeasibilityError(
+            "a trajectory is compared with another model's", where="trajectory", remedy="Name the model with --against"
+        )
+    if sampler is not None and not trajectory:
+        raise FeasibilityError("only trajectories are sampled", where="sampler", remedy="Add --trajectory")
     loaded = _any(model, backend, trust_remote_code, bidirectional)
     spec, tokenizer = spec_of(loaded, mask_id=mask_id), load_tokenizer(loaded)
+    decoding = as_sampler(sampler, spec) if sampler else None
     ids = rows_to_measure(tokenizer, spec, text, length=length)[:rows]
     columns = {}
     reference = _any(against, backend, trust_remote_code, bidirectional) if against else None
@@ -160,11 +198,73 @@ def eval_command(
     if reference is not None and against is not None:
         columns[against] = evaluate(reference, ids, spec, **options)
     baseline = next(iter(columns.values()), None)
+    options |= {"prompts": prompts if trajectory else 0, "sampler": decoding}
     columns[model] = evaluate(loaded, ids, spec, reference=reference, baseline=baseline, **options)
     if as_json:
         _print_json({name: e.to_plain() for name, e in columns.items()})
     else:
         screen.print(comparison_table(columns))
+
+
+@app.command("bisect")
+def bisect_command(
+    model: Source,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", help="what to look into; an artifact brings its own")
+    ] = None,
+    against: Annotated[str | None, typer.Option(help="the original of an artifact")] = None,
+    text: Annotated[str | None, typer.Option(help="calibration text file; without it the model's own rollouts")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="text to measure on; the bundled evaluation tales if absent")
+    ] = None,
+    tolerance: Annotated[float, typer.Option(help="KL in nats that a recipe may cost")] = 0.01,
+    worst: Annotated[int, typer.Option(help="blocks whose linears are looked at one by one")] = 1,
+    rows: Annotated[int, typer.Option(min=2, help="rows of text at most")] = 8,
+    length: Annotated[int, typer.Option(min=8, help="tokens a row, the model's maximum at most")] = 128,
+    seed: Annotated[int | None, typer.Option(help="of everything random; an artifact brings its own")] = None,
+    backend: Backend = "auto",
+    mask_id: MaskId = None,
+    trust_remote_code: Trust = False,
+    bidirectional: Bidirectional = False,
+    as_json: Json = False,
+) -> None:
+    """Name the pass and the layers behind a drop in quality."""
+    from dlqc.artifact import read_report
+    from dlqc.bisect import bisect
+    from dlqc.evaluate import rows_to_measure
+    from dlqc.models.describe import spec_of
+    from dlqc.models.load import load_tokenizer
+
+    artifact = (Path(model) / "manifest.json").is_file()
+    if artifact and (against is None or recipe is not None):
+        raise FeasibilityError(
+            "an artifact brings its recipe, and not its original",
+            where=model,
+            remedy="Name the original with --against, and leave --recipe out",
+        )
+    passes: Any = recipe
+    if artifact:
+        passes = _any(model, backend).recipe
+        seed = read_report(Path(model)).seed if seed is None else seed
+    elif recipe is None:
+        raise FeasibilityError("no recipe was named", where="recipe", remedy="Add --recipe, such as -r w4a16-rtn")
+    original = _model(against if artifact and against else model, trust_remote_code, bidirectional)
+    ids = rows_to_measure(load_tokenizer(original), spec_of(original, mask_id=mask_id), data, length=length)[:rows]
+    found = bisect(
+        original,
+        passes,
+        ids,
+        tolerance=tolerance,
+        worst=worst,
+        calibration=Path(text) if text else None,
+        backend=backend,
+        mask_id=mask_id,
+        seed=seed or 0,
+    )
+    if as_json:
+        _print_json(found.to_plain())
+    else:
+        screen.print(found.render(), highlight=False)
 
 
 @app.command()

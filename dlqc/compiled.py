@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
 
+from dlqc.cached import CachedModel
 from dlqc.diffusion.spec import DiffusionSpec
 from dlqc.execute import compute_dtype
 from dlqc.graph import copy_graph
@@ -63,6 +65,15 @@ class Compiled(nn.Module):
             logits: torch.Tensor = self.module(input_ids)
         return logits
 
+    @cached_property
+    def cached(self) -> CachedModel:
+        """Full forward and block step over the buffers of `module`; made when first asked for.
+
+        Raises:
+            FeasibilityError: the graph cannot be computed for a window of positions, with the node in the way.
+        """
+        return CachedModel(self.module, self.spec)
+
     def explain(self) -> str:
         """What each pass did, what it declined and why, bits, error, time, memory, kernels."""
         return self.report.render()
@@ -74,10 +85,13 @@ class Compiled(nn.Module):
         return save(self, folder)
 
 
-def build_module(graph: fx.Graph, weights: Weights) -> fx.GraphModule:
+def build_module(graph: fx.Graph, weights: Weights, *, share: bool = False) -> fx.GraphModule:
     """A runnable module: generated code for the calls, buffers for the constants.
 
     Constants are stored once, in the dtype they take part in arithmetic with.
+
+    Args:
+        share: read the user's tensors where they are instead of copying them; the module then changes with them.
     """
     graph = copy_graph(graph)
     root = nn.Module()
@@ -96,6 +110,6 @@ def build_module(graph: fx.Graph, weights: Weights) -> fx.GraphModule:
             value = weights.value(name, dtype)
             # A checkpoint tensor is the user's, or a view of a file mapped read-only: own what will run.
             shared = value.untyped_storage().data_ptr() == constant.leaf.untyped_storage().data_ptr()
-            root.register_buffer(buffers[key], value.clone() if shared else value)
+            root.register_buffer(buffers[key], value.clone() if shared and not share else value)
         node.target = buffers[key]
     return fx.GraphModule(root, graph, class_name="DlqcModule")

@@ -12,6 +12,7 @@ checks the whole order before any work and never sorts it.
     states                 denoising states for calibration exist
     assignment             each linear to quantize has a scheme of its own, in `Context.assignment`
     unit-gain              every norm that feeds only linears has gain one
+    original               the block as it was before its weights were rounded is at hand; a graph-scoped pass ends this
     quantized-weights      the linears that were asked for are linear_q
     quantized-activations  their inputs are quantized
     packed                 no linear_q is left: codes are stored as bit streams
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -40,6 +41,15 @@ if TYPE_CHECKING:
 
 #: Facts that are about the context: giving one changes no graph.
 FACTS_OF_CONTEXT = frozenset({"states", "assignment"})
+#: Statistics of the inputs of linears: weight name → statistic → tensor.
+Statistics = Mapping[str, Mapping[str, torch.Tensor]]
+
+#: Which activations statistics are taken of, see `Pass.sequence`.
+Sequential = Literal["none", "block", "layer"]
+
+#: What of the calibration states and of the block before rounding a pass reads itself, see `Pass.reads`.
+Reads = Literal["nothing", "current", "original", "paired"]
+
 FACTS_OF_CAPTURE = frozenset({"normal-form", "float-weights", "float-activations"})
 
 
@@ -90,13 +100,14 @@ class PassReport:
 class Plan:
     """What the pipeline will make of each linear, found without touching a weight.
 
-    `sites` maps the module name to its planned spec; passes fill it in order. `problems` lists everything that would
-    fail, so that all offenders are named at once. `kept` are linears that stay, with the reason. `assigned` are the sites
-    whose scheme is found while compiling, with the candidates; of these `sites` has the last, and together they are stored
-    in no more than `limit_bits`. `notes` are sentences for the reader.
+    `sites` maps the module name to its planned spec; passes fill it in order. `beside` has bits that are stored beside the
+    weight of a site. `problems` lists everything that would fail, so that all offenders are named at once. `kept` are linears
+    that stay, with the reason. `assigned` are the sites whose scheme is found while compiling, with the candidates; of these
+    `sites` has the last, and together they are stored in no more than `limit_bits`. `notes` are sentences for the reader.
     """
 
     sites: dict[str, LinearSpec] = field(default_factory=dict)
+    beside: dict[str, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
     assigned: dict[str, tuple[Scheme, ...]] = field(default_factory=dict)
@@ -111,6 +122,22 @@ class Plan:
                 yield name, dataclasses.replace(spec, weight=weight)
 
 
+@dataclass(frozen=True)
+class BlockInput:
+    """A part of the calibration states at the input of a block.
+
+    Attributes:
+        ids: int64 [B, L]. weights: float32 [B, L], token weights.
+        hidden: behind the blocks as they are now, as the graph has it ([B, L, d], as a rule).
+        exact: behind the blocks as they were before their weights were rounded; `hidden` itself where that was not asked for.
+    """
+
+    ids: torch.Tensor
+    weights: torch.Tensor
+    hidden: torch.Tensor
+    exact: torch.Tensor
+
+
 @dataclass
 class Context:
     """What a pass can see besides the graph.
@@ -123,7 +150,12 @@ class Context:
         rows: token rows to calibrate on, or None (the `calibrate` pass then draws the model's own rollouts).
         states: denoising states, once `calibrate` has made them.
         block: the block at hand while a block-scoped pass runs, else None.
-        stats: statistics of the inputs of the block's linears: weight name → statistic → tensor.
+        stats: statistics of the inputs of the block's linears.
+        collect: statistics of the inputs of the linears with the given weights, on the block as it is now; there for a
+            pass whose `sequence` is "layer", which has no `stats`.
+        inputs: the calibration states at the input of the block, in parts, for a pass that `reads` them.
+        original: graph and weights with the block as it was before its weights were rounded, for a pass that `reads` it and
+            comes after rounding.
         facts: what holds now.
         blocks: the stack of blocks, in order.
         assignment: by module name, the scheme that a pass chose for a linear; `quantize_weights` follows it.
@@ -136,7 +168,10 @@ class Context:
     rows: TokenRows | None = None
     states: States | None = None
     block: Block | None = None
-    stats: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
+    stats: Statistics = field(default_factory=dict)
+    collect: Callable[[Sequence[str]], Statistics] | None = None
+    inputs: Sequence[BlockInput] = ()
+    original: tuple[fx.Graph, Weights] | None = None
     facts: set[str] = field(default_factory=lambda: set(FACTS_OF_CAPTURE))
     blocks: Sequence[Block] = ()
     assignment: Mapping[str, Scheme] = field(default_factory=dict)
@@ -186,6 +221,24 @@ class Pass:
     def statistics(self) -> frozenset[str]:
         """Statistics of linear inputs that `apply` reads from `ctx.stats` (names of `dlqc.stats`)."""
         return frozenset()
+
+    def sequence(self) -> Sequential:
+        """Which activations the statistics are of.
+
+        "block": those of the block as the pass finds it, behind the blocks that are rewritten already.
+        "layer": likewise, and `apply` asks for them by `ctx.collect`, anew after each part that it rewrites.
+        "none": those of the model before any weight was rounded.
+        """
+        return "block"
+
+    def reads(self) -> Reads:
+        """What `apply` needs to run the block itself.
+
+        "current": the states at its input, `ctx.inputs`.
+        "original": likewise, and the block as it was before its weights were rounded, `ctx.original`.
+        "paired": likewise, and the states behind the blocks as they were, `BlockInput.exact`.
+        """
+        return "nothing"
 
     def plan(self, graph: fx.Graph, ctx: Context, plan: Plan) -> None:
         """Say what `apply` will do and what would fail, reading no weight."""

@@ -67,6 +67,7 @@ def _backend(name: str) -> dict[str, str]:
     rows = {}
     for scheme, spec in _PROBES.items():
         kernel, refusals = choose_kernel(backend, spec)
-        note = kernel.note(spec) if kernel else f"{refusals}"
-        rows[scheme] = f"{kernel.name if kernel else 'none'}{f' ({note})' if note else ''}"
+        note = kernel.note(spec) if kernel else ""
+        passed = "".join(f"; not {name}: {why}" for name, why in refusals.items())
+        rows[scheme] = f"{kernel.name if kernel else 'none'}{f' ({note})' if note else ''}{passed}"
     return rows

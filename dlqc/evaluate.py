@@ -1,4 +1,4 @@
-"""Quality of a model, and of a compiled one against it: masked NLL by mask ratio, fidelity, exact match on tasks.
+"""Quality of a model, and of a compiled one against it: masked NLL by mask ratio, fidelity, tasks, trajectories.
 
 Noise is common to all models compared: the same rows, masks and items, so differences are paired and their intervals tight.
 """
@@ -15,12 +15,29 @@ import torch
 from rich.table import Table
 
 from dlqc.calibration import rows_from
+from dlqc.diffusion.denoising import Sampler
 from dlqc.diffusion.fidelity import FidelityTable, fidelity
-from dlqc.diffusion.intervals import Interval
+from dlqc.diffusion.intervals import Interval, brief
 from dlqc.diffusion.likelihood import NllTable, masked_nll, paired_difference
 from dlqc.diffusion.masking import LogitsFn
+from dlqc.diffusion.sampler_fast_dllm import FastDLLMSampler
 from dlqc.diffusion.spec import DiffusionSpec
 from dlqc.diffusion.tasks import exact_match
+from dlqc.diffusion.trajectory import TrajectoryTable, compare_trajectories
+from dlqc.errors import FeasibilityError
+
+_TRAJECTORY = {
+    "first_difference": ("first step that commits differently", 1),
+    "kendall": ("commit order, Kendall's tau", 3),
+    "spearman": ("commit order, Spearman's rho", 3),
+    "flips": ("tokens that end differently", 3),
+    "divergence": ("trajectory divergence, mean over steps", 3),
+    "nfe_ratio": ("NFE ratio", 3),
+    "tokens_per_forward": ("tokens per forward", 2),
+    "tokens_per_forward_difference": ("  paired difference", 3),
+    "tokens_per_second": ("tokens per second", 1),
+    "tokens_per_second_ratio": ("  ratio to the reference", 2),
+}
 
 RATIOS = (0.0625, 0.25, 0.5, 0.75, 0.9375)
 
@@ -39,12 +56,14 @@ class Evaluation:
         tasks: exact match by task, empty where tasks were not asked for.
         difference: paired difference of the row means to the reference, None without one.
         fidelity: distance from the reference, None without one.
+        trajectory: how its denoising goes apart from the reference's, None where it was not asked for.
     """
 
     nll: NllTable
     tasks: dict[str, Interval]
     difference: Interval | None = None
     fidelity: FidelityTable | None = None
+    trajectory: TrajectoryTable | None = None
 
     def to_plain(self) -> dict[str, Any]:
         plain: dict[str, Any] = {
@@ -56,6 +75,8 @@ class Evaluation:
             plain["difference"] = _plain(self.difference)
             plain["kl"] = _plain(self.fidelity.mean_kl)
             plain["agreement"] = _plain(self.fidelity.mean_agreement)
+        if self.trajectory is not None:
+            plain["trajectory"] = self.trajectory.to_plain()
         return plain
 
 
@@ -74,19 +95,37 @@ def evaluate(
     task_items: int = 0,
     ratios: Sequence[float] = RATIOS,
     seed: int = 0,
+    prompts: int = 0,
+    sampler: Sampler | None = None,
 ) -> Evaluation:
     """Measure a model on token rows [R, L] and, where `task_items` > 0, on the generated tasks.
 
     Args:
         reference: the model to compare with; baseline: its own evaluation on the same rows, computed if not given.
+        prompts: beginnings of rows to continue with both models, for trajectories; 0 for none.
+        sampler: for them; None: `trajectory_sampler`.
     """
+    if prompts and reference is None:
+        raise FeasibilityError(
+            "a trajectory is compared with another model's", where="trajectory", remedy="Name the model with --against"
+        )
     nll = masked_nll(model, rows, spec, ratios=ratios, seed=seed)
     tasks = exact_match(model, tokenizer, spec, items=task_items, seed=seed) if task_items else {}
     if reference is None:
         return Evaluation(nll, tasks)
     other = baseline.nll if baseline is not None else masked_nll(reference, rows, spec, ratios=ratios, seed=seed)
     distance = fidelity(reference, model, rows, spec, ratios=ratios, seed=seed)
-    return Evaluation(nll, tasks, paired_difference(nll, other), distance)
+    apart = None
+    if prompts:
+        starts = rows[:prompts, : rows.shape[1] // 4]
+        chosen = sampler or trajectory_sampler(starts.shape[1], spec)
+        apart = compare_trajectories(reference, model, starts, spec, chosen, seed=seed)
+    return Evaluation(nll, tasks, paired_difference(nll, other), distance, apart)
+
+
+def trajectory_sampler(prompt: int, spec: DiffusionSpec) -> Sampler:
+    """A sampler whose number of forwards depends on how sure the model is, which a quota would hide: 64 tokens at most."""
+    return FastDLLMSampler(gen_length=min(64, spec.max_length - prompt), block_length=spec.max_length, cache="none")
 
 
 def rows_to_measure(
@@ -104,21 +143,19 @@ def comparison_table(columns: dict[str, Evaluation]) -> Table:
         table.add_column(name, justify="right")
     first = next(iter(columns.values()))
     for k, ratio in enumerate(first.nll.ratios):
-        row = [_brief(e.nll.by_ratio[k], 3) for e in columns.values()]
+        row = [brief(e.nll.by_ratio[k], 3) for e in columns.values()]
         table.add_row(f"masked NLL, {ratio:.0%} masked", *row)
-    table.add_row("masked NLL, mean", *[_brief(e.nll.nelbo, 3) for e in columns.values()])
+    table.add_row("masked NLL, mean", *[brief(e.nll.nelbo, 3) for e in columns.values()])
     if any(e.difference for e in columns.values()):
-        table.add_row("  paired difference", *[_brief(e.difference, 4) for e in columns.values()])
+        table.add_row("  paired difference", *[brief(e.difference, 4) for e in columns.values()])
         kl = [e.fidelity.mean_kl if e.fidelity else None for e in columns.values()]
-        table.add_row("KL from the reference", *[_brief(i, 4) for i in kl])
+        table.add_row("KL from the reference", *[brief(i, 4) for i in kl])
         agreement = [e.fidelity.mean_agreement if e.fidelity else None for e in columns.values()]
-        table.add_row("top-1 agreement", *[_brief(i, 3) for i in agreement])
+        table.add_row("top-1 agreement", *[brief(i, 3) for i in agreement])
+    if any(e.trajectory for e in columns.values()):
+        measured = [e.trajectory.intervals() if e.trajectory else {} for e in columns.values()]
+        for name, (label, digits) in _TRAJECTORY.items():
+            table.add_row(label, *[brief(found.get(name), digits) for found in measured])
     for task in first.tasks:
-        table.add_row(f"exact match, {task}", *[_brief(e.tasks[task], 2) for e in columns.values()])
+        table.add_row(f"exact match, {task}", *[brief(e.tasks[task], 2) for e in columns.values()])
     return table
-
-
-def _brief(interval: Interval | None, digits: int) -> str:
-    if interval is None:
-        return ""
-    return f"{interval.mean:.{digits}f} [{interval.low:.{digits}f}, {interval.high:.{digits}f}]"

@@ -29,7 +29,6 @@ class Executor:
         inputs: nodes whose values are given at each call; nothing above them is computed.
         outputs: nodes whose values are returned.
         dtype: None computes as captured; another floating dtype replaces the captured float32 everywhere.
-        grad: whether autograd follows, to the values that are given and to those that are returned.
         keep_weights: keep evaluated weights between calls (a block that sees many batches), or free each after its last
             use (a whole model that sees few).
     """
@@ -42,14 +41,12 @@ class Executor:
         outputs: Sequence[fx.Node],
         *,
         dtype: torch.dtype | None = None,
-        grad: bool = False,
         keep_weights: bool = False,
     ) -> None:
         self._weights = weights
         self._inputs = tuple(inputs)
         self._outputs = tuple(outputs)
         self._dtype = dtype
-        self._grad = grad
         self._keep = keep_weights
         self._cache: dict[str, torch.Tensor] = {}
         self.nodes = _read_late(needed(graph, inputs, outputs))
@@ -57,28 +54,58 @@ class Executor:
 
     def __call__(self, *values: torch.Tensor, taps: Mapping[fx.Node, Tap] | None = None) -> list[torch.Tensor]:
         """Run once. `taps` are called with the value of a node as soon as it is known."""
+        with torch.no_grad():
+            return self._run(values, taps or {}, {}, {})
+
+    def differentiable(
+        self,
+        *values: torch.Tensor,
+        constants: Mapping[str, torch.Tensor],
+        entering: Mapping[fx.Node, Callable[[torch.Tensor], torch.Tensor]] | None = None,
+    ) -> list[torch.Tensor]:
+        """Run once, with gradients where they are enabled.
+
+        Args:
+            constants: by name, what is computed with in place of the weights.
+            entering: by call, what its first argument goes through before.
+        """
+        return self._run(values, {}, constants, entering or {})
+
+    def _run(
+        self,
+        values: Sequence[torch.Tensor],
+        taps: Mapping[fx.Node, Tap],
+        constants: Mapping[str, torch.Tensor],
+        entering: Mapping[fx.Node, Callable[[torch.Tensor], torch.Tensor]],
+    ) -> list[torch.Tensor]:
         env: dict[fx.Node, Any] = dict(zip(self._inputs, values, strict=True))
-        taps = taps or {}
-        with torch.set_grad_enabled(self._grad), _default_dtype(self._dtype):
+        with _default_dtype(self._dtype):
             for node in self._inputs:
                 if node in taps:
                     taps[node](node, env[node])
             for node in self.nodes:
-                env[node] = self._value(node, env)
+                given = constants.get(str(node.target)) if node.op == "get_attr" else None
+                env[node] = self._value(node, env, entering.get(node)) if given is None else given
                 if node in taps:
                     taps[node](node, env[node])
                 for dead in self._dies.get(node, ()):
                     env.pop(dead, None)
         return [env[node] for node in self._outputs]
 
-    def _value(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+    def _value(
+        self, node: fx.Node, env: dict[fx.Node, Any], entering: Callable[[torch.Tensor], torch.Tensor] | None
+    ) -> Any:
         if node.op == "get_attr":
             return self._constant(node)
         if node.op != "call_function":
             raise RuntimeError(f"{node.name}: {node.op} node was given no value")
+        args: tuple[Any, ...]
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n])
         if self._dtype is not None:
             args, kwargs = self._retype(args), self._retype(kwargs)
+        if entering is not None:
+            first: Any = args[0]
+            args = (entering(first), *args[1:])
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def _constant(self, node: fx.Node) -> torch.Tensor:

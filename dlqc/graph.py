@@ -15,7 +15,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import fx
 
-from dlqc.ops import LINEAR_CODED, LINEAR_PACKED, LINEAR_Q, QUANTIZE_ACT
+from dlqc.ops import LINEAR_CODED, LINEAR_PACKED, LINEAR_Q, LOW_RANK, QUANTIZE_ACT
 from dlqc.weights import Weights
 
 aten = torch.ops.aten
@@ -71,8 +71,19 @@ class Linear:
         return module_name(self.weight)
 
 
+#: Last part of the name of a bias that a pass gave to a linear without one.
+ADDED_BIAS = "corrected_bias"
+
+
 def module_name(weight: str) -> str:
     return weight.removesuffix(".weight").removesuffix(".codes").removesuffix(".packed")
+
+
+def site_name(node: fx.Node) -> str:
+    """The module name of a quantized linear, from that of its first stored tensor."""
+    if is_call(node, LINEAR_CODED):
+        return str(constant_name(args_of(node)[1][0])).rpartition(".")[0]
+    return module_name(str(constant_name(args_of(node)[1])).removesuffix("_packed"))
 
 
 def as_linear(node: fx.Node, weights: Weights) -> Linear | None:
@@ -199,11 +210,23 @@ def _flat(tree: Any) -> Iterator[Any]:
 
 def replace(old: fx.Node, new: fx.Node) -> None:
     """Let every user of `old` read `new`, and erase `old`."""
+    _hand_on(old, new)
+    old.replace_all_uses_with(new)
+    old.graph.erase_node(old)
+
+
+def follow(node: fx.Node, new: fx.Node) -> None:
+    """Let every user of `node` but `new`, which is made from it, read `new`."""
+    for user in [user for user in node.users if user is not new]:
+        user.replace_input_with(node, new)
+    _hand_on(node, new)
+    node.meta.pop("block_boundary", None)
+
+
+def _hand_on(old: fx.Node, new: fx.Node) -> None:
     for key in ("nn_module_stack", "block_boundary"):
         if key in old.meta:
             new.meta.setdefault(key, old.meta[key])
-    old.replace_all_uses_with(new)
-    old.graph.erase_node(old)
 
 
 def sweep(graph: fx.Graph, weights: Weights | None = None) -> None:
@@ -247,6 +270,11 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     for node in graph.nodes:
         env[node] = new.node_copy(node, lambda n: env[n])
     return new
+
+
+def corrected(node: fx.Node) -> fx.Node:
+    """The value of a quantized linear with its correction of low rank, where it has one."""
+    return next((user for user in node.users if is_call(user, LOW_RANK) and args_of(user)[0] is node), node)
 
 
 def activation_quantizer(node: fx.Node) -> fx.Node | None:

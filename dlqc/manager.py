@@ -6,7 +6,8 @@ Graph-scoped passes run once. Consecutive block-scoped passes run as a nested pi
                      check the law, run the states through the rewritten block, free its weights
 
 so that each block is calibrated on what the quantized blocks before it really produce, and memory holds one block and
-the states. Instruments see every step: `before`, `after`, `on_error`.
+the states. Where a pass asks for it, a second stream of states goes through the blocks as they were before their weights
+were rounded. Instruments see every step: `before`, `after`, `on_error`.
 """
 
 from __future__ import annotations
@@ -15,19 +16,16 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-import torch
 from torch import fx
 
-from dlqc.blocks import Block, find_blocks
+from dlqc.blocks import find_blocks
 from dlqc.certificate import certified
 from dlqc.check import check
 from dlqc.contract import FACTS_OF_CAPTURE, FACTS_OF_CONTEXT, Context, Pass, PassReport, Plan
 from dlqc.errors import ContractError, FeasibilityError
-from dlqc.execute import Executor, placeholder
-from dlqc.graph import fingerprint, linears
-from dlqc.stats import Collector
+from dlqc.graph import fingerprint
+from dlqc.states import StateFlow, needs_exact, needs_original, needs_states
 
 Progress = Callable[[str, int, int], None]
 
@@ -78,8 +76,9 @@ class PassManager:
                     where="passes",
                     remedy=self._remedy(p, fact, broken_by),
                 )
-            facts = (facts - p.invalidates) | p.given_facts()
-            broken_by |= dict.fromkeys(p.invalidates - p.given_facts(), p.name)
+            ended = p.invalidates | ({"original"} if p.scope == "graph" else set())
+            broken_by |= dict.fromkeys((ended & facts) - p.given_facts(), p.name)
+            facts = (facts - ended) | p.given_facts()
 
     def _remedy(self, p: Pass, fact: str, broken_by: dict[str, str]) -> str:
         if fact in broken_by:
@@ -95,6 +94,9 @@ class PassManager:
         plan = Plan()
         for p in self.passes:
             p.plan(graph, ctx, plan)
+        if plan.assigned and plan.beside and not plan.problems:
+            what = f"{sum(plan.beside.values()) / 8e6:.3f} MB are stored beside the weights (low_rank, correct_bias)"
+            plan.problems.append(f"assign_bits: {what}, which its budget does not count")
         return plan
 
     def check_feasibility(self, graph: fx.Graph, ctx: Context) -> Plan:
@@ -190,16 +192,17 @@ class PassManager:
                 instrument.before(p, graph, ctx)
         # Between blocks some blocks are rewritten and some are not: only facts that no member ends hold throughout.
         lasting = ctx.facts - frozenset().union(*(p.invalidates for p in passes))
-        uses_states = any(p.statistics() for p in passes)
         try:
-            flow = StateFlow(graph, ctx, self.batch) if uses_states else None
+            kept = {"paired": needs_exact(passes), "original": needs_original(passes)}
+            flow = StateFlow(graph, ctx, self.batch, **kept) if needs_states(passes) else None
             for block in ctx.blocks:
                 ctx.block = block
                 for p, total in zip(passes, totals, strict=True):
                     self._tick(f"{p.name} block {block.index + 1}", block.index, len(ctx.blocks))
                     started = time.perf_counter()
                     try:
-                        ctx.stats = flow.collect(block, p.statistics()) if flow and p.statistics() else {}
+                        if flow:
+                            flow.serve(p, block)
                         report = self._apply(p, graph, ctx)
                         check(graph, ctx.weights, ctx.spec, lasting, after=f"pass {p.name!r}", propagate=False)
                     except Exception as error:
@@ -209,7 +212,7 @@ class PassManager:
                     total.merge(report)
                     for instrument in self.instruments:
                         instrument.after_block(p, graph, ctx, report)
-                    ctx.stats = {}
+                    ctx.stats, ctx.collect, ctx.inputs, ctx.original = {}, None, (), None
                     # The share of the pass in the nested pipeline, its statistics included.
                     total.metrics["seconds"] = total.metrics.get("seconds", 0.0) + time.perf_counter() - started
                 if flow and block is not ctx.blocks[-1]:
@@ -232,37 +235,3 @@ class PassManager:
     def _tick(self, label: str, done: int, total: int) -> None:
         if self.progress is not None:
             self.progress(label, done, total)
-
-
-class StateFlow:
-    """The calibration states on their way through the blocks: hidden values at the input of the current block."""
-
-    def __init__(self, graph: fx.Graph, ctx: Context, batch: int) -> None:
-        if ctx.states is None:
-            raise ContractError("block passes ask for statistics, but there are no states", remedy="Add 'calibrate'")
-        self._graph, self._ctx, self._states = graph, ctx, ctx.states
-        self._slices = list(ctx.states.batches(batch))
-        first = ctx.blocks[0].input(graph)
-        start = Executor(graph, ctx.weights, [placeholder(graph)], [first], keep_weights=True)
-        self._hidden = [start(self._states.ids[s])[0] for s in self._slices]
-
-    def _runs(self, block: Block) -> Iterable[tuple[int, slice, Any]]:
-        source, target = block.input(self._graph), block.output(self._graph)
-        inputs = [placeholder(self._graph), source]
-        run = Executor(self._graph, self._ctx.weights, inputs, [target], keep_weights=True)
-        for i, s in enumerate(self._slices):
-            yield i, s, run
-
-    def collect(self, block: Block, wanted: frozenset[str]) -> dict[str, dict[str, torch.Tensor]]:
-        """Run the block as it is now and gather statistics at its linears."""
-        collector = Collector(wanted, list(linears(block.nodes(self._graph), self._ctx.weights)))
-        for i, s, run in self._runs(block):
-            ids = self._states.ids[s]
-            taps: Any = collector.taps(self._states.weights[s], ids == self._ctx.spec.mask_id)
-            run(ids, self._hidden[i], taps=taps)
-        return collector.result()
-
-    def advance(self, block: Block) -> None:
-        """Move the states through the rewritten block."""
-        for i, s, run in self._runs(block):
-            self._hidden[i] = run(self._states.ids[s], self._hidden[i])[0]

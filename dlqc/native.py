@@ -2,8 +2,9 @@
 
 `library("fwht")` compiles `dlqc/csrc/fwht.cpp` once for this processor and compiler, in a second or two, and keeps it in a
 cache folder: $DLQC_CACHE, else $XDG_CACHE_HOME/dlqc, else ~/.cache/dlqc, and in a private temporary folder if that cannot
-be used. Sources have a plain C interface and know nothing of torch or Python, so nothing else is needed to build them and no
-version has to match. Where there is no compiler, `available` tells why, and callers have a slower way in torch.
+be used. Others bring sources in a folder of their own. Sources have a plain C interface and know nothing of torch or Python,
+so nothing else is needed to build them and no version has to match. Where there is no compiler, `available` tells why, and
+callers have a slower way in torch.
 
 A library is code that runs as the user: it is loaded only from a folder that nobody else can write to. Processes that
 build at the same time each write a file of their own and move it into place as a whole.
@@ -33,7 +34,7 @@ _COMPILERS = ("c++", "g++", "clang++")
 _PATIENCE_S = 120
 
 _lock = threading.Lock()
-_found: dict[str, ctypes.CDLL | str] = {}
+_found: dict[tuple[str, Path | None, tuple[str, ...]], ctypes.CDLL | str] = {}
 
 
 class _Unavailable(Exception):
@@ -44,54 +45,61 @@ class _NoRoom(Exception):
     """The folder cannot take the library; another one may."""
 
 
-def library(name: str) -> ctypes.CDLL | None:
-    """The library built from `csrc/<name>.cpp`, or None where it cannot be had (`available` says why)."""
+def library(name: str, folder: Path | None = None, options: tuple[str, ...] = ()) -> ctypes.CDLL | None:
+    """The library built from `<name>.cpp`, or None where it cannot be had (`available` says why).
+
+    Args:
+        name: of the source; headers beside it belong to it.
+        folder: where it lies; None for `dlqc/csrc`.
+        options: for the compiler, after its own: they win over -march=native.
+    """
     if os.environ.get("DLQC_NATIVE") == "0":
         return None
-    found = _found.get(name)
+    key = (name, folder, options)
+    found = _found.get(key)
     if found is None:
         with _lock:
-            found = _found.get(name)
+            found = _found.get(key)
             if found is None:
                 try:
-                    found = _load(name)
+                    found = _load(name, folder or _SOURCES, options)
                 except _Unavailable as error:
                     found = str(error)
-                _found[name] = found
+                _found[key] = found
     return None if isinstance(found, str) else found
 
 
-def available(name: str = "fwht") -> str | None:
+def available(name: str = "fwht", folder: Path | None = None, options: tuple[str, ...] = ()) -> str | None:
     """None if the library can be used, or why not."""
     if os.environ.get("DLQC_NATIVE") == "0":
         return "turned off by DLQC_NATIVE=0"
-    library(name)
-    found = _found[name]
+    library(name, folder, options)
+    found = _found[name, folder, options]
     return found if isinstance(found, str) else None
 
 
-def _load(name: str) -> ctypes.CDLL:
+def _load(name: str, sources: Path, options: tuple[str, ...]) -> ctypes.CDLL:
     if os.name != "posix":
         raise _Unavailable(f"not built on {platform.system()}")
-    source = _SOURCES / f"{name}.cpp"
+    source = sources / f"{name}.cpp"
     try:
-        code = b"".join(file.read_bytes() for file in (source, *sorted(_SOURCES.glob("*.h"))))
+        code = b"".join(file.read_bytes() for file in (source, *sorted(sources.glob("*.h"))))
     except OSError as error:
         raise _Unavailable(f"the source {source.name} cannot be read: {error.strerror}") from None
     compiler, version = _compiler()
-    file = f"{name}-{_key(code, version)}.so"
+    file = f"{name}-{_key(code, version, options)}.so"
     try:
         folder = _cache()
         try:
             return _open(folder / file)
         except OSError:  # not there yet, or not whole
-            _build(source, compiler, folder / file)
+            _build(source, compiler, options, folder / file)
             return _open(folder / file)
     except (_NoRoom, OSError):
         pass
     try:
         with tempfile.TemporaryDirectory(prefix="dlqc-") as private:  # a loaded library needs its file no longer
-            _build(source, compiler, Path(private) / file)
+            _build(source, compiler, options, Path(private) / file)
             return _open(Path(private) / file)
     except (_NoRoom, OSError) as error:
         raise _Unavailable(f"no folder to build in: {error}") from None
@@ -136,9 +144,9 @@ def _call(command: list[str], folder: Path | None = None) -> subprocess.Complete
         raise _Unavailable(f"{command[0]} did not end within {_PATIENCE_S} s") from None
 
 
-def _key(code: bytes, version: str) -> str:
+def _key(code: bytes, version: str, options: tuple[str, ...]) -> str:
     """A hash of all that the machine code depends on."""
-    parts = (code, version, _FLAGS, _TUNED, platform.system(), platform.machine(), _processor())
+    parts = (code, version, _FLAGS, _TUNED, options, platform.system(), platform.machine(), _processor())
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
@@ -194,7 +202,7 @@ def _open(path: Path) -> ctypes.CDLL:
     return ctypes.CDLL(str(path))
 
 
-def _build(source: Path, compiler: list[str], target: Path) -> None:
+def _build(source: Path, compiler: list[str], options: tuple[str, ...], target: Path) -> None:
     """Compile, then move the result to its place in one step."""
     try:
         place = tempfile.TemporaryDirectory(prefix="build-", dir=target.parent, ignore_cleanup_errors=True)
@@ -204,7 +212,7 @@ def _build(source: Path, compiler: list[str], target: Path) -> None:
         folder = Path(name)
         made = folder / target.name
         for tuned in _TUNED:
-            command = [*compiler, *_FLAGS, *tuned, "-o", str(made), str(source)]
+            command = [*compiler, *_FLAGS, *tuned, *options, "-o", str(made), str(source)]
             try:
                 told = _call(command, folder)
             except OSError as error:

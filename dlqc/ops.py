@@ -9,6 +9,7 @@ replace them by their own packed ops at lowering; results are judged against the
     linear_q(x, codes, scales, zeros, bias)  = x · ((codes - zeros)·scales)ᵀ + bias
     linear_packed(...)                       = linear_q on codes stored as a dense bit stream
     linear_coded(x, parts, bias; spec, n)    = x · Wᵀ + b, W what `parts` stand for in the format that `spec` spells
+    low_rank(y, x, parts; spec)              = y + (x · Bᵀ) · Aᵀ, y the output of a quantized linear that reads x
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from dlqc.formats.activation import ActFormat
 from dlqc.formats.coded import weight_of
 from dlqc.formats.contract import StoredWeight
 from dlqc.formats.integer import IntFormat, QuantizedWeight
+from dlqc.formats.low_rank import low_rank_fault, low_rank_format
 from dlqc.formats.packing import unpack
 from dlqc.transform import decode
 
@@ -146,9 +148,29 @@ def _(x: Tensor, parts: list[Tensor], bias: Tensor | None, spec: str, out_featur
     return x.new_empty((*x.shape[:-1], out_features))
 
 
+@torch.library.custom_op("dlqc::low_rank", mutates_args=())
+def low_rank(y: Tensor, x: Tensor, parts: list[Tensor], spec: str) -> Tensor:
+    """y [..., N], x [..., K] → [..., N]; parts: the stored factors, in sorted order of their roles (dlqc/formats/low_rank.py)."""
+    fmt = low_rank_format(spec)
+    parts = [part.float() if part.dtype == torch.float64 else part for part in parts]  # as in `weight_of`
+    wrong = low_rank_fault(spec, parts, y.shape[-1], x.shape[-1])
+    if wrong is not None:
+        raise ContractError(wrong, where="low_rank", remedy="Use the tensors that were stored")
+    roles = sorted(fmt.parts_of(y.shape[-1], x.shape[-1]))
+    left, right = fmt.factors(dict(zip(roles, parts, strict=True)))
+    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    return (y.to(wide.dtype) + (wide @ right.to(wide.dtype).T) @ left.to(wide.dtype)).to(y.dtype)
+
+
+@low_rank.register_fake
+def _(y: Tensor, x: Tensor, parts: list[Tensor], spec: str) -> Tensor:
+    return torch.empty_like(y)
+
+
 ROPE = torch.ops.dlqc.rope.default
 TRANSFORM = torch.ops.dlqc.transform.default
 QUANTIZE_ACT = torch.ops.dlqc.quantize_act.default
 LINEAR_Q = torch.ops.dlqc.linear_q.default
 LINEAR_PACKED = torch.ops.dlqc.linear_packed.default
 LINEAR_CODED = torch.ops.dlqc.linear_coded.default
+LOW_RANK = torch.ops.dlqc.low_rank.default

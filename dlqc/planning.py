@@ -13,6 +13,7 @@ from dlqc.blocks import find_blocks
 from dlqc.compile import plan
 from dlqc.graph import Linear, linears
 from dlqc.recipe import as_recipe
+from dlqc.stats import PAIRED
 
 #: For the estimate of time only; a server does many times as much.
 _FLOPS_PER_SECOND = 5e10
@@ -26,7 +27,7 @@ class PlanReport:
         recipe: the passes. blocks: how many. sites: linears to quantize. kernels: how many sites each kernel gets.
         parameters: of the model. bits: to be stored. peak_bytes: of the largest block while it is rounded: its Hessians, the
             factor of one, and one weight in float64 with its working copies.
-        seconds: of rounding by GPTQ: K³/3 flops an input and N·K² a linear.
+        seconds: of rounding by GPTQ: K³/3 flops an input and N·K² a linear; GPTAQ's correction on top.
         formats: how many sites each number format gets, where that is known beforehand. notes: sentences of the passes.
         problems: what would fail. kept: linears that stay, and why.
 
@@ -88,15 +89,16 @@ def plan_report(model: nn.Module, recipe: str, *, backend: str = "auto", mask_id
     for name, candidates in specs.items():
         chosen_by = [choose_kernel(target, spec)[0] for spec in candidates]
         kernels[" or ".join(dict.fromkeys(kernel.name if kernel else "none" for kernel in chosen_by))] += 1
+        bits += found.beside.get(name, 0)
         if name not in found.assigned:
             (spec,) = candidates
             n, k = spec.out_features, spec.in_features
             bits += n * k * spec.weight.bits_per_weight(n, k)
             formats[spec.weight.label] += 1
     bits += found.limit_bits
-    rounding = any("hessian" in p.statistics() for p in chosen.passes)
+    wanted = frozenset[str]().union(*(p.statistics() for p in chosen.passes))
     blocks = find_blocks(captured.graph)
-    costs = [_block_cost(list(linears(b.nodes(captured.graph), captured.weights)), rounding) for b in blocks]
+    costs = [_block_cost(list(linears(b.nodes(captured.graph), captured.weights)), wanted) for b in blocks]
     return PlanReport(
         recipe=f"{chosen.name}: {chosen}",
         nodes=len(captured.graph.nodes),
@@ -114,11 +116,16 @@ def plan_report(model: nn.Module, recipe: str, *, backend: str = "auto", mask_id
     )
 
 
-def _block_cost(sites: list[Linear], rounding: bool) -> tuple[int, float]:
-    """(peak bytes, flops) of rounding a block's linears."""
+def _block_cost(sites: list[Linear], wanted: frozenset[str]) -> tuple[int, float]:
+    """(peak bytes, flops) of rounding a block's linears with these statistics of their inputs."""
     widths = list({site.x: site.in_features for site in sites}.values())
     largest = max((site.in_features * site.out_features for site in sites), default=0)
-    if not rounding:
+    if "hessian" not in wanted:
         return 3 * 8 * largest, 0.0
+    squares, widest = 8 * sum(k * k for k in widths), 8 * max(widths, default=0) ** 2
     flops = sum(k**3 / 3 for k in widths) + sum(s.out_features * s.in_features**2 for s in sites)
-    return 8 * sum(k * k for k in widths) + 8 * max(widths, default=0) ** 2 + 17 * largest, float(flops)
+    if not wanted & PAIRED:
+        return squares + widest + 17 * largest, float(flops)
+    # The drift beside each Hessian, and what it is divided to; dividing, and applying the quotient.
+    flops += sum(2 * k**3 for k in widths) + sum(2 * s.out_features * s.in_features**2 for s in sites)
+    return 2 * squares + 2 * widest + 17 * largest, float(flops)

@@ -34,6 +34,10 @@ PRESETS = {
     "w4a16-gptq-cgq": "as w4a16-gptq with certainty-weighted statistics",
     "w4a16-gptq-tmas": "as w4a16-gptq on snapshots of the model's own denoising",
     "w4a16-gptq-tmas-cgq": "as w4a16-gptq-tmas with certainty-weighted statistics",
+    "w4a16-gptaq": "4-bit weights g128 by GPTAQ on masked states",
+    "w4a16-gptaq-cgq": "as w4a16-gptaq with certainty-weighted statistics",
+    "w4a16-gptaq-tmas": "as w4a16-gptaq on snapshots of the model's own denoising",
+    "w4a16-gptaq-tmas-cgq": "as w4a16-gptaq-tmas with certainty-weighted statistics",
     "w4a16-smooth": "4-bit weights g128 after smoothing on masked states, nearest rounding",
     "w4a16-awq": "4-bit weights g128 after AWQ's scaling and clipping on masked states, nearest rounding",
     "w4a4-smoothquant": "as w4a4-rtn after SmoothQuant on masked states",
@@ -43,6 +47,8 @@ PRESETS = {
     "w4a4-duquant": "as w4a4-rtn after smoothing and DuQuant's rotations on masked states",
     "w3a16-gptq": "3-bit weights g128 by GPTQ on masked states",
     "w2a16-gptq": "2-bit weights g128 by GPTQ on masked states",
+    "w3a16-gptaq": "3-bit weights g128 by GPTAQ on masked states",
+    "w2a16-gptaq": "2-bit weights g128 by GPTAQ on masked states",
     "w4a16-mixed-gptq": "2, 3, 4 and 8-bit weights g128 by GPTQ on masked states, 4 bits per weight on average, all counted",
     "w3.2a16-mixed-gptq": "as w4a16-mixed-gptq at 3.2 bits",
     "w2.5a16-mixed-gptq": "as w4a16-mixed-gptq at 2.5 bits",
@@ -53,16 +59,20 @@ PRESETS = {
     "w3a16-squeezellm": "3-bit tables per channel by k-means weighted with diag(H) on masked states, 0.45 % of weights sparse",
     "w2a16-daq": "two sign planes g128 by DAQ on masked states, with the steps beyond the paper",
     "w2a16-quant-dllm": "two sign planes g128 on average by DAQ and ABMP as the paper has them, on masked states",
-    "w2a16-e8p": "2-bit E8P lattice per channel by LDLQ on masked states, without QuIP#'s rotations",
+    "w2a16-e8p": "2-bit E8P lattice per channel by LDLQ and descent on masked states, without rotations",
+    "w2a16-quip": "as w2a16-e8p after QuaRot's rotations, in place of QuIP#'s two-sided ones",
 }
 
 GRAMMAR = re.compile(
     r"w(?P<w>\d(?:\.\d+)?)a(?P<a>4|6|8|16)(?:-(?:g(?P<g>\d+)|(?P<channel>channel)))?(?P<sym>-sym)?(?P<mixed>-mixed)?"
-    r"-(?P<method>[a-z]+)(?:-(?P<variant>clean|cgq|tmas|tmas-cgq|rtn|gptq))?"
+    r"-(?P<method>[a-z]+)(?:-(?P<variant>clean|cgq|tmas|tmas-cgq|rtn|gptq|gptaq))?"
 )
 
 #: Widths of a code, as names spell them.
 WIDTHS = ("2", "3", "4", "8")
+
+#: Roundings of integers that take statistics.
+CALIBRATED = ("gptq", "gptaq")
 
 Maker = Callable[..., Pass]
 
@@ -85,10 +95,10 @@ def preset(name: str, pass_class: Callable[[str], Any]) -> tuple[Pass, ...] | No
         raise RecipeError(what, where=name, remedy=remedy)
     before, needs_states, rounding = METHODS[found["method"]]
     variant = found["variant"]
-    if variant in ("clean", "cgq", "tmas", "tmas-cgq") and rounding != "gptq":
+    if variant in ("clean", "cgq", "tmas", "tmas-cgq") and rounding not in CALIBRATED:
         without = name.removesuffix("-" + variant)
-        raise RecipeError(f"-{variant} goes with gptq only", where=name, remedy=f"Use {without!r}")
-    if variant in ("rtn", "gptq"):
+        raise RecipeError(f"-{variant} goes with gptq and gptaq only", where=name, remedy=f"Use {without!r}")
+    if variant in ("rtn", *CALIBRATED):
         if not before:
             without = name.removesuffix("-" + variant)
             raise RecipeError(f"-{variant} goes with transforms only", where=name, remedy=f"Use {without!r}")
@@ -98,7 +108,7 @@ def preset(name: str, pass_class: Callable[[str], Any]) -> tuple[Pass, ...] | No
         raise RecipeError(what, where=name, remedy="Use -mixed with gptq, rtn or quarot")
     weights, act = _format(found), int(found["a"])
     widths = {**weights, "weight_bits": weights.get("bits"), "act_bits": act if act < 16 else None}
-    steps = [_calibrate(pass_class, variant)] if needs_states or rounding == "gptq" or found["mixed"] else []
+    steps = [_calibrate(pass_class, variant)] if needs_states or rounding in CALIBRATED or found["mixed"] else []
     for step, options in before:
         rounded = {option: widths[option] for option in ROUNDED.get(step, ())}
         steps.append(pass_class(step)(**rounded, **options))
@@ -111,9 +121,10 @@ def preset(name: str, pass_class: Callable[[str], Any]) -> tuple[Pass, ...] | No
     return (*steps, pass_class("pack")(), pass_class("lower")())
 
 
-def _coded(pass_class: Callable[[str], Any], fmt: Any, method: Any) -> tuple[Pass, ...]:
+def _coded(pass_class: Callable[[str], Any], fmt: Any, method: Any, before: tuple[Step, ...] = ()) -> tuple[Pass, ...]:
     """Weights in a format that is not integers: there is nothing left to pack."""
-    steps = [_calibrate(pass_class, None)] if method.statistics else []
+    steps = [pass_class(step)(**options) for step, options in before]
+    steps += [_calibrate(pass_class, None)] if method.statistics else []
     return (*steps, pass_class("quantize_weights")(format=fmt, method=method), pass_class("lower")())
 
 
@@ -155,8 +166,12 @@ def _e8p() -> tuple[Any, Any]:
     return LatticeFormat(), Ldlq()
 
 
-#: Presets whose weights are not integers: name → format and rounding. Their names are listed, not composed.
-CODED: dict[str, Callable[[], tuple[Any, Any]]] = {
+def _quip() -> tuple[Any, Any, tuple[Step, ...]]:
+    return (*_e8p(), METHODS["quarot"][0])
+
+
+#: Presets whose weights are not integers: name → format, rounding, and the transforms before them. They are listed, not composed.
+CODED: dict[str, Callable[[], tuple[Any, ...]]] = {
     "w8a16-fp8": _data_free(lambda formats: formats.Fp8Format()),
     "w4a16-nf4": _data_free(lambda formats: formats.Nf4Format()),
     "w4a16-mxfp4": _data_free(lambda formats: formats.MicroscalingFormat("mxfp4")),
@@ -165,6 +180,7 @@ CODED: dict[str, Callable[[], tuple[Any, Any]]] = {
     "w2a16-daq": _daq,
     "w2a16-quant-dllm": _quant_dllm,
     "w2a16-e8p": _e8p,
+    "w2a16-quip": _quip,
 }
 
 
@@ -187,10 +203,11 @@ def _format(found: re.Match[str]) -> dict[str, Any]:
 
 
 def _rounding(name: str) -> Any:
+    from dlqc.rounding.gptaq import Gptaq
     from dlqc.rounding.gptq import Gptq
     from dlqc.rounding.rtn import Rtn
 
-    return Gptq() if name == "gptq" else Rtn()
+    return {"rtn": Rtn, "gptq": Gptq, "gptaq": Gptaq}[name]()
 
 
 Step = tuple[str, dict[str, Any]]
@@ -207,6 +224,7 @@ ROUNDED = {
 METHODS: dict[str, tuple[tuple[Step, ...], bool, str]] = {
     "rtn": ((), False, "rtn"),
     "gptq": ((), False, "gptq"),
+    "gptaq": ((), False, "gptaq"),
     "smooth": ((("smooth", {}),), True, "rtn"),
     "smoothquant": ((("smooth", {}),), True, "rtn"),
     "awq": ((("awq_scale", {"relative": True}), ("awq_clip", {})), True, "rtn"),

@@ -49,6 +49,7 @@ PASSES = {
     "assign_bits": "AssignBits",
     "quantize_weights": "QuantizeWeights",
     "quantize_activations": "QuantizeActivations",
+    "correct_bias": "CorrectBias",
     "pack": "Pack",
     "lower": "Lower",
 }
@@ -172,6 +173,23 @@ def _from_ast(node: ast.expr, text: str) -> Any:
         raise RecipeError(
             f"{ast.unparse(node)!r} is no plain value", where="passes", remedy="Use numbers and names"
         ) from error
+
+
+def from_call(text: str, classes: Mapping[str, type[Any]], *, where: str) -> Any:
+    """One frozen dataclass from a name or a call, such as `fast_dllm(threshold=0.8)`. Nothing is executed.
+
+    Args:
+        classes: what the names stand for. where: what is read, for messages.
+    """
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        remedy = f"Write it like: {next(iter(classes))}(option=value)"
+        raise RecipeError(f"cannot read {text!r}", where=where, remedy=remedy) from error
+    name, options = _name_and_options(_from_ast(tree, text), where)
+    if name not in classes:
+        raise RecipeError(f"unknown {where} {name!r}", where=where, remedy=nearest(name, classes))
+    return _build(classes[name], options, name)
 
 
 @dataclass(frozen=True)

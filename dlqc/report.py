@@ -22,9 +22,9 @@ from dlqc.contract import Pass, PassReport
 from dlqc.formats.coded import decode
 from dlqc.formats.contract import WeightFormat
 from dlqc.formats.integer import IntFormat
-from dlqc.graph import QUANTIZED_LINEARS, args_of, constant_name, is_call, uses, width
+from dlqc.graph import ADDED_BIAS, QUANTIZED_LINEARS, args_of, constant_name, is_call, uses, width
 from dlqc.instruments import Record
-from dlqc.ops import LINEAR_CODED
+from dlqc.ops import LINEAR_CODED, LOW_RANK
 from dlqc.weights import Weights
 
 
@@ -69,10 +69,11 @@ class Storage:
         parameters: parameters of the original model, ties counted once.
         quantized: how many of them are stored as codes.
         bits: stored bits in all.
-        bits_quantized: stored bits of the quantized ones, scales and zero points included.
+        bits_quantized: stored bits of the quantized ones: scales, zero points, corrections of low rank and biases that were
+            added are included.
         original_bits: bits of the checkpoint.
         kept: matrices that stay as they are → (parameters, reason).
-        formats: number format → (linears, their parameters, their stored bits).
+        formats: number format → (linears, their parameters, their stored bits without corrections of low rank).
     """
 
     parameters: int
@@ -223,20 +224,23 @@ class Report:
 def measure_storage(original: Weights, graph: fx.Graph, weights: Weights, kept: dict[str, str]) -> Storage:
     """Count what the graph stores against what the checkpoint stored."""
     seen: set[str] = set()
+    bits_quantized = 0
     formats: dict[str, tuple[int, int, int]] = {}
     for node in graph.nodes:
-        if not is_call(node, *QUANTIZED_LINEARS):
+        if not is_call(node, *QUANTIZED_LINEARS, LOW_RANK):
             continue
-        parts = args_of(node)[1] if is_call(node, LINEAR_CODED) else args_of(node)[1:4]
-        names = [name for name in map(constant_name, parts) if name is not None]
-        if names[0] in seen:
+        parts = _parts(node)
+        fresh = [name for name in map(constant_name, parts) if name is not None and name not in seen]
+        seen.update(fresh)
+        bits = sum(_bits(weights[name].leaf) for name in fresh)
+        bits_quantized += bits
+        if is_call(node, LOW_RANK) or constant_name(parts[0]) not in fresh:
             continue
-        seen.update(names)
-        leaves = [weights[name].leaf for name in names]
-        out_features = args_of(node)[4] if is_call(node, LINEAR_CODED) else leaves[0].shape[0]
-        counted = (1, int(out_features) * width(args_of(node)[0]), sum(map(_bits, leaves)))
+        first = weights[str(constant_name(parts[0]))].leaf
+        out_features = args_of(node)[4] if is_call(node, LINEAR_CODED) else first.shape[0]
         label = _format_of(node).label
-        formats[label] = tuple(map(sum, zip(formats.get(label, (0, 0, 0)), counted, strict=True)))  # type: ignore[assignment]
+        sites, parameters, before = formats.get(label, (0, 0, 0))
+        formats[label] = (sites + 1, parameters + int(out_features) * width(args_of(node)[0]), before + bits)
     # What is stored, not the leaf it comes from: a part of a fused projection is smaller, a folded gain is wider.
     total = sum(c.shape.numel() * c.storage_dtype.itemsize * 8 for c in weights.values())
     matrices = {
@@ -249,7 +253,7 @@ def measure_storage(original: Weights, graph: fx.Graph, weights: Weights, kept: 
         parameters=sum(c.leaf.numel() for c in distinct),
         quantized=sum(parameters for _, parameters, _ in formats.values()),
         bits=total,
-        bits_quantized=sum(bits for _, _, bits in formats.values()),
+        bits_quantized=bits_quantized,
         original_bits=sum(_bits(c.leaf) for c in distinct),
         kept=matrices,
         formats=formats,
@@ -262,6 +266,15 @@ def _format_of(node: fx.Node) -> IntFormat | WeightFormat:
         return decode(args_of(node)[3])
     bits, group = args_of(node)[5:7]
     return IntFormat(bits, group or None, args_of(node)[3] is None)
+
+
+def _parts(node: fx.Node) -> list[Any]:
+    """The constants that are stored for a weight: a bias only if a pass added it."""
+    if is_call(node, LOW_RANK):
+        return list(args_of(node)[2])
+    coded = is_call(node, LINEAR_CODED)
+    parts, bias = (args_of(node)[1], args_of(node)[2]) if coded else (args_of(node)[1:4], args_of(node)[4])
+    return [*parts, *([bias] if ADDED_BIAS in str(constant_name(bias)).split(".") else [])]
 
 
 def _distinct(weights: Weights) -> list[Any]:

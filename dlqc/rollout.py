@@ -19,8 +19,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from dlqc.diffusion.denoising import Step
 from dlqc.diffusion.sampler_dream import DreamSampler
-from dlqc.diffusion.sampler_llada import LLaDASampler, Step
+from dlqc.diffusion.sampler_llada import LLaDASampler
 from dlqc.errors import CalibrationError, RecipeError
 from dlqc.samplers import Canvases, StateSampler, Teacher, check_share, prompt_length
 

@@ -26,14 +26,17 @@ from dlqc.formats.integer import SCALE_DTYPES, IntFormat
 from dlqc.formats.packing import packed_shape
 from dlqc.graph import Linear, linears
 from dlqc.rounding.daq import Daq
+from dlqc.rounding.gptaq import Gptaq
 from dlqc.rounding.gptq import Gptq
+from dlqc.rounding.hqq import Hqq
 from dlqc.rounding.kmeans import Kmeans
 from dlqc.rounding.rtn import Rtn
+from dlqc.rounding.signround import SignRound
 from dlqc.rounding.vector import Ldlq
 from dlqc.routers import KEPT, is_router
 from dlqc.weights import Weights
 
-Method = Rtn | Gptq | Daq | Kmeans | Ldlq
+Method = Rtn | Gptq | Gptaq | Daq | Kmeans | Ldlq | Hqq | SignRound
 
 
 @dataclass(frozen=True)

@@ -40,15 +40,19 @@ from dlqc.diffusion.masking import apply_mask, generator, logits_of, ratio_mask
 from dlqc.errors import CalibrationError, ModelError
 from dlqc.execute import Executor, compute_dtype, logits_node, placeholder
 from dlqc.graph import Linear, linears
-from dlqc.manager import StateFlow
 from dlqc.rounding.hessian import output_energy
 from dlqc.schemes import Scheme, to_round
+from dlqc.states import StateFlow
+from dlqc.stats import PAIRED
 from dlqc.weights import Weights
 
 Metric = Literal["kl", "confidence", "mse", "hessian", "fisher"]
 MEASURED: tuple[Metric, ...] = ("kl", "confidence", "mse")
 ESTIMATED: tuple[Metric, ...] = ("hessian", "fisher")
 RATIOS = (0.25, 0.5, 0.75)
+
+#: No weight is exchanged.
+EXACT: Mapping[str, Tensor] = {}
 
 _LOGITS = 1 << 26
 _KEPT = 1 << 30
@@ -169,7 +173,9 @@ def sensitivities(
     wanted |= {"hessian", "count"} if metric in ESTIMATED or "hessian" in wanted else set()
     fisher = output_fisher(graph, ctx, units, states) if metric == "fisher" else None
     runner = _Runner(graph, ctx, states) if metric in MEASURED else None
-    flow = StateFlow(graph, ctx, _BATCH) if wanted else None
+    # Nothing is rounded here, so both streams of states are the same: methods that compare them find no drift.
+    paired = bool(wanted & PAIRED)
+    flow = StateFlow(graph, ctx, _BATCH, paired=paired, original=paired) if wanted else None
     found: list[list[dict[str, float]]] = []
     for block in ctx.blocks:
         members = [pair for pair in zip(units, candidates, strict=True) if pair[0].block == block.index]
@@ -228,18 +234,17 @@ class _Runner:
         step = Executor(self._graph, self._ctx.weights, [ids, self._at], [target], keep_weights=True)
         self._hidden = [step(self._states.ids[p], h)[0] for p, h in zip(self._batches, self._hidden, strict=True)]
         self._at = target
-        self._constants = [n for n in self._graph.nodes if n.op == "get_attr" and str(n.target) in weights]
-        self._values = [self._ctx.weights.value(str(n.target), compute_dtype(n, None)) for n in self._constants]
-        inputs, logits = [ids, target, *self._constants], logits_node(self._graph)
-        self._run = Executor(self._graph, self._ctx.weights, inputs, [logits], keep_weights=self._keep)
+        names = {str(n.target): n for n in self._graph.nodes if n.op == "get_attr" and str(n.target) in weights}
+        self._dtypes = {name: compute_dtype(node, None) for name, node in names.items()}
+        logits = logits_node(self._graph)
+        self._run = Executor(self._graph, self._ctx.weights, [ids, target], [logits], keep_weights=self._keep)
 
     def costs(self, rounded: Mapping[str, Tensor]) -> dict[str, float]:
         """The measured metrics with these weights in place of the block's own."""
-        pairs = zip(self._constants, self._values, strict=True)
-        values = [rounded[str(n.target)].to(v.dtype) if str(n.target) in rounded else v for n, v in pairs]
+        constants = {name: weight.to(self._dtypes[name]) for name, weight in rounded.items()}
         total = torch.zeros(len(MEASURED), dtype=torch.float64)
         for part, hidden, reference in zip(self._batches, self._hidden, self._reference, strict=True):
-            found = self._logits(self._run, part, [hidden, *values])
+            found = self._logits(self._run, part, [hidden], constants)
             share = (self._states.share[part, None] * self._states.measured[part])[self._states.measured[part]]
             confidence = found.softmax(-1).amax(-1) - reference.softmax(-1).amax(-1)
             changes = (divergence(reference, found), confidence.square(), (found - reference).square().mean(-1))
@@ -249,16 +254,21 @@ class _Runner:
             raise ModelError(what, where=next(iter(rounded)), remedy="Leave them out with skip=, or use more bits")
         return dict(zip(MEASURED, total.tolist(), strict=True))
 
-    def _logits(self, run: Executor, part: slice, more: Sequence[Tensor]) -> Tensor:
+    @torch.no_grad()
+    def _logits(
+        self, run: Executor, part: slice, more: Sequence[Tensor], constants: Mapping[str, Tensor] = EXACT
+    ) -> Tensor:
         """Logits [T, V] at the measured positions of some states, float32."""
         ids, spec = self._states.ids[part], self._ctx.spec
-        return logits_of(functools.partial(_call, run, *more), ids, spec)[self._states.measured[part]].float()
+        return logits_of(functools.partial(_call, run, constants, *more), ids, spec)[
+            self._states.measured[part]
+        ].float()
 
 
-def _call(run: Executor, *given: Tensor) -> Tensor:
+def _call(run: Executor, constants: Mapping[str, Tensor], *given: Tensor) -> Tensor:
     """What `run` gives for token ids, the last of `given`, and the values that come after them in its inputs."""
     *more, ids = given
-    return run(ids, *more)[0]
+    return run.differentiable(ids, *more, constants=constants)[0]
 
 
 def _estimates(
@@ -292,9 +302,9 @@ def output_fisher(graph: fx.Graph, ctx: Context, units: Sequence[Unit], states: 
         for at, target in itertools.pairwise([ids, *cuts]):
             values.append(Executor(graph, ctx.weights, [ids, at], [target])(canvas, values[-1])[0])
         values = [value.requires_grad_() for value in values[1:]]
-        head = Executor(graph, ctx.weights, [ids, cuts[-1]], [logits], grad=True)
+        head = Executor(graph, ctx.weights, [ids, cuts[-1]], [logits])
         measured = states.measured[part]
-        read = functools.partial(_call, head, values[-1])
+        read = functools.partial(_call, head, EXACT, values[-1])
         log_p = logits_of(read, canvas, ctx.spec)[measured].float().log_softmax(-1)
         drawn = torch.multinomial(log_p.detach().exp(), 1, generator=random)
         share = (states.share[part, None] * measured)[measured].sqrt()
@@ -302,7 +312,8 @@ def output_fisher(graph: fx.Graph, ctx: Context, units: Sequence[Unit], states: 
         for block in reversed(ctx.blocks):
             members, source = outputs[block.index], values[block.index]
             targets = [cuts[block.index + 1], *(site.node for site in members)]
-            top, *ys = Executor(graph, ctx.weights, [ids, cuts[block.index]], targets, grad=True)(canvas, source)
+            run = Executor(graph, ctx.weights, [ids, cuts[block.index]], targets)
+            top, *ys = run.differentiable(canvas, source, constants=EXACT)
             gradient, *gs = torch.autograd.grad(top, [source, *ys], gradient)
             for site, g in zip(members, gs, strict=True):
                 found[site.weight] += g.square().reshape(-1, site.out_features).sum(dim=0, dtype=torch.float64)

@@ -9,10 +9,17 @@ straight-through estimator of Bengio et al. 2013 (arXiv 1308.3432).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from dlqc.formats.activation import ActFormat
 from dlqc.formats.integer import IntFormat
+
+
+def straight_through(x: torch.Tensor, rounding: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """rounding(x), to the last bit, with the gradient of x."""
+    return rounding(x.detach()) + (x - x.detach())
 
 
 def quantized_activations(x: torch.Tensor, fmt: ActFormat | None, *, scale: bool = True) -> torch.Tensor:

@@ -36,6 +36,7 @@ from dlqc.errors import FeasibilityError, RecipeError, nearest
 from dlqc.formats.integer import IntFormat
 from dlqc.graph import linears
 from dlqc.knapsack import frontier, hull
+from dlqc.rounding.contract import BlockRounding
 from dlqc.rounding.gptq import Gptq
 from dlqc.schemes import Method, Override, Scheme, Variant
 from dlqc.sensitivity import RATIOS, Metric, sensitivities
@@ -48,6 +49,8 @@ class AssignBits(Pass):
     Options:
         budget: '3.2bpw', '4.5GB' or '800MiB' (`dlqc.budget`), an upper limit.
         bits: widths of integer candidates. group_size, symmetric, method: theirs, as in quantize_weights.
+        probe: the rounding that stands in for theirs while costs are taken; None takes their own. A method that rounds the
+            linears of a block together has no cost of one linear and needs it.
         variants: further candidates, such as variant(format=nf4, method=rtn).
         metric: kl, confidence or mse, measured by running the model; hessian or fisher, estimated.
         fused: linears that read one value get the same scheme.
@@ -67,6 +70,7 @@ class AssignBits(Pass):
     symmetric: bool = False
     method: Method = field(default_factory=Gptq)
     variants: tuple[Variant, ...] = ()
+    probe: Method | None = None
     metric: Metric = "kl"
     fused: bool = True
     prior: float = 0.0
@@ -86,7 +90,11 @@ class AssignBits(Pass):
         Budget.read(self.budget)
         if not self.candidates:  # a wrong width, group or method is refused here, with the option's name
             raise RecipeError("there is nothing to choose from", where="assign_bits.bits", remedy="Use (2, 3, 4, 8)")
-        [override.of(self.candidates[0]) for override in self.fixed]
+        schemes = [*self.candidates, *(override.of(self.candidates[0]) for override in self.fixed)]
+        for scheme in map(self._probing, schemes):
+            if isinstance(scheme.method, BlockRounding):
+                what = f"{scheme.method.name} rounds the linears of a block together, and has no cost of one alone"
+                raise RecipeError(what, where="assign_bits.probe", remedy="Use probe=gptq, or another method")
         if not 0 <= self.prior <= 1:
             what = f"{self.prior} is outside [0, 1]"
             raise RecipeError(what, where="assign_bits.prior", remedy="Use 0 for none, or 0.5")
@@ -95,6 +103,10 @@ class AssignBits(Pass):
         if not self.ratios or not all(0 < ratio <= 1 for ratio in self.ratios):
             what = f"{self.ratios} are no mask ratios"
             raise RecipeError(what, where="assign_bits.ratios", remedy="Use numbers above 0 and up to 1, such as 0.5")
+
+    def _probing(self, scheme: Scheme) -> Scheme:
+        """What is tried in the place of a candidate."""
+        return scheme if self.probe is None else Scheme(scheme.format, self.probe).checked("assign_bits.probe")
 
     def choices(self, graph: fx.Graph, ctx: Context) -> Choices:
         """What may be chosen, from shapes alone."""
@@ -130,7 +142,8 @@ class AssignBits(Pass):
 
     def costs(self, graph: fx.Graph, ctx: Context, found: Choices) -> list[list[dict[str, float]]]:
         """All metrics of all candidates, weighed by the prior."""
-        table = sensitivities(graph, ctx, found.units, found.schemes, self.metric, rows=self.rows, ratios=self.ratios)
+        tried = [tuple(map(self._probing, schemes)) for schemes in found.schemes]
+        table = sensitivities(graph, ctx, found.units, tried, self.metric, rows=self.rows, ratios=self.ratios)
         last = max(1, len(ctx.blocks) - 1)
         weighed = [1 + self.prior * (2 * unit.block / last - 1) for unit in found.units]
         return [

@@ -36,7 +36,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from functools import partial
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -47,10 +48,10 @@ from dlqc.cayley import CayleySGD, nearest_orthogonal, orthogonality_error, rand
 from dlqc.contract import Context, Declined, Pass, PassReport
 from dlqc.diffusion.masking import logits_of
 from dlqc.errors import CalibrationError, RecipeError
-from dlqc.execute import compute_dtype, logits_node, needed, placeholder
+from dlqc.execute import Executor, compute_dtype, logits_node, placeholder
 from dlqc.formats.activation import ActFormat
 from dlqc.formats.integer import IntFormat
-from dlqc.graph import args_of, linears
+from dlqc.graph import linears
 from dlqc.regions import Refused, Region, attentions, fold, residual_stream, value_heads
 from dlqc.routers import is_router
 from dlqc.straight_through import quantized_activations, quantized_weight
@@ -179,30 +180,22 @@ class Trained:
         scale: bool,
     ) -> None:
         self._ctx, self._regions, self._formats, self._scale = ctx, regions, formats, scale
-        self._ids, self._logits = placeholder(graph), logits_node(graph)
-        self._nodes = needed(graph, [self._ids], [self._logits])
         sites = [s for block in ctx.blocks for s in linears(block.nodes(graph), ctx.weights)]
-        self._rounded = {s.node for s in sites if not is_router(s.node)}
-        dtypes = {str(n.target): compute_dtype(n, None) for n in self._nodes if n.op == "get_attr"}
+        self._rounded = [s for s in sites if not is_router(s.node)]
+        self._run = Executor(graph, ctx.weights, [placeholder(graph)], [logits_node(graph)])
+        dtypes = {str(n.target): compute_dtype(n, None) for n in self._run.nodes if n.op == "get_attr"}
         self._constants = {name: ctx.weights.value(name, dtype) for name, dtype in dtypes.items()}
 
     def logits(self, rotations: Sequence[Tensor], ids: Tensor, rounded: bool = True) -> Tensor:
         """Logits [B, L, V]."""
-        constants = self.rotated(rotations)
-        env: dict[fx.Node, Any] = {self._ids: ids}
-        for node in self._nodes:
-            if node.op == "get_attr":
-                env[node] = constants[str(node.target)]
-                continue
-            args, kwargs = fx.map_arg((args_of(node), node.kwargs), env.__getitem__)
-            if rounded and node in self._rounded:
-                x, w, *rest = args
-                act, weight = self._formats
-                x = quantized_activations(x, act, scale=self._scale)
-                args = (x, quantized_weight(w, weight, scale=self._scale), *rest)
-            env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-        result: Tensor = env[self._logits]
-        return result
+        constants, entering = self.rotated(rotations), {}
+        if rounded:
+            act, weight = self._formats
+            enter = partial(quantized_activations, fmt=act, scale=self._scale)
+            entering = {site.node: enter for site in self._rounded}
+            for name in {site.weight for site in self._rounded}:
+                constants[name] = quantized_weight(constants[name], weight, scale=self._scale)
+        return self._run.differentiable(ids, constants=constants, entering=entering)[0]
 
     def rotated(self, rotations: Sequence[Tensor]) -> dict[str, Tensor]:
         """The constants with the rotations folded in, as `fold` will do it."""

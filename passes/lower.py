@@ -27,9 +27,9 @@ from dlqc.graph import (
     call_before,
     constant_name,
     is_call,
-    module_name,
     read,
     replace,
+    site_name,
     sweep,
     width,
 )
@@ -124,14 +124,6 @@ def _parts_and_bias(node: fx.Node) -> tuple[list[fx.Node | None], fx.Node | None
     if is_call(node, LINEAR_CODED):
         return list(args_of(node)[1]), args_of(node)[2]
     return list(args_of(node)[1:4]), args_of(node)[4]
-
-
-def site_name(node: fx.Node) -> str:
-    """The module name of a packed or coded linear."""
-    name = str(constant_name(_parts_and_bias(node)[0][0]))
-    if is_call(node, LINEAR_CODED):
-        return name.rpartition(".")[0]
-    return module_name(name.removesuffix("_packed"))
 
 
 def spec_of_node(node: fx.Node, ctx: Context) -> LinearSpec:

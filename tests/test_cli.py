@@ -89,6 +89,46 @@ def test_generate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     assert (made["nfe"], made["tokens_per_forward"], len(made["ids"])) == (4, 2.0, 8)
 
 
+def test_generate_with_a_sampler_as_text(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], artifact: Path
+) -> None:
+    text = "fast_dllm(cache='dual', threshold=none, block_length=4)"
+    assert run(monkeypatch, "generate", str(artifact), "Once upon", "-s", text, "--length", "8", "--stream") == 0
+    lines = capsys.readouterr().out.splitlines()
+    commits = [line.split() for line in lines if line[:4].strip().isdigit() and len(line.split()) >= 3]
+    assert sorted(int(parts[1]) for parts in commits) == list(range(8))
+    assert "8 forwards, 1.00 tokens per forward" in lines[-1]
+    assert run(monkeypatch, "generate", str(artifact), "Once upon", "-s", "fast_dllm(cach='dual')") == 2
+    assert capsys.readouterr().err == "error: fast_dllm: unknown option 'cach'. Did you mean 'cache'?\n"
+
+
+def test_eval_of_trajectories(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], artifact: Path
+) -> None:
+    sizes = ("--rows", "3", "--length", "32", "--prompts", "3", "-s", "llada(gen_length=6, steps=6)")
+    assert run(monkeypatch, "eval", str(artifact), "--against", "tiny-llada", "--trajectory", *sizes, "--json") == 0
+    apart = output(capsys)[str(artifact)]["trajectory"]
+    assert (apart["prompts"], apart["horizon"], apart["nfe_ratio"]["mean"]) == (3, 6, 1.0)
+    assert 0 <= apart["flips"]["mean"] <= 1
+    assert list(apart["divergence_by_step"]) == [str(step) for step in range(6)]
+    assert run(monkeypatch, "eval", str(artifact), "--against", "tiny-llada", "--trajectory", *sizes) == 0
+    assert "commit order, Kendall's tau" in capsys.readouterr().out
+    assert run(monkeypatch, "eval", str(artifact), "--trajectory") == 2
+    assert "trajectory: a trajectory is compared with another model's. Name the model" in capsys.readouterr().err
+    assert run(monkeypatch, "eval", str(artifact), "-s", "llada") == 2
+    assert "sampler: only trajectories are sampled. Add --trajectory" in capsys.readouterr().err
+
+
+def test_bisect(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ("--rows", "2", "--length", "16", "--worst", "0", "--tolerance", "1e-6", "--json")
+    assert run(monkeypatch, "bisect", "tiny-llada", "-r", "quantize_weights(bits=4, method=rtn)", *sizes) == 0
+    found = output(capsys)
+    assert [cost["step"] for cost in found["passes"]] == ["quantize_weights(method=rtn)"]
+    assert found["guilty"] == "quantize_weights(method=rtn)"
+    assert len(found["blocks"]) == 4
+    assert found["sites"] == []
+
+
 def test_eval_against_the_original(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], artifact: Path
 ) -> None:
@@ -295,5 +335,6 @@ def test_verify_refuses_a_backend_that_computes_something_else(
         return right(self, spec, packed, scales * 0, zeros, bias)
 
     monkeypatch.setattr(Int4Pack, "lower", wrong)
+    monkeypatch.setenv("DLQC_NATIVE", "0")  # so that it is the one that is chosen
     assert run(monkeypatch, "verify", str(artifact), "--backend", "cpu") == 2
     assert "the logits differ from the reference by" in capsys.readouterr().err

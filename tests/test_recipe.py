@@ -35,6 +35,7 @@ from dlqc.passes.smooth import Smooth
 from dlqc.presets import CODED
 from dlqc.recipe import PASSES, PRESETS, ForeignPass, Recipe, as_recipe, from_plain, parse_line, pass_class
 from dlqc.rounding.daq import Daq
+from dlqc.rounding.gptaq import Gptaq
 from dlqc.rounding.gptq import Gptq
 from dlqc.rounding.rtn import Rtn
 from dlqc.schemes import Override
@@ -169,6 +170,7 @@ def test_yaml_spells_every_option_out() -> None:
         "method": {"gptq": {f.name: f.default for f in dataclasses.fields(Gptq)}},
         "skip": [],
         "format": None,
+        "sequential": "block",
         "overrides": [],
     }
 
@@ -185,6 +187,7 @@ def test_yaml_spells_every_option_out() -> None:
         "w8a16-g128-smoothquant",
         "w3a16-channel-sym-rtn",
         "w4a4-quarot-rtn",
+        "w4a4-quarot-gptaq",
         "w6a8-g64-sym-mixed-rtn",
         "w2.75a16-mixed-quarot",
     ],
@@ -214,8 +217,8 @@ def test_a_preset_s_name_tells_the_truth(name: str) -> None:
     assert weights.group_size == (groups.pop() if groups else None if bits == 8 or act < 8 else 128)
     assert weights.symmetric == (bits == 8 or act < 8 or "sym" in words)
     assert weights.skip == ()
-    by_gptq = "gptq" in words or ("quarot" in words and "rtn" not in words)
-    assert isinstance(weights.method, Gptq if by_gptq else Rtn)
+    by_gptq = bool({"gptq", "gptaq"} & set(words)) or ("quarot" in words and "rtn" not in words)
+    assert type(weights.method) is (Gptaq if "gptaq" in words else Gptq if by_gptq else Rtn)
 
     assert ("quantize_activations" in by_name) == (act != 16)
     if act != 16:
@@ -261,8 +264,8 @@ def test_a_preset_s_description_tells_the_truth(name: str, words: str) -> None:
     assert words.startswith(f"{weights.bits}-bit weights {group}")
     act = int(re.search(r"a(\d+)-", name).group(1))  # type: ignore[union-attr]
     assert (f"{act}-bit activations per token" in words) == (act != 16)
-    assert ("GPTQ" in words) == isinstance(weights.method, Gptq)
-    assert ("nearest rounding" in words) == isinstance(weights.method, Rtn)
+    for title, method in {"GPTQ": Gptq, "GPTAQ": Gptaq, "nearest rounding": Rtn}.items():
+        assert (title in words) == (type(weights.method) is method)
 
 
 def test_every_pass_is_named_by_its_file() -> None:
@@ -462,7 +465,7 @@ def message(call: Callable[[], object]) -> str:
             "quantize_weights(overrides=(override(bits=3), pack))",
             "quantize_weights.overrides[1]: unknown choice 'pack'. Known: override",
         ),
-        ("w4a16-rtn-clean", "w4a16-rtn-clean: -clean goes with gptq only. Use 'w4a16-rtn'"),
+        ("w4a16-rtn-clean", "w4a16-rtn-clean: -clean goes with gptq and gptaq only. Use 'w4a16-rtn'"),
         ("w4a16-g0-rtn", "group_size: a group of 0 input features is impossible"),
         ("", "passes: unknown recipe ''. Known: assign_bits"),
     ],

@@ -26,12 +26,20 @@ def collect(case: Any, wanted: set[str], ids: torch.Tensor, c: torch.Tensor, bat
     collector = Collector(wanted, sites)
     run = Executor(case.graph, case.ctx.weights, [placeholder(case.graph)], [logits_node(case.graph)])
     for i in range(0, len(ids), batch):
-        run(ids[i : i + batch], taps=collector.taps(c[i : i + batch]))
+        before = moved(case, ids[i : i + batch]) if "drift" in wanted else None
+        run(ids[i : i + batch], taps=collector.taps(c[i : i + batch], exact=before))
     seen: dict[str, list[np.ndarray]] = {}
     for site in sites:
         value = Executor(case.graph, case.ctx.weights, [placeholder(case.graph)], [site.x])(ids)[0]
         seen.setdefault(site.weight, []).append(value.reshape(-1, value.shape[-1]).double().numpy())
     return collector.result(), seen
+
+
+def moved(case: Any, ids: torch.Tensor) -> dict[Any, torch.Tensor]:
+    """Other values for all inputs of linears, as another model would give."""
+    nodes = list(dict.fromkeys(site.x for site in linears(case.graph.nodes, case.ctx.weights)))
+    values = Executor(case.graph, case.ctx.weights, [placeholder(case.graph)], nodes)(ids)
+    return {node: value + value.flip(-1) * 0.3 for node, value in zip(nodes, values, strict=True)}
 
 
 @pytest.mark.parametrize("name", ["llada grouped bias", "shared"])
@@ -48,6 +56,8 @@ def test_equal_the_sums_written_out(case: CaseMaker, name: str, batch: int) -> N
         w = np.tile(c.reshape(-1).double().numpy(), len(parts))
         near = {"rtol": 2e-5, "atol": 2e-5}
         np.testing.assert_allclose(found[weight]["hessian"], (x * w[:, None]).T @ x, **near)
+        drift = (np.flip(x, -1) * 0.3 * w[:, None]).T @ x
+        np.testing.assert_allclose(found[weight]["drift"], drift, **near)
         np.testing.assert_allclose(found[weight]["absmax"], np.abs(x[w > 0]).max(0), **near)
         np.testing.assert_allclose(found[weight]["meanabs"], (w[:, None] * np.abs(x)).sum(0) / w.sum(), **near)
         assert found[weight]["count"] == len(x)
@@ -79,7 +89,7 @@ def test_asking_twice_gives_the_same(case: CaseMaker) -> None:
     sites = list(linears(k.graph.nodes, k.ctx.weights))
     collector = Collector(STATISTICS, sites)
     run = Executor(k.graph, k.ctx.weights, [placeholder(k.graph)], [logits_node(k.graph)])
-    run(k.ids(), taps=collector.taps(torch.rand(3, 12)))
+    run(k.ids(), taps=collector.taps(torch.rand(3, 12), exact=moved(k, k.ids())))
     first, second = collector.result(), collector.result()
     for weight, sums in first.items():
         assert all(torch.equal(value, second[weight][name]) for name, value in sums.items())
@@ -115,6 +125,33 @@ def test_bad_activations_name_the_layer(case: CaseMaker, bad: float) -> None:
     message = r"^layers\.0\.down: NaN or Inf in the input activations \(1 of 64 channels\)\. Check the weights before"
     with pytest.raises(CalibrationError, match=message):
         collect(k, {"absmax"}, k.ids(), torch.ones(3, 12), 3)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_bad_activations_before_rounding_name_the_layer(case: CaseMaker, bad: float) -> None:
+    k = case("layer norm")
+    collector = Collector({"drift"}, list(linears(k.graph.nodes, k.ctx.weights)))
+    run = Executor(k.graph, k.ctx.weights, [placeholder(k.graph)], [logits_node(k.graph)])
+    exact = moved(k, k.ids())
+    next(iter(exact.values()))[0, 0, 5] = bad
+    message = (
+        r"^layers\.0\.up: NaN or Inf in the input activations of the model before rounding \(1 of 32 channels\)\. "
+        r"Check the weights before this layer and the calibration text$"
+    )
+    with pytest.raises(CalibrationError, match=message):
+        run(k.ids(), taps=collector.taps(torch.ones(3, 12), exact=exact))
+
+
+def test_paired_statistics_need_the_pair(case: CaseMaker) -> None:
+    k = case("layer norm")
+    collector = Collector({"drift"}, list(linears(k.graph.nodes, k.ctx.weights)))
+    run = Executor(k.graph, k.ctx.weights, [placeholder(k.graph)], [logits_node(k.graph)])
+    message = (
+        r"^statistics: the statistic 'drift' compares with the model before rounding, and what that reads here was not "
+        r"given\. Collect it by a PassManager, over blocks$"
+    )
+    with pytest.raises(ContractError, match=message):
+        run(k.ids(), taps=collector.taps(torch.ones(3, 12)))
 
 
 def test_an_unknown_statistic_is_named() -> None:

@@ -36,6 +36,13 @@ class Interval:
         return f"{self.mean:.4f} [{self.low:.4f}, {self.high:.4f}]"
 
 
+def brief(interval: Interval | None, digits: int) -> str:
+    """An interval for a table; nothing where there is none."""
+    if interval is None:
+        return ""
+    return f"{interval.mean:.{digits}f} [{interval.low:.{digits}f}, {interval.high:.{digits}f}]"
+
+
 def mean_interval(values: Tensor) -> Interval:
     """Mean of independent values [R] with its two-sided 95 % t interval."""
     count = values.numel()

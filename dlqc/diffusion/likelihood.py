@@ -29,7 +29,7 @@ from dlqc.diffusion.masking import (
     logits_of,
     ratio_mask,
 )
-from dlqc.diffusion.sampler_llada import guided_logits
+from dlqc.diffusion.network import guided_logits
 from dlqc.diffusion.spec import DiffusionSpec
 from dlqc.errors import FeasibilityError, ModelError
 

@@ -59,14 +59,16 @@ def device_of(model: object) -> torch.device | None:
     return torch.device(named) if isinstance(named, str | torch.device) else None
 
 
-def check_finite(logits: Tensor, step: int) -> None:
-    """Refuse NaN and infinity in logits [B, S, V]; names the step."""
+def check_finite(logits: Tensor, step: int, blame: Callable[[], str | None] | None = None) -> None:
+    """Refuse NaN and infinity in logits [B, S, V]; names the step, and the layer where `blame` finds one."""
     if not bool(torch.isfinite(logits).all()):
         bad = (~torch.isfinite(logits)).any(-1)
         row, column = bad.nonzero()[0].tolist()
+        layer = blame() if blame is not None else None
         raise ModelError(
             f"step {step}: the logits of {int(bad.sum())} of {bad.numel()} positions are not finite, "
-            f"first in row {row} at position {column} of the block",
+            f"first in row {row} at position {column} of the block"
+            + (f"; the first values that are not come out of {layer}" if layer else ""),
             remedy="Check the model on this input in float32; a scale of a quantized layer may have overflowed",
         )
 

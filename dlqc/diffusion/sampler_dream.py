@@ -18,7 +18,7 @@
 With alg_temp > 0 positions are drawn without replacement from softmax(certainty / alg_temp) instead.
 
 Dream 7B, arXiv 2508.15487, and the `diffusion_generate` of its authors. The grid and the count are computed in float32,
-as published: floor() of a product near an integer depends on it. Ties and the mask token: as in `sampler_llada`. A step
+as published: floor() of a product near an integer depends on it. Ties and the mask token: as in `denoising`. A step
 that reveals nothing runs no forward; with steps equal to the generated length the first step is one of them.
 
 Shapes: B batch, P prompt, G generated positions, L = P + G, V vocabulary.
@@ -27,24 +27,28 @@ Shapes: B batch, P prompt, G generated positions, L = P + G, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from dlqc.diffusion.masking import LogitsFn, check_finite, generator, logits_of
-from dlqc.diffusion.sampler_llada import (
-    OnStep,
+from dlqc.diffusion.denoising import (
+    Batch,
+    Ledger,
+    Noise,
+    Sampler,
     Step,
-    Trajectory,
+    Steps,
     check_known,
     check_not_negative,
     check_positive,
     draw,
     gumbel,
     most_certain,
-    open_canvas,
-    trajectory,
+    spread,
 )
+from dlqc.diffusion.masking import LogitsFn
+from dlqc.diffusion.network import Network
 from dlqc.diffusion.spec import DiffusionSpec
 from dlqc.errors import FeasibilityError
 
@@ -52,7 +56,7 @@ ALGORITHMS = ("origin", "maskgit_plus", "topk_margin", "entropy")
 
 
 @dataclass(frozen=True)
-class DreamSampler:
+class DreamSampler(Sampler):
     """Options of Dream's sampler.
 
     Attributes:
@@ -66,6 +70,7 @@ class DreamSampler:
         eps: end of the time grid.
     """
 
+    name: ClassVar[str] = "dream"
     steps: int | None = None
     gen_length: int = 128
     alg: str = "entropy"
@@ -85,63 +90,69 @@ class DreamSampler:
             raise FeasibilityError(f"{self.eps:g} ends no time grid", where="eps", remedy="Use 0 < eps < 1, say 1e-3")
 
     @torch.no_grad()
-    def run(
-        self, model: LogitsFn, prompt_ids: Tensor, spec: DiffusionSpec, *, seed: int, on_step: OnStep | None = None
-    ) -> Trajectory:
-        """Continue each prompt by `gen_length` tokens.
-
-        Args:
-            model: ids [B, L] -> logits [B, L, V]; `spec.shift` says whether its rows are shifted, as Dream's are.
-            prompt_ids: int64 [B, P] on the model's device, all of one length; P may be 0.
-            spec: the model's facts.
-            seed: of tokens and positions; noise is drawn on the device of the logits.
-            on_step: called after every forward.
-        """
-        canvas = open_canvas(prompt_ids, self.gen_length, spec)
-        rng = generator(seed, "dream", device=canvas.device)
-        prompt, steps = prompt_ids.shape[1], self.steps or self.gen_length
+    def _denoise(self, model: LogitsFn, batch: Batch, spec: DiffusionSpec) -> Steps:
+        canvas, net, books = batch.canvas, Network(model, spec, batch.canvas, batch.visible), Ledger(batch.canvas)
+        noise = Noise(batch.seeds, self.name, canvas.device)
+        prompt, steps, length = batch.prompt, self.steps or self.gen_length, self.gen_length
         grid = torch.linspace(1, self.eps, steps + 1)
-        committed_at, nfe = torch.full_like(canvas, -1), 0
         for step in range(steps):
             masked = canvas == spec.mask_id
             share = torch.ones(()) if step == steps - 1 else 1 - grid[step + 1] / grid[step]
             # All rows hold equally many masks, except under "origin", where each position has its own coin.
             count = int(masked[0].sum().cpu() * share)
-            coin = torch.rand(canvas.shape, generator=rng, dtype=torch.float64, device=canvas.device)
-            chosen = masked & (coin < float(share))
+            chosen = torch.zeros_like(masked)
+            if self.alg == "origin":
+                chosen = masked & (spread(noise.uniform("coin", 0, step, length), canvas, prompt, 2.0) < float(share))
             if not (bool(chosen.any()) if self.alg == "origin" else count):
                 continue
-            logits = logits_of(model, canvas, spec)[:, prompt:]
-            check_finite(logits, step)
-            proposal, certainty = self._propose(logits.double(), spec, rng)
-            ranking = torch.full(canvas.shape, -torch.inf, dtype=torch.float64, device=canvas.device)
-            ranking[:, prompt:] = certainty.masked_fill(~masked[:, prompt:], -torch.inf)
+            logits = net.full(canvas)[:, prompt:]
+            net.check(logits, step, canvas)
+            tokens, certainty = self._propose(logits.double(), spec, noise, step)
+            ranking = spread(certainty.masked_fill(~masked[:, prompt:], -torch.inf), canvas, prompt, -torch.inf)
             if self.alg != "origin":
-                noise = self.alg_temp * gumbel(ranking, rng) if self.alg_temp else 0.0
-                chosen = most_certain(ranking + noise, torch.full_like(canvas[:, 0], count)) & masked
-            seen, canvas = canvas, canvas.clone()
-            canvas[:, prompt:] = torch.where(chosen[:, prompt:], proposal, canvas[:, prompt:])
-            committed_at[chosen] = step
-            nfe += 1
-            if on_step is not None:
-                on_step(Step(step, steps, 0, prompt, seen, masked, ranking, chosen))
-        return trajectory(canvas, prompt, nfe, committed_at)
+                shaken = ranking
+                if self.alg_temp:
+                    jitter = gumbel(noise.uniform("position", 0, step, length))
+                    shaken = ranking + self.alg_temp * spread(jitter, canvas, prompt, 0.0)
+                chosen = most_certain(shaken, torch.full_like(canvas[:, 0], count)) & masked
+            seen, canvas = canvas, torch.where(chosen, spread(tokens, canvas, prompt, 0), canvas)
+            books.enter(step, masked, chosen)
+            yield Step(step, steps, 0, prompt, seen, masked, ranking, chosen, canvas)
+        return books.close(canvas, prompt, net)
 
-    def _propose(self, logits: Tensor, spec: DiffusionSpec, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _propose(self, logits: Tensor, spec: DiffusionSpec, noise: Noise, step: int) -> tuple[Tensor, Tensor]:
         """Token and certainty of each position: logits float64 [B, G, V] -> ids [B, G], float64 [B, G]."""
-        scaled = logits / self.temperature if self.temperature else logits
-        kept = keep_top_k(keep_top_p(scaled, self.top_p), self.top_k)
-        words = kept.index_fill(-1, torch.tensor(spec.mask_id, device=kept.device), -torch.inf)
-        proposal = draw(words, float(self.temperature > 0), spec.mask_id, rng)
-        # Where the filters left the mask token alone, the most probable other token stands in.
-        proposal = torch.where(words.isneginf().all(-1), draw(scaled, 0.0, spec.mask_id, rng), proposal)
-        p = kept.softmax(-1)
+        tokens, p = draw_filtered(logits, self.temperature, self.top_p, self.top_k, spec.mask_id, noise, 0, step)
         if self.alg == "topk_margin":
             first, second = p.topk(2, dim=-1).values.unbind(-1)
-            return proposal, first - second
+            return tokens, first - second
         if self.alg == "entropy":
-            return proposal, (p * (p + 1e-10).log()).sum(-1)
-        return proposal, p.gather(-1, proposal[..., None])[..., 0]
+            return tokens, (p * (p + 1e-10).log()).sum(-1)
+        return tokens, p.gather(-1, tokens[..., None])[..., 0]
+
+
+def draw_filtered(
+    logits: Tensor,
+    temperature: float,
+    top_p: float | None,
+    top_k: int | None,
+    mask_id: int,
+    noise: Noise,
+    block: int,
+    step: int,
+) -> tuple[Tensor, Tensor]:
+    """Tokens drawn after temperature and filters: logits float64 [B, S, V] -> ids [B, S], probabilities [B, S, V]."""
+    scaled = logits / temperature if temperature else logits
+    kept = keep_top_k(keep_top_p(scaled, top_p), top_k)
+    words = kept.index_fill(-1, torch.tensor(mask_id, device=kept.device), -torch.inf)
+    shape = kept.shape[1:]
+    tokens = draw(kept, float(temperature > 0), mask_id, lambda: noise.uniform("token", block, step, *shape))
+    # Where the filters left the mask token alone, the most probable other token stands in.
+    stand_in = words.isneginf().all(-1)
+    if bool(stand_in.any()):
+        scaled = scaled.index_fill(-1, torch.tensor(mask_id, device=kept.device), -torch.inf)
+        tokens = torch.where(stand_in, scaled.argmax(-1), tokens)
+    return tokens, kept.softmax(-1)
 
 
 def keep_top_p(logits: Tensor, top_p: float | None) -> Tensor:

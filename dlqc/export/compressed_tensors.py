@@ -29,15 +29,17 @@ from dlqc.formats.coded import decode
 from dlqc.formats.integer import IntFormat
 from dlqc.formats.packing import pack, unpack
 from dlqc.graph import (
+    ADDED_BIAS,
     activation_quantizer,
     args_of,
     as_linear,
     constant_name,
     is_call,
     module_name,
+    site_name,
     width,
 )
-from dlqc.ops import LINEAR_CODED, LINEAR_PACKED, LINEAR_Q
+from dlqc.ops import LINEAR_CODED, LINEAR_PACKED, LINEAR_Q, LOW_RANK
 from dlqc.weights import Weights
 
 if TYPE_CHECKING:
@@ -102,6 +104,10 @@ def check_exportable(model: Compiled) -> list[Site]:
     problems += [f"{s.name} is transposed in its checkpoint" for s in sites if "transposed" in s.name.split(".")]
     problems += [f"{s.name} has activations in groups" for s in sites if s.act and s.act.group_size is not None]
     problems += [f"constant {n!r} is a transform" for n in model.weights if n.startswith("transform.")]
+    corrections = [n for n in model.graph.nodes if is_call(n, LOW_RANK)]
+    problems += [f"{site_name(args_of(n)[0])} has a correction of low rank" for n in corrections]
+    added = [n for n in model.weights if ADDED_BIAS in n.split(".")]
+    problems += [f"{n.partition(f'.{ADDED_BIAS}')[0]} has a bias that its class does not read" for n in added]
     if problems:
         raise ExportError(
             "; ".join(problems[:8]), where="compressed-tensors", remedy="Use save(), which holds any graph"

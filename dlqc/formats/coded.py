@@ -13,24 +13,25 @@ import functools
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from dlqc.errors import ContractError, DlqcError
 from dlqc.formats.codebook import CodebookFormat
-from dlqc.formats.contract import StoredWeight, WeightFormat
+from dlqc.formats.contract import Part, StoredWeight, WeightFormat
 from dlqc.formats.fp8 import Fp8Format
 from dlqc.formats.lattice import LatticeFormat
 from dlqc.formats.microscaling import MicroscalingFormat
 from dlqc.formats.nf4 import Nf4Format
+from dlqc.formats.offset import OffsetFormat
 from dlqc.formats.planes import PlanesFormat
 
-CodedFormat = PlanesFormat | CodebookFormat | Nf4Format | Fp8Format | MicroscalingFormat | LatticeFormat
+CodedFormat = PlanesFormat | CodebookFormat | Nf4Format | Fp8Format | MicroscalingFormat | LatticeFormat | OffsetFormat
 CLASSES: dict[str, type[Any]] = {cls.name: cls for cls in typing.get_args(CodedFormat)}
 
-_SPEC = re.compile(r"([a-z0-9]{1,16})\(((?:[a-z_]{1,16}=[A-Za-z0-9_.+-]{1,24},?){0,8})\)")
+_SPEC = re.compile(r"([a-z0-9_]{1,16})\(((?:[a-z_]{1,16}=[A-Za-z0-9_.+-]{1,24},?){0,8})\)")
 #: Numbers of a file may be no larger than any weight is wide, so that nothing absurd is computed from them.
 _LARGEST = 1 << 24
 
@@ -45,8 +46,7 @@ def encode(fmt: WeightFormat) -> str:
         raise ContractError(
             f"{type(fmt).__name__} is no format of a graph", where="spec", remedy=f"Use one of {', '.join(CLASSES)}"
         )
-    options = ((f.name, getattr(fmt, f.name)) for f in dataclasses.fields(typing.cast(Any, fmt)))
-    return f"{fmt.name}({','.join(f'{name}={value}' for name, value in options)})"
+    return spell(fmt)
 
 
 @functools.lru_cache(maxsize=256)
@@ -56,20 +56,32 @@ def decode(spec: str) -> WeightFormat:
     Raises:
         ContractError: the text is no format, has an option that no format has, or is not as `encode` writes it.
     """
+    fmt: WeightFormat = parse(spec, CLASSES)
+    return fmt
+
+
+def spell(options: Any) -> str:
+    """A frozen dataclass of numbers and words as `name(option=value,…)`."""
+    fields = ((f.name, getattr(options, f.name)) for f in dataclasses.fields(options))
+    return f"{options.name}({','.join(f'{name}={value}' for name, value in fields)})"
+
+
+def parse(spec: str, classes: Mapping[str, type[Any]]) -> Any:
+    """What `spell` spelled, one of `classes` by name; a ContractError for any other text."""
     found = _SPEC.fullmatch(spec) if len(spec) <= 256 else None
-    if found is None or found[1] not in CLASSES:
+    if found is None or found[1] not in classes:
         raise _malformed(spec)
-    cls = CLASSES[found[1]]
+    cls = classes[found[1]]
     try:
         hints = typing.get_type_hints(cls)
         given = dict(item.split("=") for item in found[2].split(",") if item)
-        fmt: WeightFormat = cls(**{f.name: _value(given[f.name], hints[f.name]) for f in dataclasses.fields(cls)})
-        same = encode(fmt) == spec
+        options = cls(**{f.name: _value(given[f.name], hints[f.name]) for f in dataclasses.fields(cls)})
+        same = spell(options) == spec
     except (KeyError, ValueError, OverflowError, DlqcError) as error:
         raise _malformed(spec) from error
     if not same:
         raise _malformed(spec)
-    return fmt
+    return options
 
 
 def _value(text: str, hint: Any) -> Any:
@@ -100,9 +112,14 @@ def fault(spec: str, parts: Sequence[torch.Tensor], out_features: int, in_featur
     reason = fmt.check(in_features)
     if reason is not None:
         return reason
-    expected = sorted(fmt.parts_of(out_features, in_features).items())
+    return misfit(fmt.label, fmt.parts_of(out_features, in_features), parts)
+
+
+def misfit(label: str, parts_of: Mapping[str, Part], parts: Sequence[torch.Tensor]) -> str | None:
+    """None if `parts`, in sorted order of roles, have the shapes and dtypes that `parts_of` says, else what is wrong."""
+    expected = sorted(parts_of.items())
     if len(parts) != len(expected):
-        return f"{fmt.label} has the parts {', '.join(role for role, _ in expected)}, {len(parts)} came"
+        return f"{label} has the parts {', '.join(role for role, _ in expected)}, {len(parts)} came"
     for (role, (shape, dtype)), part in zip(expected, parts, strict=True):
         if tuple(part.shape) != shape or part.dtype != dtype:
             return f"{role} is {_type(tuple(part.shape), part.dtype)}, must be {_type(shape, dtype)}"

@@ -31,6 +31,7 @@ from typing import Literal
 
 import torch
 
+from dlqc import intround
 from dlqc.errors import ContractError, FeasibilityError, ModelError, RecipeError
 
 Clip = Literal["minmax", "mse"]
@@ -171,7 +172,7 @@ class IntFormat:
             if clip == "mse":
                 scale, zero = self._search(part, least * shrink, most * shrink, root)
             level = least.abs().to(scales.dtype).float()
-            constant = (least == most) & (level >= self._floor) & torch.isfinite(level)
+            constant = (least == most) & (level >= self.smallest) & torch.isfinite(level)
             scale = torch.where(constant, level, scale)
             scales[rows] = scale.to(scales.dtype)
             if zeros is not None:
@@ -202,7 +203,7 @@ class IntFormat:
         return QuantizedWeight(self.encode(weight, scales, zeros), scales, zeros, self)
 
     @property
-    def _floor(self) -> float:
+    def smallest(self) -> float:
         """The smallest scale: not zero in `scale_dtype`, and normal in float32 so that w / scale stays finite."""
         return 2.0**-24 if self.scale_dtype == "float16" else 2.0**-126
 
@@ -214,7 +215,7 @@ class IntFormat:
         else:
             least, most = least.clamp(max=0), most.clamp(min=0)
             span = most - least
-        scale = (span / self.top).to(dtype).float().clamp(min=self._floor)
+        scale = (span / self.top).to(dtype).float().clamp(min=self.smallest)
         scale = torch.where(span == 0, 1.0, scale)
         if self.symmetric:
             return scale, torch.full_like(scale, self.midpoint)
@@ -224,6 +225,21 @@ class IntFormat:
         self, part: torch.Tensor, least: torch.Tensor, most: torch.Tensor, root: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The grid of the shrunk range with the smallest weighted squared error; `part` is [rows, G, g]."""
+        found = intround.search(
+            *(part, least, most, root),
+            coarse=COARSE[1:],
+            fine=FINE,
+            symmetric=self.symmetric,
+            stored=SCALE_DTYPES[self.scale_dtype],
+            top=self.top,
+            midpoint=self.midpoint,
+            floor=self.smallest,
+        )
+        return found or self._search_plainly(part, least, most, root)
+
+    def _search_plainly(
+        self, part: torch.Tensor, least: torch.Tensor, most: torch.Tensor, root: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         ratio = torch.ones_like(least)
         scale, zero = self._grid(least, most)
         error = self._error(part, scale, zero, root)

@@ -250,6 +250,24 @@ def divisors(scales: torch.Tensor) -> torch.Tensor:
     return torch.where(exact == 0, 1.0, exact)
 
 
+def code_of(points: torch.Tensor) -> torch.Tensor:
+    """Codes int32 [M] of points of the lattice, float32 [M, 8]; -1 for those that are not in the codebook.
+
+    >>> codes = torch.arange(1 << 16)
+    >>> bool((code_of(codebook()) == codes).all()), int(code_of(torch.full((1, 8), 4.25)))
+    (True, -1)
+    """
+    shifted = ((points[:, 0] - 0.25) % 1) != 0.5
+    centre = points - torch.where(shifted, -0.25, 0.25).unsqueeze(1)
+    size = centre.abs()
+    weights = 1 << torch.arange(DIM, device=points.device)
+    threes, fives = ((size == 1.5) * weights).sum(dim=1), ((size == 2.5) * weights).sum(dim=1)
+    pattern = _pattern_of_masks().to(points.device)[threes + 256 * fives]
+    known = (size <= 2.5).all(dim=1) & ((pattern > 0) | (threes + fives == 0))
+    signs = ((centre[:, :-1] < 0) * weights[:-1]).sum(dim=1)
+    return torch.where(known, pattern + 256 * signs + 32768 * shifted, -1).to(torch.int32)
+
+
 def nearest(vectors: torch.Tensor) -> torch.Tensor:
     """Codes int32 [M] of the codebook points nearest to `vectors`, float32 [8, M], one vector a column."""
     score, code = _nearest_in_d8(vectors - 0.25)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from dlqc.contract import Reads
+from dlqc.formats.activation import ActFormat
 from dlqc.formats.contract import StoredWeight, WeightFormat
 from dlqc.formats.integer import IntFormat, QuantizedWeight
+
+if TYPE_CHECKING:
+    from dlqc.reconstruct import Objective
 
 
 @dataclass(frozen=True)
@@ -51,3 +56,23 @@ class Rounding:
     def round(self, weight: torch.Tensor, fmt: Any, stats: Mapping[str, Any]) -> Rounded:
         """Round `weight` [N, K] (float64 or float32) to `fmt`. Pure: no argument is changed, no global is read."""
         raise TypeError(f"{type(self).__name__} does not define round()")
+
+
+@dataclass(frozen=True)
+class BlockRounding(Rounding):
+    """Base of the methods that round all linears of a block together, looking at the block's output."""
+
+    def reads(self) -> Reads:
+        """Which states at the input of the block the objective is taken on (`Pass.reads`)."""
+        return "current"
+
+    @property
+    def act(self) -> ActFormat | None:
+        """What the inputs of the linears are rounded to in the objective."""
+        return None
+
+    def round_block(
+        self, weights: Mapping[str, torch.Tensor], formats: Mapping[str, Any], objective: Objective, seed: int
+    ) -> tuple[dict[str, Rounded], dict[str, float]]:
+        """Round `weights`, each to its format: the rounded ones by name, and numbers of the block as a whole. Pure."""
+        raise TypeError(f"{type(self).__name__} does not define round_block()")

@@ -19,11 +19,12 @@ Weights are kept transposed, so that a column is contiguous.
 
 Groups' scales. What is rounded is t, not w. Where inputs are strongly correlated and bits are few, t spreads much wider
 than w: scales with the least error on w then clamp t, and the clamped errors feed on each other (at 2 bits this can
-cost more than it saves by far, at 4 bits hardly). So clip="trial" rounds up to 256 evenly spaced rows with each choice
+cost more than it saves by far, at 4 bits hardly). So clip="trial" rounds up to 128 evenly spaced rows with each choice
 in TRIALS and keeps the one with the least loss; rows are independent, which makes the sample a fair one.
 
-Factorization in float64; the feedback in float32 (`dtype`). Peak memory: H, one float64 copy of it, two float32 copies
-and one uint8 copy of the weight.
+The feedback is float32 (`dtype`), between blocks of columns a product of matrices, inside a block native code where there
+is a compiler (`dlqc.intround`). So is the factor, if H is far enough from singular (`factorize`). Peak memory: H, one
+float32 copy of it, three float32 copies and one uint8 copy of the weight.
 """
 
 from __future__ import annotations
@@ -34,10 +35,11 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from dlqc import intround
 from dlqc.errors import CalibrationError, ContractError, FeasibilityError, RecipeError
 from dlqc.formats.integer import Clip, IntFormat, QuantizedWeight
 from dlqc.rounding.contract import Rounded, Rounding
-from dlqc.rounding.hessian import MAX_DAMP, Factor, factorize, output_energy, sqnr_db
+from dlqc.rounding.hessian import MAX_DAMP, Factor, energy, factorize, output_energy, sqnr_db
 
 Choice = tuple[Clip, float]
 Parameters = tuple[torch.Tensor, torch.Tensor | None]
@@ -45,8 +47,9 @@ Parameters = tuple[torch.Tensor, torch.Tensor | None]
 # Ways to choose a group's scale that clip="trial" compares: IntFormat.parameters' clip and shrink.
 TRIALS: tuple[Choice, ...] = (("mse", 1.0), ("minmax", 1.0), ("minmax", 0.9), ("minmax", 0.8))
 
-# Rows, evenly spaced, on which the trials are made and rounding to nearest is measured.
-SAMPLE = 256
+# Rows, evenly spaced, on which the trials are made and rounding to nearest is measured; on which the signal is measured.
+SAMPLE = 128
+MEASURED = 256
 
 # Rows of a block that are rounded before their errors reach the others by a product of matrices: the rows that one
 # step reads (16 · N float32) stay in the second-level cache.
@@ -77,7 +80,7 @@ class Gptq(Rounding):
     static_groups: bool = True
     clip: Literal["minmax", "mse", "trial"] = "trial"
     damp: float = 0.01
-    block: int = 128
+    block: int = 512
 
     def __post_init__(self) -> None:
         if self.clip not in ("minmax", "mse", "trial"):
@@ -86,7 +89,7 @@ class Gptq(Rounding):
             what = f"damping of {self.damp} times the mean diagonal is not within 0 and {MAX_DAMP:g}"
             raise RecipeError(what, where="damp", remedy="Use 0.01")
         if self.block < 1:
-            raise RecipeError(f"a block of {self.block} columns is impossible", where="block", remedy="Use 128")
+            raise RecipeError(f"a block of {self.block} columns is impossible", where="block", remedy="Use 512")
         if self.act_order and not self.static_groups:
             what = "act_order with static_groups=False scatters a group's columns, and engines do not store g_idx"
             raise FeasibilityError(what, where="static_groups", remedy="Use static_groups=True, or act_order=False")
@@ -96,7 +99,8 @@ class Gptq(Rounding):
         hessian = stats.get("hessian")
         if not isinstance(hessian, torch.Tensor):
             return stats
-        return {**stats, "hessian": factorize(hessian, act_order=self.act_order, damp=self.damp)}
+        factor = factorize(hessian, act_order=self.act_order, damp=self.damp, dtype=torch.float32)
+        return {**stats, "hessian": factor}
 
     def round(self, weight: torch.Tensor, fmt: Any, stats: Mapping[str, Any]) -> Rounded:
         hessian = stats.get("hessian")
@@ -123,13 +127,14 @@ def gptq(
             share a factor.
         dtype: arithmetic of the feedback, float32 or float64.
 
-    Metrics: `sqnr_db`; `loss`, tr(E H Eᵀ) without λ; `loss_rtn`, the same for rounding to nearest with scales chosen
-    in the same way (from up to 256 evenly spaced rows, as the ratio to this method's loss on them); `damp` and
-    `damp_tries`; `shrink`, the part of the weights' range that the scales cover, 0 if that was searched by group.
+    Metrics: `sqnr_db`, whose signal is estimated on up to 256 evenly spaced rows; `loss`, tr(E H Eᵀ) without λ;
+    `loss_rtn`, the same for rounding to nearest with scales chosen in the same way (from up to 128 rows, as the ratio to
+    this method's loss on them); `damp` and `damp_tries`; `shrink`, the part of the weights' range that the scales cover,
+    0 if that was searched by group.
     """
     factor = hessian
     if not isinstance(factor, Factor):
-        factor = factorize(factor, act_order=options.act_order, damp=options.damp)
+        factor = factorize(factor, act_order=options.act_order, damp=options.damp, dtype=dtype)
     count, width = weight.shape
     if factor.order.shape[0] != width:
         what = f"the Hessian is of {factor.order.shape[0]} input features, the weight of {width}"
@@ -138,29 +143,28 @@ def gptq(
         what = f"the factor was made with act_order={factor.act_order}, the options say {options.act_order}"
         raise ContractError(what, where="act_order", remedy="Pass the same options to factorize() and gptq()")
     exact = weight.to(dtype)
-    rows = torch.linspace(0, count - 1, min(count, SAMPLE), device=weight.device).round().long()
+    rows = sample_rows(weight)
     sample = exact[rows]
     if options.clip == "trial":
         # All trials at once, one below the other: rows do not depend on each other.
-        losses = _round(sample.repeat(len(TRIALS), 1), _Grid(fmt, TRIALS, factor), options)[2]
+        losses = _round(sample.repeat(len(TRIALS), 1), _Grid(fmt, TRIALS, factor), options)[2][0]
         choice = TRIALS[int(losses.reshape(len(TRIALS), -1).sum(dim=1).argmin())]
     else:
         choice = (options.clip, 1.0)
     grid = _Grid(fmt, (choice,), factor)
     rounded, work, losses = _round(exact, grid, options)
-    loss = losses.sum().item()
+    loss, spread = losses.sum(dim=1).tolist()
 
     back = torch.argsort(factor.order)
     own = output_energy(work[:, rows][back].T, factor.hessian).sum().item()
     other = output_energy(sample - grid.nearest(sample), factor.hessian).sum().item()
-    noise = loss - factor.ridge * torch.linalg.vector_norm(work, dtype=torch.float64).item() ** 2
+    noise = loss - factor.ridge * spread
     if count <= SAMPLE:
         noise = own
     elif noise < CANCELLED * loss:
         noise = output_energy(work[back].T, factor.hessian).sum().item()
-    signal = output_energy(exact, factor.hessian).sum().item()
     metrics = {
-        "sqnr_db": sqnr_db(signal, noise),
+        "sqnr_db": sqnr_db(energy(exact, factor.hessian, sample_rows(weight, MEASURED)), noise),
         "loss": noise,
         "loss_rtn": other * (noise / own if own > 0 else count / len(rows)),
         "damp": factor.damp,
@@ -168,6 +172,12 @@ def gptq(
         "shrink": 0.0 if choice[0] == "mse" else choice[1],
     }
     return Rounded(rounded, metrics)
+
+
+def sample_rows(weight: torch.Tensor, most: int = SAMPLE) -> torch.Tensor:
+    """Indices of up to `most` rows of a weight [N, K], evenly spaced."""
+    count = len(weight)
+    return torch.linspace(0, count - 1, min(count, most), device=weight.device).round().long()
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,8 +190,8 @@ class _Grid:
 
     def parameters(self, weight: torch.Tensor, columns: slice = slice(None)) -> Parameters:
         """Scales [N, G] and zero points for `columns` of W."""
-        importance = torch.empty_like(self.factor.upper.diagonal())
-        importance[self.factor.order] = self.factor.upper.diagonal().square()
+        importance = torch.empty_like(self.factor.pivots)
+        importance[self.factor.order] = self.factor.pivots.square()
         parts = [
             self.fmt.parameters(part, clip=clip, shrink=shrink, importance=importance[columns])
             for part, (clip, shrink) in zip(weight.chunk(len(self.choices)), self.choices, strict=True)
@@ -195,37 +205,44 @@ class _Grid:
 
 
 def _round(exact: torch.Tensor, grid: _Grid, options: Gptq) -> tuple[QuantizedWeight, torch.Tensor, torch.Tensor]:
-    """Round `exact` [N, K]: the result; the errors W - Ŵ [K, N], transposed and reversed; the damped losses [N]."""
-    fmt, order, upper = grid.fmt, grid.factor.order, grid.factor.upper
+    """Round `exact` [N, K]: the result; the errors W - Ŵ [K, N], transposed and reversed; the damped losses and ‖E‖² [2, N]."""
+    fmt, order, upper, pivots = grid.fmt, grid.factor.order, grid.factor.upper, grid.factor.pivots
     width = len(order)
     group = fmt.group_size or width
     static = options.static_groups or group == width
-    block = options.block if static else group
-    work = exact.T.index_select(0, order)
+    # Scales that are chosen on entering a group need all errors before it; blocks are then whole groups.
+    block = options.block if static else max(options.block // group, 1) * group
+    step = block if static else group
+    work = exact.T.contiguous().index_select(0, order)  # the transposition alone is the fast one
     codes = torch.empty_like(work, dtype=torch.uint8)
-    losses = torch.zeros(len(exact), dtype=torch.float64, device=work.device)
+    losses = torch.zeros(2, len(exact), dtype=torch.float64, device=work.device)
+    largest = pivots.max()
     chosen = [grid.parameters(exact)] if static else []
-    table = _transposed(chosen[0]) if static else None
+    table = _table(chosen[0], work.dtype) if static else None
     for stop in range(width, 0, -block):
-        rows = slice(max(0, stop - block), stop)
-        size = stop - rows.start
-        pivots = upper.diagonal()[rows]
-        feedback = (upper[rows, rows.start :] / pivots.unsqueeze(1)).to(work.dtype)
-        near = feedback[:, :size]
-        target = torch.addmm(work[rows], feedback[:, size:], work[stop:])
-        if table is None:
-            # The correction X of the whole group cancels what the errors so far add to (W-Ŵ)R there: near·X = t - w.
-            correction = torch.linalg.solve_triangular(near, target - work[rows], upper=True, unitriangular=True)
-            corrected = (work[rows] + correction).flip(0).T
-            chosen.append(grid.parameters(corrected, slice(width - stop, width - rows.start)))
-            scale, zero = _columns(_transposed(chosen[-1]), torch.zeros_like(order[rows]), work.dtype)
-        else:
-            scale, zero = _columns(table, order[rows] // group, work.dtype)
-        levels = _round_block(target, work[rows], near, scale, zero, fmt)
-        codes[rows] = (levels + (fmt.midpoint if zero is None else zero)).to(torch.uint8)
-        residual = target.addcmul_(levels, scale, value=-1).square_()
-        losses += (pivots / pivots.max()).square().to(work.dtype) @ residual * pivots.max().square()
+        start = max(0, stop - block)
+        feedback = upper[start:stop, start:].to(work.dtype) / pivots[start:stop].unsqueeze(1).to(work.dtype)
+        share = (pivots[start:stop] / largest).square().to(work.dtype)
+        size = stop - start
+        target = torch.addmm(work[start:stop], feedback[:, size:], work[stop:])
+        for last in range(size, 0, -step):
+            part = slice(max(0, last - step), last)
+            rows = slice(start + part.start, start + last)
+            aim, near = target[part], feedback[part, part].contiguous()
+            if last < size:
+                aim.addmm_(feedback[part, last:size], work[start + last : stop])
+            if table is None:
+                # The correction X of the whole group cancels what the errors so far add to (W-Ŵ)R there: near·X = t - w.
+                correction = torch.linalg.solve_triangular(near, aim - work[rows], upper=True, unitriangular=True)
+                corrected = (work[rows] + correction).flip(0).T
+                chosen.append(grid.parameters(corrected, slice(width - rows.stop, width - rows.start)))
+                own, index = _table(chosen[-1], work.dtype), torch.zeros_like(order[rows])
+            else:
+                own, index = table, order[rows] // group
+            columns = _Columns(aim, work[rows], codes[rows], near, own, index, share[part])
+            columns.round(fmt, losses)
     codes = codes[torch.argsort(order)].T.contiguous()
+    losses[0] *= largest.square()
     return QuantizedWeight(codes, *_cat(chosen, dim=1), fmt), work, losses
 
 
@@ -234,40 +251,54 @@ def _cat(parts: list[Parameters], dim: int) -> Parameters:
     return torch.cat([scale for scale, _ in parts], dim), torch.cat(zeros, dim) if zeros else None
 
 
-def _transposed(parameters: Parameters) -> Parameters:
-    scales, zeros = parameters
-    return scales.T.contiguous(), None if zeros is None else zeros.T.contiguous()
+def _table(parameters: Parameters, dtype: torch.dtype) -> Parameters:
+    """Scales and zero points as [G, N] in the dtype of the arithmetic."""
+    scales, zeros = (None if part is None else part.T.to(dtype).contiguous() for part in parameters)
+    assert scales is not None
+    return scales, zeros
 
 
-def _columns(table: Parameters, group: torch.Tensor, dtype: torch.dtype) -> Parameters:
-    """Scales and zero points [block, N] of the columns that belong to the groups `group` [block]."""
-    scales, zeros = table
-    return scales[group].to(dtype), None if zeros is None else zeros[group].to(dtype)
+@dataclass(frozen=True, eq=False)
+class _Columns:
+    """Columns of W that are rounded one after the other, from the last row of these matrices to the first.
 
-
-def _round_block(
-    target: torch.Tensor,
-    work: torch.Tensor,
-    near: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor | None,
-    fmt: IntFormat,
-) -> torch.Tensor:
-    """Round a block from its last row to its first; returns code - zero, [block, N] in floating point.
-
-    On entry `target` lacks the feedback of errors inside the block; on return it is t. `work` turns from w to w - ŵ.
+    Attributes:
+        target: [B, N], t but for the feedback of errors inside the block; what it holds later is of no use.
+        work: [B, N], turns from w to w - ŵ. codes: uint8 [B, N], written.
+        near: [B, B], unit upper triangular: how errors of later rows enter earlier ones.
+        table, group: scales and zero points [G, N], and the row of them that each column takes, [B].
+        share: [B], weights of the squared residuals in the loss.
     """
-    levels = torch.empty_like(target)
-    low, high = (None, None) if zero is None else (-zero, fmt.top - zero)
-    for stop in range(len(target), 0, -INNER):
-        start = max(0, stop - INNER)
-        target[start:stop].addmm_(near[start:stop, stop:], work[stop:])
-        for row in range(stop - 1, start - 1, -1):
-            aim = target[row].addmv_(work[row + 1 : stop].T, near[row, row + 1 : stop])
-            level = torch.div(aim, scale[row], out=levels[row]).round_()
-            if low is None or high is None:
-                level.clamp_(-fmt.midpoint, fmt.top - fmt.midpoint)
-            else:
+
+    target: torch.Tensor
+    work: torch.Tensor
+    codes: torch.Tensor
+    near: torch.Tensor
+    table: Parameters
+    group: torch.Tensor
+    share: torch.Tensor
+
+    def round(self, fmt: IntFormat, losses: torch.Tensor) -> None:
+        """Round, and add Σ share·(t - ŵ)² and Σ (w - ŵ)² to `losses` [2, N]."""
+        operands = (self.target, self.work, self.codes, self.near, *self.table, self.group)
+        if not intround.round_block(*operands, fmt.midpoint, fmt.top, self.share, losses):
+            self._round_plainly(fmt, losses)
+
+    def _round_plainly(self, fmt: IntFormat, losses: torch.Tensor) -> None:
+        target, work, near = self.target, self.work, self.near
+        scale, zero = (None if part is None else part[self.group] for part in self.table)
+        assert scale is not None
+        offset = torch.full((), fmt.midpoint, dtype=scale.dtype, device=scale.device) if zero is None else zero
+        low, high = (-offset).expand_as(scale), (fmt.top - offset).expand_as(scale)
+        levels = torch.empty_like(target)
+        for stop in range(len(target), 0, -INNER):
+            start = max(0, stop - INNER)
+            target[start:stop].addmm_(near[start:stop, stop:], work[stop:])
+            for row in range(stop - 1, start - 1, -1):
+                aim = target[row].addmv_(work[row + 1 : stop].T, near[row, row + 1 : stop])
+                level = torch.div(aim, scale[row], out=levels[row]).round_()
                 level.clamp_(low[row], high[row])
-            work[row].addcmul_(level, scale[row], value=-1)
-    return levels
+                work[row].addcmul_(level, scale[row], value=-1)
+        self.codes.copy_(levels + offset)
+        losses[0] += self.share @ target.addcmul_(levels, scale, value=-1).square_()
+        losses[1] += work.square().sum(dim=0)

@@ -18,6 +18,7 @@ from dlqc.formats.integer import Clip, IntFormat
 from dlqc.formats.lattice import LatticeFormat
 from dlqc.formats.microscaling import MicroscalingFormat
 from dlqc.formats.nf4 import Nf4Format
+from dlqc.formats.offset import OffsetFormat
 from dlqc.formats.planes import PlanesFormat
 from dlqc.rounding.contract import Rounded, Rounding
 from dlqc.rounding.hessian import output_energy, sqnr_db
@@ -41,6 +42,7 @@ class Rtn(Rounding):
         MicroscalingFormat,
         LatticeFormat,
         PlanesFormat,
+        OffsetFormat,
     )
 
     clip: Clip = "minmax"

@@ -16,7 +16,8 @@ same when H is diagonal inside the blocks, as incoherence processing nearly make
 `dlqc.rounding.kmeans` with d = 1 for codebooks.
 
 Scales. As in GPTQ, what is rounded is t, which spreads wider than w: `trial` compares TRIALS, factors on the scales
-that fit w, on up to 256 evenly spaced rows.
+that fit w, on up to 256 evenly spaced rows. Afterwards `dlqc.rounding.descent` lowers the same loss by moves of single vectors
+and by better scales.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import torch
 from dlqc.errors import CalibrationError, ContractError, RecipeError
 from dlqc.formats.lattice import CHUNK, DIM, LatticeFormat, LatticeWeight, codebook, divisors, nearest
 from dlqc.rounding.contract import Rounded, Rounding
+from dlqc.rounding.descent import descend
 from dlqc.rounding.hessian import MAX_DAMP, Factor, factorize, output_energy, sqnr_db
 
 # Factors on the scales of round-to-nearest that are compared.
@@ -121,6 +123,7 @@ class Ldlq(Rounding):
         act_order: round vectors by falling sum of their diagonal elements of H. Codes stay in place.
         trial: compare TRIALS; otherwise the scales that fit the weight are used as they are.
         damp: the first λ tried, as a fraction of the mean diagonal.
+        sweeps: passes of `dlqc.rounding.descent` over codes and scales afterwards, which QuIP# has not; 0 for LDLQ alone.
 
     Metrics: `sqnr_db`; `loss`, tr(E H Eᵀ) without λ; `loss_rtn`, the same for the nearest points with scales that fit
     w (from up to 256 rows, as the ratio to this method's loss on them); `damp`, `damp_tries`; `stretch`, the factor on
@@ -134,8 +137,11 @@ class Ldlq(Rounding):
     act_order: bool = True
     trial: bool = True
     damp: float = 0.01
+    sweeps: int = 2
 
     def __post_init__(self) -> None:
+        if self.sweeps < 0:
+            raise RecipeError(f"{self.sweeps} sweeps are impossible", where="sweeps", remedy="Use 0 for LDLQ alone")
         if not 0 <= self.damp <= MAX_DAMP:
             what = f"damping of {self.damp} times the mean diagonal is not within 0 and {MAX_DAMP:g}"
             raise RecipeError(what, where="damp", remedy="Use 0.01")
@@ -171,10 +177,21 @@ class Ldlq(Rounding):
             stretch = TRIALS[int(losses.reshape(len(TRIALS), -1).sum(dim=1).argmin())]
         chosen = scales if stretch == 1 else fmt.stored(scales.float() * stretch)
         codes, errors, losses = _ldlq(exact, found, chosen, groups)
+        if self.sweeps:
+            codes, chosen = descend(exact, codes, chosen, fmt, damped(found), self.sweeps)
+            errors = exact - LatticeWeight(codes, chosen, fmt).dequantize()
+            losses = output_energy(errors, found.hessian) + found.factor.ridge * errors.double().square().sum(dim=1)
         plain = fmt.encode(sample, scales[rows])
         other = sample - LatticeWeight(plain, scales[rows], fmt).dequantize()
         metrics = report(exact, errors, losses, other, rows, found)
         return Rounded(LatticeWeight(codes, chosen, fmt), {**metrics, "stretch": stretch})
+
+
+def damped(found: BlockFactor) -> torch.Tensor:
+    """H + λI [K, K] in float32, in the order of W: the metric that the feedback rounds in."""
+    metric = found.hessian.to(torch.float32, copy=True)
+    metric.diagonal().add_(found.factor.ridge)
+    return metric
 
 
 def report(

@@ -1,1 +1,1 @@
-"""CPU kernels: so far what torch itself has for int4 and int8."""
+"""CPU kernels: native ones, built at first use, and what torch itself has for int4 and int8."""

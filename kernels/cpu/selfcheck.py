@@ -80,6 +80,35 @@ def int4pack() -> str | None:
     return _ask(right, "torch's _weight_int4pack_mm_for_cpu is wrong on this CPU")
 
 
+@cache
+def native(name: str, options: tuple[str, ...]) -> str | None:
+    """The native product `name`, as compiled with `options`, must be exact on whole numbers for every width of codes."""
+
+    def exact() -> bool:
+        from dlqc.kernels.cpu import build  # whose kernels ask
+
+        n, k, group = 50, 128, 64
+        op, acts = (torch.ops.dlqc_cpu.linear8, (8, 0)) if name == "linear8" else (torch.ops.dlqc_cpu.linear16, ())
+        for bits in (2, 3, 4, 8):
+            codes = (torch.arange(n * k, dtype=torch.int32) * 37 % (1 << bits)).to(torch.uint8).reshape(n, k)
+            codes[:2] = torch.tensor([[0], [(1 << bits) - 1]], dtype=torch.uint8)
+            zeros = (torch.arange(2 * n).reshape(n, 2) * 5 % (1 << bits)).to(torch.uint8)
+            scales = torch.tensor([1.0, 2.0]).repeat(n, 1).to(torch.bfloat16)
+            wide = [part.double().repeat_interleave(group, 1) for part in (zeros, scales)]
+            weight = (codes.double() - wide[0]) * wide[1]
+            tensors = build.arrange(codes, bits, name), build.in_panels(scales), build.in_panels(zeros), None
+            for tokens in (1, 6, 8, 19):
+                x = torch.full((tokens, k), 127.0)
+                x[1::3, ::2] = -127
+                x[2::3, 1:] = _ramp(k - 1, 127).float()
+                y = op(x, *tensors, k, n, bits, group, *acts)
+                if not torch.equal(y.double(), x.double() @ weight.T):
+                    return False
+        return True
+
+    return _ask(exact, "the native product is wrong on this CPU")
+
+
 def _ask(question: Callable[[], bool], reason: str) -> str | None:
     try:
         # Sites may be asked about while a graph is traced with fake or meta tensors; this needs real ones.

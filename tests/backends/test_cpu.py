@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dlqc.backend import LinearSpec, choose_kernel, load_backend
+from dlqc.backend import CodedKernel, LinearSpec, choose_kernel, load_backend
 from dlqc.backends.cpu import BACKEND
 from dlqc.backends.reference import BACKEND as REFERENCE
 from dlqc.formats.activation import ActFormat
 from dlqc.formats.integer import IntFormat
 from dlqc.formats.packing import pack
-from dlqc.kernels.cpu import selfcheck
+from dlqc.kernels.cpu import build, selfcheck
 
 SCHEMES = {
     "w8a8": (IntFormat(8, None), ActFormat(8), "int8_mm"),
@@ -40,8 +40,46 @@ def canonical(spec: LinearSpec) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 
 @pytest.fixture
 def sound(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Preferences as on a CPU with VNNI; on another one 8-bit integer products are refused."""
+    """Preferences as on a CPU with VNNI (on another one 8-bit integer products are refused) and without a compiler."""
     monkeypatch.setattr(selfcheck, "int_mm", lambda reach: None)
+    monkeypatch.setenv("DLQC_NATIVE", "0")
+
+
+NATIVE = {
+    "linear8": ("w8a8", "w4a8 channel", "w4a4 channel", "w8a8 group act", "w4a4 group"),
+    "linear16": ("w8a16", "w4a16", "w3a16", "w2a16 channel", "w8a16 group", "w8a16 asymmetric"),
+    "dequant": ("w4a16 odd group",),
+}
+
+
+@pytest.mark.skipif(build.unavailable("linear8") is not None, reason=f"{build.unavailable('linear8')}")
+def test_native_kernels_go_first() -> None:
+    for name, schemes in NATIVE.items():
+        for scheme in schemes:
+            weight, act, _ = SCHEMES[scheme]
+            kernel, _ = choose_kernel(BACKEND, LinearSpec(128, 64, weight, act, True))
+            assert kernel is not None
+            assert kernel.name == name
+    assert sorted(sum(NATIVE.values(), ())) == sorted(SCHEMES)
+
+
+@pytest.mark.skipif(build.unavailable("linear8") is not None, reason=f"{build.unavailable('linear8')}")
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_weight_only_recipes_keep_their_activations(asymmetric: bool) -> None:
+    """No kernel for 16-bit activations may round them to 8 bits: one large value would drown the others."""
+    spec = LinearSpec(128, 64, IntFormat(4, 32, not asymmetric), None, False)
+    packed, scales, zeros, _ = canonical(spec)
+    kernel, _ = choose_kernel(BACKEND, spec)
+    assert kernel is not None
+    lowered = kernel.lower(spec, packed, scales, zeros, None)
+    x = torch.full((9, 128), 1e-3)
+    without = lowered.op(x, *lowered.tensors.values(), *lowered.scalars)
+    x[:, 5] = 1.0
+    spiky = lowered.op(x, *lowered.tensors.values(), *lowered.scalars)
+    x[:, :5], x[:, 6:] = 0, 0
+    spike = lowered.op(x, *lowered.tensors.values(), *lowered.scalars)
+    torch.testing.assert_close(spiky - spike, without * (127 / 128), rtol=0, atol=float(without.abs().max()) * 0.2)
+    assert float((spiky - spike).abs().max()) > 0
 
 
 @pytest.mark.usefixtures("sound")
@@ -55,12 +93,15 @@ def test_who_gets_which_site(scheme: str) -> None:
     assert list(refusals) == order[: order.index(name)]
 
 
+@pytest.mark.usefixtures("sound")
 def test_ragged_shapes_end_in_the_fallback_with_every_reason() -> None:
     kernel, refusals = choose_kernel(BACKEND, LinearSpec(70, 33, IntFormat(4, None), None, False))
     assert kernel is not None
     assert kernel.name == "dequant"
     assert refusals == {
+        "linear8": "activations are not quantized",
         "int8_mm": "activations are not quantized",
+        "linear16": "native code is turned off by DLQC_NATIVE=0",
         "int8pack": "weights have 4 bits, it needs 8",
         "int4pack": "70 input features in one group do not divide by 32",
     }
@@ -70,8 +111,10 @@ def test_a_group_that_does_not_divide_is_for_nobody() -> None:
     for backend in (BACKEND, REFERENCE):
         kernel, refusals = choose_kernel(backend, LinearSpec(70, 33, IntFormat(4, 32), None, False))
         assert kernel is None
-        assert refusals.pop("coded") == "codes are integers, which have kernels of their own"
-        assert refusals == {k.name: "70 input features do not divide by group 32" for k in backend.kernels[:-1]}
+        coded = [k.name for k in backend.kernels if isinstance(k, CodedKernel)]
+        assert {refusals.pop(name) for name in coded} == {"codes are integers, which have kernels of their own"}
+        assert set(refusals.values()) == {"70 input features do not divide by group 32"}
+        assert len(refusals) == len(backend.kernels) - len(coded)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

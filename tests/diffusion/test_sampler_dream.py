@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dlqc.diffusion.denoising import Step
 from dlqc.diffusion.sampler_dream import DreamSampler, keep_top_k, keep_top_p
-from dlqc.diffusion.sampler_llada import Step
 from dlqc.diffusion.spec import DiffusionSpec
 from dlqc.errors import FeasibilityError, ModelError
 

@@ -8,8 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dlqc.diffusion.denoising import Step, draw, most_certain, quota
 from dlqc.diffusion.masking import generator
-from dlqc.diffusion.sampler_llada import LLaDASampler, Step, draw, most_certain, quota
+from dlqc.diffusion.sampler_llada import LLaDASampler
 from dlqc.diffusion.spec import DiffusionSpec
 from dlqc.errors import FeasibilityError, ModelError
 
@@ -136,10 +137,10 @@ def test_the_seed_decides_all_noise(toy: Callable[..., Model], spec: DiffusionSp
     first = sampler.run(toy(0), torch.tensor([[1, 2]]), spec, seed=5)
     torch.manual_seed(1)
     again = sampler.run(toy(0), torch.tensor([[1, 2]]), spec, seed=5)
-    other = sampler.run(toy(0), torch.tensor([[1, 2]]), spec, seed=6)
+    others = [sampler.run(toy(0), torch.tensor([[1, 2]]), spec, seed=seed) for seed in (6, 7, 8)]
     assert torch.equal(first.ids, again.ids)
     assert torch.equal(first.committed_at, again.committed_at)
-    assert not torch.equal(first.committed_at, other.committed_at)
+    assert not all(torch.equal(first.committed_at, other.committed_at) for other in others)
 
 
 def test_random_remasking_commits_every_position_equally_often(toy: Callable[..., Model], spec: DiffusionSpec) -> None:
@@ -152,7 +153,13 @@ def test_random_remasking_commits_every_position_equally_often(toy: Callable[...
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_gumbel_draws_follow_the_softmax(temperature: float) -> None:
     logits = torch.tensor([1.0, 0.0, -1.0, 5.0], dtype=torch.float64)
-    drawn = draw(logits.expand(40_000, 4), temperature, 3, generator(0))
+    rng = generator(0)
+    drawn = draw(
+        logits.expand(40_000, 4),
+        temperature,
+        3,
+        lambda: torch.rand(40_000, 4, generator=rng, dtype=torch.float64),
+    )
     share = torch.bincount(drawn, minlength=4) / 40_000
     expected = torch.cat([(logits[:3] / temperature).softmax(0), torch.zeros(1)])
     assert torch.allclose(share.double(), expected.double(), atol=0.01)

@@ -125,7 +125,8 @@ def test_computes_with_the_dequantized_weights(recipe: str, backend: str) -> Non
         torch.testing.assert_close(model(ids()), expected, rtol=1e-5, atol=1e-5)
     else:
         torch.testing.assert_close(model(ids()), compiled(recipe)(ids()), rtol=1e-5, atol=1e-5)
-    assert {choice.split(" ")[0] for choice in model.report.steps[-1].choices.values()} == {"coded"}
+    chosen = {choice.split(" ")[0] for choice in model.report.steps[-1].choices.values()}
+    assert chosen == {"coded"} or (backend == "cpu" and chosen == {"coded16"})
 
 
 @every_recipe
@@ -174,8 +175,9 @@ def test_one_changed_byte_of_the_codes_shows() -> None:
 
 
 def test_explain_says_what_it_costs() -> None:
-    text = " ".join(compiled("w4a16-nf4", "cpu").explain().split())
+    text = " ".join(compiled("w4a16-nf4", "reference").explain().split())
     assert "kernel coded (nf4 g64 double is dequantized at each call, which saves memory, not time)" in text
+    text = " ".join(compiled("w4a16-nf4", "cpu").explain().split())
     assert "not dequant: codes of nf4 g64 double are not integers" in text
 
 

@@ -17,6 +17,7 @@ from dlqc.formats.fp8 import Fp8Format
 from dlqc.formats.lattice import LatticeFormat
 from dlqc.formats.microscaling import MicroscalingFormat
 from dlqc.formats.nf4 import Nf4Format
+from dlqc.formats.offset import OffsetFormat
 from dlqc.formats.planes import PlanesFormat
 
 FORMATS: dict[str, Any] = {
@@ -37,6 +38,8 @@ FORMATS: dict[str, Any] = {
         MicroscalingFormat("nvfp4"),
         LatticeFormat(),
         LatticeFormat(32, "float32"),
+        OffsetFormat(3, 64),
+        OffsetFormat(8, None, "bfloat16"),
     )
 }
 every_format = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
@@ -55,7 +58,7 @@ def stored(fmt: Any, count: int = 40, width: int = 192, seed: int = 0) -> Any:
 
 def test_every_class_has_its_name_and_is_tried() -> None:
     assert {type(f) for f in FORMATS.values()} == set(CLASSES.values())
-    assert CLASSES.keys() == {"planes", "codebook", "nf4", "fp8", "microscaling", "lattice"}
+    assert CLASSES.keys() == {"planes", "codebook", "nf4", "fp8", "microscaling", "lattice", "offset"}
 
 
 @every_format
@@ -74,6 +77,7 @@ def test_texts_are_what_artifacts_hold() -> None:
     }
     assert encode(MicroscalingFormat("nvfp4")) == "microscaling(kind=nvfp4,rounding=floor)"
     assert encode(LatticeFormat()) == "lattice(group_size=None,scale_dtype=bfloat16)"
+    assert encode(OffsetFormat(4)) == "offset(bits=4,group_size=128,scale_dtype=float16)"
 
 
 @every_format

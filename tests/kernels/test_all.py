@@ -17,10 +17,15 @@ from dlqc.errors import ContractError
 from dlqc.formats.activation import ActFormat
 from dlqc.formats.integer import IntFormat
 from dlqc.formats.packing import pack
-from dlqc.kernels.cpu import selfcheck
+from dlqc.kernels.cpu import build, selfcheck
 
-# Those for integers; the others are in test_coded.py.
-KERNELS = {k.name: k for k in (*REFERENCE.kernels, *CPU.kernels) if not isinstance(k, CodedKernel)}
+# Those for integers that can run here; the others are in test_coded.py.
+NATIVE = ("linear8", "linear16")
+KERNELS = {
+    k.name: k
+    for k in (*REFERENCE.kernels, *CPU.kernels)
+    if not isinstance(k, CodedKernel) and (k.name not in NATIVE or build.unavailable(k.name) is None)
+}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 LEADS = ((0,), (1,), (2,), (63,), (65,), (), (2, 3), (3, 0, 2), (1, 1))
 TOKEN8 = ActFormat(8)
@@ -34,6 +39,8 @@ every_kernel = pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
 def plain(name: str, *, has_bias: bool = True) -> LinearSpec:
     """A spec that the kernel of this name supports."""
     bits, group, act = {
+        "linear8": (3, 32, TOKEN8),
+        "linear16": (3, 32, None),
         "int8_mm": (WIDEST, None, TOKEN8),
         "int8pack": (8, None, None),
         "int4pack": (4, 32, None),
@@ -54,12 +61,23 @@ def specs(draw: st.DrawFn, name: str) -> LinearSpec:
     if name == "int8_mm":
         bits = min(bits, WIDEST)
         symmetric, k = symmetric or bits == 8, k + 1
+    elif name == "linear8":
+        group, act_group = draw(st.sampled_from([None, 32, 64, 96, 128])), None
+        k = k if group is None else group * draw(st.integers(1, 5))
+        if group is not None and k % 64 == 0:
+            act_group = draw(
+                st.sampled_from([None, *(g for g in (32, 64, group, k) if max(g, group) % min(g, group) == 0)])
+            )
+        act = ActFormat(draw(st.integers(2, 8)), act_group)
     else:
         if name == "int8pack":
             bits, symmetric, k = 8, True, 16 * draw(st.integers(1, 9))
         elif name == "int4pack":
             group = draw(st.sampled_from([None, 32, 64, 96, 128]))
             bits, k, n = min(bits, 4), (group or 32) * draw(st.integers(1, 3)), 16 * draw(st.integers(1, 6))
+        elif name == "linear16":
+            group = draw(st.sampled_from([None, 32, 64, 96, 128]))
+            k = k if group is None else group * draw(st.integers(1, 3))
         else:
             group = draw(st.sampled_from([None, 1, 7, 32, 64, 128]))
             k = k if group is None else group * draw(st.integers(1, 3))

@@ -85,6 +85,8 @@ for bits in (8, 4):
     kernel, refusals = choose_kernel(load_backend("cpu"), spec)
     print(kernel.name, refusals)
 """
-    env = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    env = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "DLQC_NATIVE": "0"}
     run = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)
-    assert run.stdout.splitlines() == [f"int8pack { ({'int8_mm': REASON}) }", "int8_mm {}"]
+    off = {"linear8": "native code is turned off by DLQC_NATIVE=0"}
+    why = {**off, "int8_mm": REASON, "linear16": off["linear8"]}
+    assert run.stdout.splitlines() == [f"int8pack {why}", f"int8_mm {off}"]

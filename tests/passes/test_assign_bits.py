@@ -21,13 +21,16 @@ from dlqc.formats.nf4 import Nf4Format
 from dlqc.graph import fingerprint
 from dlqc.manager import PassManager
 from dlqc.passes.assign_bits import AssignBits
+from dlqc.passes.correct_bias import CorrectBias
 from dlqc.passes.lower import Lower
 from dlqc.passes.pack import Pack
 from dlqc.passes.quantize_weights import QuantizeWeights
 from dlqc.report import measure_storage
 from dlqc.rounding.daq import Daq
+from dlqc.rounding.gptaq import Gptaq
 from dlqc.rounding.gptq import Gptq
 from dlqc.rounding.rtn import Rtn
+from dlqc.rounding.signround import SignRound
 from dlqc.schemes import Override, Scheme, Variant
 from dlqc.sensitivity import sensitivities, units_of
 
@@ -179,6 +182,40 @@ def test_what_quantize_weights_must_be_able_to_do(case: CaseMaker) -> None:
     ]
 
 
+def test_methods_that_round_a_block_at_once(case: CaseMaker) -> None:
+    """Another rounding stands in for them while costs are taken; the choice is that rounding's, the result theirs."""
+    k = case("llada")
+    learned = SignRound(steps=1, looks=1)
+    run(k, assigning("4bpw", metric="hessian"))
+    by_nearest = {name: scheme.format for name, scheme in k.ctx.assignment.items()}
+    k = case("llada")
+    quantize = QuantizeWeights(group_size=32, method=learned)
+    report = run(k, assigning("4bpw", metric="hessian", method=learned, probe=Rtn()), quantize, Pack())
+    assert {name: scheme.format for name, scheme in k.ctx.assignment.items()} == by_nearest
+    assert {scheme.method for scheme in k.ctx.assignment.values()} == {learned}
+    assert set(report.choices.values()) == {f"int{b} g32 asymmetric by signround" for b in (2, 4)}
+    problems = plan(case("llada"), assigning(), quantize).problems
+    assert problems == ["quantize_weights: rtn is assigned and does not go together with the one here (set method=rtn)"]
+
+
+def test_gptaq_is_probed_without_drift(case: CaseMaker) -> None:
+    found = []
+    for method in (Gptq(clip="minmax"), Gptaq(clip="minmax")):
+        k = case("llada")
+        run(k, assigning("4bpw", metric="hessian", method=method))
+        found.append({name: scheme.format for name, scheme in k.ctx.assignment.items()})
+    assert found[0] == found[1]
+
+
+def test_what_is_stored_beside_is_not_in_the_budget(case: CaseMaker) -> None:
+    problems = plan(case("llada"), assigning(), QUANTIZE, CorrectBias()).problems
+    assert len(problems) == 1
+    assert re.fullmatch(
+        r"assign_bits: 0\.\d{3} MB are stored beside the weights \(low_rank, correct_bias\), which its budget does not count",
+        problems[0],
+    )
+
+
 def test_the_plan_says_what_is_known(case: CaseMaker) -> None:
     k = case("llada")
     found = plan(k, assigning("4bpw"), QUANTIZE, Pack(), Lower())
@@ -247,7 +284,12 @@ def test_constants_that_grew_since_the_plan(case: CaseMaker) -> None:
     [
         ({"bits": (5,)}, r"^bits: 5 is not a width"),
         ({"bits": ()}, r"^assign_bits\.bits: there is nothing to choose from\. Use \(2, 3, 4, 8\)$"),
-        ({"method": Daq()}, r"^method: daq does not round to int2 g32 asymmetric\. Use method=rtn or gptq$"),
+        ({"method": Daq()}, r"^method: daq does not round to int2 g32 asymmetric\. Use method=rtn or gptq or"),
+        (
+            {"method": SignRound()},
+            r"^assign_bits\.probe: signround rounds the linears of a block together, and has no cost of one alone\. Use probe=",
+        ),
+        ({"probe": Daq()}, r"^assign_bits\.probe: daq does not round to int2 g32 asymmetric\. Use method="),
         ({"prior": 1.5}, r"^assign_bits\.prior: 1\.5 is outside \[0, 1\]\. Use 0 for none, or 0\.5$"),
         ({"rows": 0}, r"^assign_bits\.rows: 0 rows hold nothing\. Use 8$"),
         ({"ratios": (0.5, 0.0)}, r"^assign_bits\.ratios: \(0\.5, 0\.0\) are no mask ratios\. Use numbers above 0"),

@@ -17,11 +17,11 @@ from dlqc.errors import ContractError, FeasibilityError, LoweringError
 from dlqc.execute import Executor, placeholder
 from dlqc.formats.activation import ActFormat
 from dlqc.formats.integer import IntFormat
-from dlqc.graph import fingerprint, is_call
+from dlqc.graph import fingerprint, is_call, site_name
 from dlqc.kernels.reference.linear import ReferenceLinear
 from dlqc.manager import PassManager
 from dlqc.ops import LINEAR_PACKED, QUANTIZE_ACT
-from dlqc.passes.lower import Lower, site_name, spec_of_node
+from dlqc.passes.lower import Lower, spec_of_node
 from dlqc.passes.pack import Pack
 from dlqc.passes.quantize_activations import QuantizeActivations
 from dlqc.passes.quantize_weights import QuantizeWeights

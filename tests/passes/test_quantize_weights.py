@@ -28,8 +28,10 @@ from dlqc.passes.fold_norm_scale import FoldNormScale
 from dlqc.passes.quantize_activations import QuantizeActivations
 from dlqc.passes.quantize_weights import QuantizeWeights
 from dlqc.rounding.daq import Daq
+from dlqc.rounding.gptaq import Gptaq
 from dlqc.rounding.gptq import Gptq
 from dlqc.rounding.rtn import Rtn
+from dlqc.rounding.signround import SignRound
 from dlqc.schemes import Override
 
 CaseMaker = Callable[..., Any]
@@ -176,7 +178,7 @@ def test_overrides_give_sites_their_own_format_and_method(case: CaseMaker) -> No
 def test_statistics_and_facts_are_those_of_all_schemes() -> None:
     rtn = QuantizeWeights(method=Rtn())
     some = QuantizeWeights(method=Rtn(), overrides=(Override(method=Gptq(), sites=("*.a",)),))
-    assert (rtn.statistics(), some.statistics()) == (frozenset(), {"hessian"})
+    assert (rtn.statistics(), some.statistics()) == (frozenset(), {"hessian", "count"})
     assert "states" in some.needed_facts()
     coded = QuantizeWeights(method=Rtn(), format=Nf4Format())
     ints = QuantizeWeights(method=Rtn(), format=Nf4Format(), overrides=(Override(bits=4, sites=("*.a",)),))
@@ -197,6 +199,24 @@ def test_an_override_that_names_nothing_or_does_not_fit_is_a_problem_before_any_
         RecipeError, match=r"^override\.method: gptq does not round to nf4 g64 double\. Use method=rtn$"
     ):
         QuantizeWeights(overrides=(Override(format=Nf4Format(), sites=("*",)),))
+
+
+def test_learned_rounding_takes_a_format_for_each_site(case: CaseMaker) -> None:
+    k = case("llada")
+    method = SignRound(steps=2, looks=1)
+    p = QuantizeWeights(4, 32, method=method, overrides=(Override(bits=2, sites=("*.ff_out",)),))
+    quantize(k, CALIBRATE, p)
+    bits = {
+        str(n.args[1].target).rpartition(".")[0].rpartition(".")[2]: n.args[5]
+        for n in k.graph.nodes
+        if is_call(n, LINEAR_Q)
+    }
+    assert bits == {"ff_out": 2} | dict.fromkeys(("q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj"), 4)
+    check(k.graph, k.ctx.weights, k.ctx.spec, {"quantized-weights", "float-activations"}, after="quantize_weights")
+    message = r"^override\.method: signround rounds the linears of a block together, so all of them must have it\. Leave it out"
+    for base, other in ((method, Gptq()), (Gptq(), method)):
+        with pytest.raises(RecipeError, match=message):
+            QuantizeWeights(method=base, overrides=(Override(method=other, sites=("*",)),))
 
 
 # Declines
@@ -331,9 +351,72 @@ def test_impossible_options(options: dict[str, int], message: str) -> None:
         QuantizeWeights(**options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"sequential": "true"},
+            r"^sequential: 'true' is no sequence of statistics\. Use 'block', 'layer' or 'none'$",
+        ),
+        (
+            {"sequential": "layer", "method": Rtn()},
+            r"^sequential: rtn takes no statistics, so sequential='layer' has no say\. Leave it out, or use method=gptq$",
+        ),
+        (
+            {"sequential": "none", "method": Gptaq()},
+            r"^sequential: gptaq corrects inputs that rounding has changed, and sequential='none' shows it none\. Use 'bl",
+        ),
+    ],
+)
+def test_sequences_that_say_nothing_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        QuantizeWeights(**options)
+
+
+def test_layer_by_layer_needs_something_to_collect_with(case: CaseMaker) -> None:
+    k = case("llada")
+    mark = fingerprint(k.graph, k.ctx.weights)
+    message = r"^sequential: sequential='layer' takes statistics anew, and there is nothing to take them with\. Run the"
+    with pytest.raises(ContractError, match=message):
+        k.apply(QuantizeWeights(4, 32, sequential="layer"))
+    assert fingerprint(k.graph, k.ctx.weights) == mark
+
+
+# Notes on the statistics
+
+
+def test_too_few_calibration_rows_are_noted_once(case: CaseMaker) -> None:
+    """5 rows of 16 tokens: enough for 64 input features, too few for 96."""
+    few = (
+        "fewer calibration rows than input features at 1 of 7 linears of a block (at worst 80 for 96): "
+        "the Hessian is singular but for its damping; use more sequences"
+    )
+    for sequences, expected in ((5, [few]), (6, [])):
+        for sequential in ("block", "layer"):
+            k = case("llada")
+            p = QuantizeWeights(4, 32, sequential=sequential)  # type: ignore[arg-type]
+            assert quantize(k, Calibrate(sequences=sequences, length=16), p).notes == expected
+    k = case("llada")
+    assert quantize(k, QuantizeWeights(4, 32, method=Rtn())).notes == []
+
+
+def test_dead_input_features_are_noted_once(case: CaseMaker) -> None:
+    k = case("layer norm")
+    for layer in range(2):  # gelu(-40) is zero
+        bias = k.ctx.weights.value(f"layers.{layer}.up.bias").clone()
+        bias[:3] = -40.0
+        k.ctx.weights.put(f"layers.{layer}.up.bias", bias)
+    report = quantize(k, CALIBRATE, QuantizeWeights(4, 32))
+    assert report.notes == [
+        "input features that are zero in all calibration rows at 1 of 2 linears of a block (at most 3 of 64): "
+        "their weights are rounded to nearest"
+    ]
+
+
 def test_gptq_asks_for_states_and_rtn_does_not() -> None:
     assert QuantizeWeights().needed_facts() - QuantizeWeights(method=Rtn()).needed_facts() == {"states"}
-    assert QuantizeWeights().statistics() == {"hessian"}
+    assert QuantizeWeights().statistics() == {"hessian", "count"}
+    assert QuantizeWeights(method=Gptaq()).statistics() == {"hessian", "drift", "count"}
     assert QuantizeWeights(method=Rtn()).statistics() == frozenset()
 
 

@@ -1,0 +1,398 @@
+"""Low-bit linears on this CPU against every peer that is installed, in one process.
+
+    python benchmarks/cpu.py --out docs/results/cpu.json            (all shapes; --quick: one shape, fewer rounds)
+
+What is in the file: the machine's limits measured in the same run (the peak of the integer instruction on one and on all
+threads, the rate of reading memory), and for each shape K->N, number of tokens M and implementation the median and the best time,
+GOP/s (2·M·N·K / time), GB/s (stored bytes of the weight / time) and the largest error relative to the largest result. An
+implementation is compared with float64 first, on its own weights, and left out if it is wrong.
+
+Two states. Virtual machines may run two threads at the speed of one for seconds at a time. The peak loop on all threads over that
+on one tells which state it is: near the number of threads is fast. It is asked before every round; rounds in the slow state
+are repeated, up to --patience seconds in all, and then marked.
+
+Implementations take turns, round after round. Between calls 96 MB are read, so that weights come from memory as in a model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import math
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dlqc import native
+from dlqc.backend import LinearSpec
+from dlqc.formats.activation import ActFormat
+from dlqc.formats.integer import IntFormat
+from dlqc.formats.packing import pack
+from dlqc.kernels.cpu import build
+from dlqc.kernels.cpu.int4pack import Int4Pack
+from dlqc.kernels.cpu.int8_mm import Int8MM
+from dlqc.kernels.cpu.int8pack import Int8Pack
+from dlqc.kernels.cpu.linear8 import Linear8
+from dlqc.kernels.cpu.linear16 import Linear16
+
+SHAPES = ((4096, 4096), (4096, 12288), (12288, 4096))
+TOKENS = (1, 8, 32, 128, 512)
+
+# Twelve sums, registers only: a compiler adds moves to intrinsics, so this is assembly.
+PEAK = """
+#include <cstdint>
+#include <thread>
+#include <vector>
+#define ONE(i) "vpdpbusd %%zmm12, %%zmm12, %%zmm" #i "\\n"
+#define TWELVE ONE(0) ONE(1) ONE(2) ONE(3) ONE(4) ONE(5) ONE(6) ONE(7) ONE(8) ONE(9) ONE(10) ONE(11)
+static void turns(int64_t n) {
+    asm volatile("vpxord %%zmm12, %%zmm12, %%zmm12\\n1:\\n" TWELVE TWELVE "dec %0\\njnz 1b\\n" : "+r"(n) : : "zmm0", "zmm1",
+                 "zmm2", "zmm3", "zmm4", "zmm5", "zmm6", "zmm7", "zmm8", "zmm9", "zmm10", "zmm11", "zmm12", "cc");
+}
+extern "C" void peak(int64_t n, int threads) {
+    std::vector<std::thread> others;
+    for (int i = 1; i < threads; ++i) others.emplace_back(turns, n);
+    turns(n);
+    for (auto& other : others) other.join();
+}
+"""
+
+
+class Machine:
+    """What the machine can do, and whether it does it now."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self.folder = tempfile.TemporaryDirectory()
+        (Path(self.folder.name) / "peak.cpp").write_text(PEAK)
+        known = build.unavailable("linear8") is None and build.isa("linear8") == "avx512vnni"
+        self.loop = native.library("peak", Path(self.folder.name)) if known else None
+        self.slow = 0.0
+
+    def rate(self, threads: int, repeats: int = 3) -> float:
+        """GOP/s of the peak loop; 0 where there is none for this processor."""
+        if self.loop is None:
+            return 0.0
+        turns, best = 200_000, math.inf
+        for _ in range(repeats):
+            start = time.perf_counter()
+            self.loop.peak(ctypes.c_int64(turns), ctypes.c_int(threads))
+            best = min(best, time.perf_counter() - start)
+        return threads * turns * 24 * 128 / best / 1e9
+
+    def ratio(self) -> float:
+        """Speed on all threads over that on one."""
+        one = self.rate(1)
+        return self.rate(self.threads) / one if one else float(self.threads)
+
+    def wait(self, patience: float) -> bool:
+        """Until the machine is in the fast state; False if it did not get there."""
+        while self.ratio() < 0.9 * self.threads:
+            if self.slow > patience:
+                return False
+            time.sleep(0.5)
+            self.slow += 0.5
+        return True
+
+    def reading(self) -> float:
+        """GB/s of reading 256 MB of memory with all threads."""
+        data, best = torch.ones(64 << 20), math.inf
+        for _ in range(5):
+            start = time.perf_counter()
+            data.sum()
+            best = min(best, time.perf_counter() - start)
+        return data.numel() * 4 / best / 1e9
+
+    def limits(self) -> dict[str, Any]:
+        return {
+            "processor": next(
+                (x.split(":")[1].strip() for x in _cpuinfo() if x.startswith("model name")), platform.processor()
+            ),
+            "threads": self.threads,
+            "peak GOP/s, one thread": round(self.rate(1)),
+            "peak GOP/s, all threads": round(self.rate(self.threads)),
+            "reading GB/s": round(self.reading(), 1),
+            "torch": torch.__version__,
+            "path": build.isa("linear8") if build.unavailable("linear8") is None else build.unavailable("linear8"),
+        }
+
+
+def _cpuinfo() -> list[str]:
+    try:
+        return Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return []
+
+
+Call = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Entry:
+    """One implementation of one shape: how to call it, the float64 weight that it has, and its stored bytes."""
+
+    def __init__(
+        self, name: str, mode: str, call: Call, weight: torch.Tensor, bytes_: float, dtype: torch.dtype
+    ) -> None:
+        self.name, self.mode, self.call, self.weight, self.bytes, self.dtype = name, mode, call, weight, bytes_, dtype
+
+
+def ours(k: int, n: int, w: torch.Tensor) -> list[Entry]:
+    """The kernels of the CPU backend, with the weight quantized as each of them takes it."""
+    found = []
+    token, grouped = ActFormat(8), ActFormat(8, 128)
+    plain, channel = torch.float32, IntFormat(8, None)
+    for bits in (2, 3, 4, 8):
+        for act, said in ((token, ""), (grouped, " act g128")):
+            found.append((f"dlqc W{bits}A8 g128{said}", f"W{bits}A8", Linear8(), IntFormat(bits, 128), act, plain))
+        found.append((f"dlqc W{bits}A16 g128", f"W{bits}A16", Linear16(), IntFormat(bits, 128), None, plain))
+    found.append(("dlqc W4A8 channel", "W4A8 channel", Linear8(), IntFormat(4, None), token, plain))
+    found.append(("dlqc W8A8 channel", "W8A8 channel", Linear8(), channel, token, plain))
+    found.append(("torch _int_mm", "W8A8 channel", Int8MM(), channel, token, plain))
+    found.append(("torch int8pack", "W8A16", Int8Pack(), channel, None, torch.bfloat16))
+    found.append(("torch int4pack", "W4A16", Int4Pack(), IntFormat(4, 128), None, torch.bfloat16))
+    entries = []
+    for name, mode, kernel, fmt, act, dtype in found:
+        spec = LinearSpec(k, n, fmt, act, False)
+        reason = kernel.supports(spec)
+        if reason is not None:
+            print(f"  {name}: {reason}", file=sys.stderr)
+            continue
+        stored = fmt.quantize(w)
+        lowered = kernel.lower(spec, pack(stored.codes, fmt.bits), stored.scales, None, None)
+        arguments = (*lowered.tensors.values(), *lowered.scalars)
+
+        def call(x: torch.Tensor, op: Any = lowered.op, arguments: Any = arguments) -> torch.Tensor:
+            return op(x, *arguments)  # type: ignore[no-any-return]
+
+        size = fmt.bits_per_weight(n, k) * n * k / 8
+        entries.append(Entry(name, mode, call, stored.dequantize().double(), size, dtype))
+    return entries
+
+
+def torch_peers(k: int, n: int, w: torch.Tensor) -> list[Entry]:
+    """What torch has for weights that are not low-bit, and its dynamic quantization."""
+    half = w.bfloat16()
+    entries = [
+        Entry("torch float32", "fp", lambda x: x @ w.T, w.double(), 4 * n * k, torch.float32),
+        Entry("torch bfloat16", "fp", lambda x: x @ half.T, half.double(), 2 * n * k, torch.bfloat16),
+    ]
+    try:
+        ready = torch.ops.mkldnn._reorder_linear_weight(half.to_mkldnn(), None)
+        entries.append(
+            Entry(
+                "torch bfloat16 prepacked",
+                "fp",
+                lambda x: torch.ops.mkldnn._linear_pointwise(x, ready, None, "none", [], ""),
+                *(half.double(), 2 * n * k, torch.bfloat16),
+            )
+        )
+    except (RuntimeError, AttributeError) as error:
+        print(f"  torch bfloat16 prepacked: {error}", file=sys.stderr)
+    scale = float(w.abs().max()) / 127
+    codes = torch.quantize_per_tensor(w, scale, 0, torch.qint8)
+    for engine in torch.backends.quantized.supported_engines:
+        if engine not in ("fbgemm", "x86", "onednn"):
+            continue
+        torch.backends.quantized.engine = engine
+        packed = torch.ops.quantized.linear_prepack(codes, None)
+
+        def call(x: torch.Tensor, engine: str = engine, packed: Any = packed) -> torch.Tensor:
+            torch.backends.quantized.engine = engine
+            return torch.ops.quantized.linear_dynamic(x, packed, reduce_range=False)  # type: ignore[no-any-return]
+
+        entries.append(
+            Entry(
+                f"torch linear_dynamic {engine}", "W8A8 tensor", call, codes.dequantize().double(), n * k, torch.float32
+            )
+        )
+    return entries
+
+
+def onnx_peers(k: int, n: int, w: torch.Tensor) -> list[Entry]:
+    """ONNX Runtime's MatMulNBits, where it is installed."""
+    import numpy as np
+    import onnxruntime as ort
+    from onnx import TensorProto, helper
+
+    entries = []
+    for bits in (2, 4, 8):
+        stored = IntFormat(bits, 128).quantize(w)
+        blob = pack(stored.codes, bits).reshape(n, k // 128, 16 * bits).numpy()
+        scales = stored.scales.float().numpy()
+        node = helper.make_node(
+            *("MatMulNBits", ["x", "b", "s"], ["y"]),
+            domain="com.microsoft",
+            K=k,
+            N=n,
+            bits=bits,
+            block_size=128,
+            accuracy_level=4,
+        )
+        graph = helper.make_graph(
+            *([node], "g", [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["m", k])]),
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["m", n])],
+            [
+                helper.make_tensor("b", TensorProto.UINT8, blob.shape, blob.tobytes(), raw=True),
+                helper.make_tensor("s", TensorProto.FLOAT, [scales.size], np.ravel(scales).tobytes(), raw=True),
+            ],
+        )
+        model = helper.make_model(
+            graph, opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+        )
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        session = ort.InferenceSession(model.SerializeToString(), options)
+
+        def call(x: torch.Tensor, session: Any = session) -> torch.Tensor:
+            return torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+
+        size = IntFormat(bits, 128).bits_per_weight(n, k) * n * k / 8
+        entries.append(
+            Entry(f"onnxruntime W{bits}A8 g128", f"W{bits}A8", call, stored.dequantize().double(), size, torch.float32)
+        )
+    return entries
+
+
+def openvino_peers(k: int, n: int, w: torch.Tensor) -> list[Entry]:
+    """OpenVINO's weight decompression with dynamic quantization in groups of 128, where it is installed."""
+    import numpy as np
+    import openvino as ov
+    from openvino import opset13 as op
+
+    entries = []
+    for bits, kind in ((2, "u2"), (4, "u4")):
+        stored = IntFormat(bits, 128).quantize(w)
+        groups = k // 128
+        codes = ov.Tensor(pack(stored.codes, bits).numpy(), [n, groups, 128], getattr(ov.Type, kind))
+        x = op.parameter([-1, k], np.float32)
+        middle = op.constant(np.full((1, 1, 1), 1 << (bits - 1), np.float32))
+        centred = op.subtract(op.convert(op.constant(codes), "f32"), middle)
+        scaled = op.multiply(centred, op.constant(stored.scales.float().numpy()[..., None]))
+        weight = op.reshape(scaled, op.constant(np.array([n, k])), False)
+        model = ov.Model([op.matmul(x, weight, False, True)], [x])
+        config = {
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": "128",
+            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        }
+        request = ov.Core().compile_model(model, "CPU", config).create_infer_request()
+
+        def call(x: torch.Tensor, request: Any = request) -> torch.Tensor:
+            return torch.from_numpy(request.infer([x.numpy()], share_inputs=True)[0])
+
+        size = IntFormat(bits, 128).bits_per_weight(n, k) * n * k / 8
+        entries.append(
+            Entry(f"openvino W{bits}A8 g128", f"W{bits}A8", call, stored.dequantize().double(), size, torch.float32)
+        )
+    return entries
+
+
+def zentorch_peers(k: int, n: int, w: torch.Tensor) -> list[Entry]:
+    """zentorch's dynamic per-token W8A8, where it is installed. The unpacked weight must stay alive."""
+    import zentorch  # noqa: F401
+
+    stored = IntFormat(8, None, scale_dtype="float32").quantize(w)
+    codes = (stored.codes.to(torch.int16) - 128).to(torch.int8)
+    scales = stored.scales[:, 0].contiguous()
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.zentorch.zentorch_dynamic_qlinear(x, codes, scales)  # type: ignore[no-any-return]
+
+    return [Entry("zentorch W8A8", "W8A8 channel", call, stored.dequantize().double(), n * k, torch.bfloat16)]
+
+
+PEERS = {"torch": torch_peers, "onnxruntime": onnx_peers, "openvino": openvino_peers, "zentorch": zentorch_peers}
+
+
+def gather(k: int, n: int) -> list[Entry]:
+    w = torch.randn(n, k, generator=torch.Generator().manual_seed(k + n)) / math.sqrt(k)
+    entries = ours(k, n, w)
+    for name, peers in PEERS.items():
+        try:
+            entries += peers(k, n, w)
+        except Exception as error:  # a peer that is not there, or not in a version that this file knows
+            print(
+                f"  {name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", file=sys.stderr
+            )
+    return entries
+
+
+def error_of(entry: Entry, x: torch.Tensor) -> float:
+    """max |y - ŷ| / max |ŷ|; ŷ in float64 from the entry's own weight and unrounded tokens."""
+    given = x.to(entry.dtype)
+    expected = given.double() @ entry.weight.T
+    return float((entry.call(given).double() - expected).abs().max() / expected.abs().max())
+
+
+def measure(
+    entries: list[Entry], k: int, n: int, m: int, machine: Machine, args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    x = torch.randn(m, k, generator=torch.Generator().manual_seed(m))
+    given = {dtype: x.to(dtype) for dtype in {entry.dtype for entry in entries}}
+    errors = {entry.name: error_of(entry, x[: min(m, 32)]) for entry in entries}
+    sound = [entry for entry in entries if errors[entry.name] < 3e-2]
+    times: dict[str, list[float]] = {entry.name: [] for entry in sound}
+    other = torch.ones(24 << 20)
+    fast = 0
+    for _ in range(args.rounds):
+        fast += machine.wait(args.patience)
+        for entry in sound:
+            other.sum()
+            if m <= 8:
+                entry.call(given[entry.dtype])  # threads awake, and then the weight read anew
+                other.sum()
+            start = time.perf_counter()
+            entry.call(given[entry.dtype])
+            times[entry.name].append(time.perf_counter() - start)
+    rows = []
+    for entry in entries:
+        row: dict[str, Any] = {"shape": f"{k}->{n}", "M": m, "name": entry.name, "mode": entry.mode}
+        row["max relative error"] = float(f"{errors[entry.name]:.2g}")
+        if entry.name in times:
+            middle, best = statistics.median(times[entry.name]), min(times[entry.name])
+            work = 2 * m * n * k / 1e9
+            row |= {"ms": round(1e3 * middle, 3), "best ms": round(1e3 * best, 3), "GOP/s": round(work / middle)}
+            row |= {"best GOP/s": round(work / best), "GB/s": round(entry.bytes / middle / 1e9, 1)}
+            row |= {"rounds": args.rounds, "rounds in the fast state": fast}
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--patience", type=float, default=300, help="seconds to wait for the fast state, in all")
+    parser.add_argument("--quick", action="store_true", help="a small shape and few tokens, to see that it runs")
+    args = parser.parse_args()
+    torch.set_grad_enabled(False)
+    machine = Machine(torch.get_num_threads())
+    found: dict[str, Any] = {"machine": machine.limits(), "cells": []}
+    print(json.dumps(found["machine"], indent=1))
+    for k, n in ((1024, 1536),) if args.quick else SHAPES:
+        entries = gather(k, n)
+        for m in (1, 8, 32) if args.quick else TOKENS:
+            rows = measure(entries, k, n, m, machine, args)
+            found["cells"] += rows
+            print(f"\n{k}->{n}, M = {m}")
+            for row in sorted(rows, key=lambda row: (row["mode"], row.get("ms", math.inf))):
+                print(
+                    f"  {row['mode']:13} {row['name']:28} {row.get('ms', 'wrong'):>9} ms {row.get('GOP/s', ''):>6} GOP/s "
+                    f"{row.get('GB/s', ''):>6} GB/s   error {row['max relative error']}"
+                )
+    found["machine after"] = machine.limits()
+    if args.out:
+        args.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,438 @@
+"""The block step: a model's graph for a window of positions, with keys and values of all others from a cache.
+
+    full forward      ids [B, L]                                        → logits [B, L, V]
+    block step        ids [B, S], start, total, K and V of each layer   → logits [B, S, V]
+
+Before:  y = sdpa(q, k, v, mask)                 L rows, L keys
+After:   K[start:start+S], V[start:start+S] = k, v
+         y = sdpa(q, K[:total], V[:total], mask[start:start+S])          S rows, `total` keys
+
+What depends on the tokens is computed for the window. What depends on the length alone (rotary tables, position ids, masks) is
+computed for `total` positions and cut to the window where the two meet. Nothing else is touched, so the step is made from any
+graph, that of a lowered model too, and both variants read one set of buffers.
+
+With the window 0..L the step is the full forward and fills the cache. It is exact where K and V of the positions outside of the
+window are what the full forward would make of them: always in a block-causal model whose earlier blocks are final. Elsewhere
+they are stale, which is what Fast-dLLM (arXiv 2505.22618) trades for speed.
+
+A graph is refused, by the name of the node, where it mixes positions by other means than attention: the structure is checked,
+then every node of the step is compared with that of the full forward on random tokens.
+
+Shapes: B batch, L all positions, S positions of the window, H key heads, D width of a head, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from dlqc.diffusion.masking import generator
+from dlqc.diffusion.spec import DiffusionSpec
+from dlqc.errors import FeasibilityError
+from dlqc.execute import placeholder
+from dlqc.graph import SDPA, arg, args_of, aten, is_call
+from dlqc.ops import ROPE
+
+#: Deviation (root mean square, relative) up to which a node of the step counts as that of the full forward. Rounding differs
+#: with the number of rows; where activations are quantized, a different rounding moves whole codes.
+_SAME, _SAME_QUANTIZED = 1e-3, 5e-2
+_REMEDY = "Decode without a cache: cache='none'"
+
+
+@dataclass
+class KeyValueCache:
+    """Keys and values of all attentions of a model.
+
+    Attributes:
+        keys, values: for each attention, [B, H, L, D].
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+
+
+class CachedModel:
+    """A captured model in two variants over one set of weights.
+
+    Attributes:
+        module: the full forward, ids [B, L] -> logits [B, L, V].
+        spec: the model's facts.
+        pads: None if rows may be padded on the left, else why not.
+
+    Raises:
+        FeasibilityError: the graph cannot be computed for a window, with the node that stands in the way.
+    """
+
+    def __init__(self, module: fx.GraphModule, spec: DiffusionSpec) -> None:
+        self.module = module
+        self.spec = spec
+        self._attentions = [node for node in module.graph.nodes if is_call(node, SDPA)]
+        self.pads = _why_no_padding(module.graph)
+        self._step = fx.GraphModule(module, block_step(module.graph), class_name="BlockStep")
+        self._padded: fx.GraphModule | None = None
+        _compare(self)
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """The full forward."""
+        logits: Tensor = self.module(ids)
+        return logits
+
+    def new_cache(self, batch: int, length: int) -> KeyValueCache:
+        """An empty cache for `length` positions."""
+        device = next((b.device for b in self.module.buffers()), torch.device("cpu"))
+        made = []
+        for node in self._attentions:
+            pair = []
+            for value in (args_of(node)[i].meta["val"] for i in (1, 2)):
+                heads, width = int(value.shape[1]), int(value.shape[3])
+                pair.append(torch.zeros(batch, heads, length, width, dtype=value.dtype, device=device))
+            made.append(pair)
+        return KeyValueCache([k for k, _ in made], [v for _, v in made])
+
+    @torch.no_grad()
+    def step(
+        self, ids: Tensor, start: int, cache: KeyValueCache, *, total: int | None = None, visible: Tensor | None = None
+    ) -> Tensor:
+        """Logits [B, S, V] of the window; writes its keys and values into the cache.
+
+        Args:
+            ids: int64 [B, S], the tokens at positions start .. start + S.
+            start: position of the first.
+            cache: read up to `total`, written in the window.
+            total: number of positions that the window sees; None: all of the cache.
+            visible: bool [B, L], False where a position is padding; None: none is.
+        """
+        total = cache.keys[0].shape[2] if total is None else total
+        if not 0 <= start < start + ids.shape[1] <= total <= cache.keys[0].shape[2]:
+            raise FeasibilityError(
+                f"positions {start} to {start + ids.shape[1]} of {total}, the cache holds {cache.keys[0].shape[2]}",
+                where="window",
+                remedy="Keep start + S <= total <= the length of the cache",
+            )
+        pairs = [tensor for pair in zip(cache.keys, cache.values, strict=True) for tensor in pair]
+        if visible is None:
+            logits: Tensor = self._step(ids, start, total, *pairs)
+            return logits
+        if self.pads is not None:
+            raise FeasibilityError(self.pads, where="visible", remedy="Run rows of one length together")
+        if self._padded is None:
+            graph = block_step(self.module.graph, padded=True)
+            self._padded = fx.GraphModule(self.module, graph, class_name="PaddedStep")
+        padded: Tensor = self._padded(ids, start, total, visible, *pairs)
+        return padded
+
+    def padded(self, ids: Tensor, visible: Tensor) -> Tensor:
+        """The full forward [B, L] -> [B, L, V] for rows that are padded on the left (`visible` False)."""
+        return self.step(ids, 0, self.new_cache(*ids.shape), visible=visible)
+
+    def mask(self, length: int) -> Tensor:
+        """Which position sees which: bool [length, length], the same for every attention.
+
+        Raises:
+            FeasibilityError: layers or heads differ.
+        """
+        found = None
+        run = fx.Interpreter(self.module)
+        ids = torch.zeros(1, length, dtype=torch.int64)
+        for node in self._attentions:
+            given, causal = arg(node, 3, "attn_mask"), bool(arg(node, 5, "is_causal", False))
+            seen = torch.ones(length, length, dtype=torch.bool)
+            if isinstance(given, fx.Node):
+                value = _value(run, given, ids)
+                value = value if value.dtype is torch.bool else value == 0
+                if value.numel() != value.shape[-1] * value.shape[-2]:
+                    raise FeasibilityError("heads see different positions", where=node.name, remedy=_REMEDY)
+                seen = seen & value.reshape(value.shape[-2:])
+            seen = seen.tril() if causal else seen
+            if found is not None and not torch.equal(found, seen):
+                raise FeasibilityError("layers see different positions", where=node.name, remedy=_REMEDY)
+            found = seen
+        assert found is not None
+        return found
+
+
+def cached_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    start: int,
+    total: int,
+    mask: Tensor | None = None,
+    visible: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    grouped: bool = False,
+) -> Tensor:
+    """Attention of a window q [B, Hq, S, D] on the cache, after its own k and v [B, H, S, D] are written there.
+
+    Args:
+        keys, values: [B, H, L, D], changed in place at start .. start + S.
+        mask: broadcasts to [B, Hq, S, total]; boolean or additive.
+        visible: bool [B, L], False at padding.
+        causal: position i sees j <= i.
+    """
+    stop = start + q.shape[-2]
+    keys[:, :, start:stop] = k
+    values[:, :, start:stop] = v
+    if causal:
+        mask = torch.ones(stop, total, dtype=torch.bool, device=q.device).tril()[start:]
+    if visible is not None:
+        seen = visible[:, None, None, :total]
+        mask = seen if mask is None else mask & seen
+    return F.scaled_dot_product_attention(
+        q, keys[:, :, :total], values[:, :, :total], attn_mask=mask, scale=scale, enable_gqa=grouped
+    )
+
+
+def block_step(graph: fx.Graph, *, padded: bool = False) -> fx.Graph:
+    """The graph of the block step.
+
+    Inputs of the result: ids [B, S], start, total, `visible` where `padded`, then keys and values of each attention in order.
+
+    Raises:
+        FeasibilityError: with the node that cannot be computed for a window.
+    """
+    return _Window(graph, padded).made
+
+
+class _Window:
+    """One rewriting of a graph: `row` gives a node's counterpart for the window, `table` that for all positions."""
+
+    def __init__(self, graph: fx.Graph, padded: bool) -> None:
+        ids = placeholder(graph)
+        length = ids.meta["val"].shape[1]
+        if not isinstance(length, torch.SymInt):
+            raise FeasibilityError("the graph works at one length only", where=ids.name, remedy="Capture it again")
+        self._length = length.node.expr
+        self._tokens = reads_tokens(graph, ids)
+        self.made = fx.Graph()
+        self._ids = self.made.placeholder("input_ids")
+        self._start, self._total = self.made.placeholder("start"), self.made.placeholder("total")
+        self._visible = self.made.placeholder("visible") if padded else None
+        attentions = [node for node in graph.nodes if is_call(node, SDPA)]
+        if not attentions:
+            raise FeasibilityError("the graph has no attention, so nothing to cache", where="graph", remedy=_REMEDY)
+        self._caches = {
+            node: (self.made.placeholder(f"keys_{i}"), self.made.placeholder(f"values_{i}"))
+            for i, node in enumerate(attentions)
+        }
+        self._rows: dict[fx.Node, Any] = {ids: self._ids}
+        self._tables: dict[fx.Node, Any] = {}
+        for node in graph.nodes:
+            if node in self._tokens and node is not ids:
+                self._check(node)
+                self._rows[node] = self._attention(node) if node in self._caches else self._copy(node, self.row)
+        result = next(node for node in graph.nodes if node.op == "output").args[0]
+        self.made.output(self._rows[result])
+
+    def row(self, node: fx.Node) -> Any:
+        """The node for the window; a table is cut to it."""
+        if node not in self._rows:
+            if node.op == "get_attr" or not isinstance(node.meta.get("val"), Tensor):
+                self._rows[node] = self._copy(node, self.row)
+            else:
+                self._rows[node] = self._cut(node)
+        return self._rows[node]
+
+    def table(self, node: fx.Node) -> Any:
+        """The node for all `total` positions. Of what depends on tokens, only sizes are asked for."""
+        if node.op == "get_attr" or node in self._tokens:
+            return self.row(node)
+        if node not in self._tables:
+            source = args_of(node)[0] if args_of(node) else None
+            if is_call(node, aten.sym_size.int) and source in self._tokens:
+                self._tables[node] = self._size(node)
+            else:
+                self._tables[node] = self._copy(node, self.table)
+        return self._tables[node]
+
+    def _size(self, node: fx.Node) -> Any:
+        size = node.meta.get("val")
+        if not self._grows(size):
+            return self.row(node)
+        if isinstance(size, torch.SymInt) and size.node.expr == self._length:
+            return self._total
+        raise FeasibilityError(f"a table is built for {size} positions", where=node.name, remedy=_REMEDY)
+
+    def _cut(self, node: fx.Node) -> fx.Node:
+        dims = self._position_dims(node)
+        value: fx.Node = self.table(node)
+        if len(dims) > 1:
+            readers = ", ".join(user.name for user in node.users if user in self._tokens)
+            raise FeasibilityError(
+                f"a table over pairs of positions enters {readers}, which is no attention op",
+                where=node.name,
+                remedy=_REMEDY,
+            )
+        for dim in dims:
+            value = self._narrow(value, dim)
+        return value
+
+    def _narrow(self, value: fx.Node, dim: int) -> fx.Node:
+        size = self.made.call_function(aten.sym_size.int, (self._ids, 1))
+        return self.made.call_function(aten.narrow.default, (value, dim, self._start, size))
+
+    def _attention(self, node: fx.Node) -> fx.Node:
+        for source in args_of(node)[:3]:
+            dims = self._position_dims(source)
+            if source not in self._tokens or dims != [2] or source.meta["val"].dim() != 4:
+                raise FeasibilityError(
+                    f"attention reads %{source.name}, whose positions are not in the third of four dimensions",
+                    where=node.name,
+                    remedy=_REMEDY,
+                )
+        mask = arg(node, 3, "attn_mask")
+        if mask in self._tokens:
+            raise FeasibilityError(
+                "the attention mask depends on which tokens the row holds", where=mask.name, remedy=_REMEDY
+            )
+        if isinstance(mask, fx.Node):
+            queries = self._grows(mask.meta["val"].shape[-2])
+            mask = self.table(mask) if mask.op != "get_attr" else self.row(mask)
+            mask = self._narrow(mask, -2) if queries else mask
+        new = [self.row(source) for source in args_of(node)[:3]]
+        options = {
+            "mask": mask,
+            "visible": self._visible,
+            "causal": bool(arg(node, 5, "is_causal", False)),
+            "scale": node.kwargs.get("scale"),
+            "grouped": bool(node.kwargs.get("enable_gqa", False)),
+        }
+        arguments = (*new, *self._caches[node], self._start, self._total)
+        return self.made.call_function(cached_attention, arguments, options)
+
+    def _check(self, node: fx.Node) -> None:
+        """Every position has its own row in what depends on tokens."""
+        values = node.meta.get("val")
+        for value in values if isinstance(values, tuple | list) else [values]:
+            count = sum(map(self._grows, value.shape)) if isinstance(value, Tensor) else 0
+            if count != 1:
+                what = (
+                    "relates positions with each other outside of an attention op" if count else "joins all positions"
+                )
+                raise FeasibilityError(f"{node.target} {what}", where=node.name, remedy=_REMEDY)
+
+    def _position_dims(self, node: fx.Node) -> list[int]:
+        return [i for i, size in enumerate(node.meta["val"].shape) if self._grows(size)]
+
+    def _grows(self, size: Any) -> bool:
+        return isinstance(size, torch.SymInt) and bool(self._length.free_symbols & size.node.expr.free_symbols)
+
+    def _copy(self, node: fx.Node, place: Any) -> fx.Node:
+        sources = {source: place(source) for source in node.all_input_nodes}
+        new = self.made.node_copy(node, lambda source: sources[source])
+        new.meta["full"] = node.name
+        return new
+
+
+def reads_tokens(graph: fx.Graph, ids: fx.Node) -> set[fx.Node]:
+    """The nodes whose values depend on which tokens a row holds, and not on its length alone."""
+    found = {ids}
+    for node in graph.nodes:
+        name = str(node.target).removeprefix("aten.")
+        if node.op == "call_function" and not name.startswith(("sym_size", "new_")):
+            if any(source in found for source in node.all_input_nodes):
+                found.add(node)
+    return found
+
+
+def _why_no_padding(graph: fx.Graph) -> str | None:
+    """None where attention sees relative positions only: then a row may begin anywhere."""
+    tokens = reads_tokens(graph, placeholder(graph))
+    for node in graph.nodes:
+        if node not in tokens:
+            continue
+        if is_call(node, SDPA) and (arg(node, 3, "attn_mask") is not None or arg(node, 5, "is_causal", False)):
+            return f"%{node.name} has a mask of its own, which padding would move"
+        tables = [s for s in node.all_input_nodes if s not in tokens and s.op != "get_attr" and _has_length(s, graph)]
+        if tables and not is_call(node, ROPE):
+            return f"%{node.name} reads absolute positions, which padding would move"
+    return None
+
+
+def _has_length(node: fx.Node, graph: fx.Graph) -> bool:
+    value, length = node.meta.get("val"), placeholder(graph).meta["val"].shape[1].node.expr
+    sizes: list[Any] = list(value.shape) if isinstance(value, Tensor) else []
+    return any(isinstance(size, torch.SymInt) and length in size.node.expr.free_symbols for size in sizes)
+
+
+def _value(run: fx.Interpreter, wanted: fx.Node, ids: Tensor) -> Tensor:
+    """The value of one node that depends on the length only."""
+    env: dict[fx.Node, Any] = {placeholder(wanted.graph): ids}
+
+    def visit(node: fx.Node) -> Any:
+        if node not in env:
+            for source in node.all_input_nodes:
+                visit(source)
+            run.env = env
+            env[node] = run.run_node(node)
+        return env[node]
+
+    found: Tensor = visit(wanted)
+    return found
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a module and keeps the value of every tensor, by the name of its node in the full graph."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.values: dict[str, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor) and n.op == "call_function":
+            self.values[n.meta.get("full", n.name)] = value
+        return value
+
+
+def _compare(model: CachedModel) -> None:
+    """Refuse a graph in which a node of the step differs from that of the full forward on the same tokens."""
+    length = min(12, model.spec.max_length)
+    start, stop = length // 4, length - length // 4
+    ids = torch.randint(0, model.spec.vocab_size, (2, length), generator=generator(0, "block step"))
+    ids = ids.to(next((b.device for b in model.module.buffers()), torch.device("cpu")))
+    cache = model.new_cache(2, length)
+    model.step(ids, 0, cache)
+    pairs = [tensor for pair in zip(cache.keys, cache.values, strict=True) for tensor in pair]
+    full, step = _Recorder(model.module), _Recorder(model._step)
+    with torch.no_grad():
+        full.run(ids)
+        step.run(ids[:, start:stop], start, length, *pairs)
+    quantized = any("act" in str(node.target) or "int8" in str(node.target) for node in model.module.graph.nodes)
+    for node, expected, found in _both(model.module.graph, full.values, step.values):
+        expected = expected.narrow(_position_dim(node), start, stop - start).double()
+        scale = expected.square().mean().sqrt().clamp_min(1e-30)
+        if not bool(torch.isfinite(scale)):
+            return  # the model itself fails; samplers say where
+        deviation = float((found.double() - expected).square().mean().sqrt() / scale)
+        if not deviation <= (_SAME_QUANTIZED if quantized else _SAME):
+            raise FeasibilityError(
+                f"{node.target} gives other values for a window than for all positions (by {deviation:.2g})",
+                where=node.name,
+                remedy=_REMEDY,
+            )
+
+
+def _both(
+    graph: fx.Graph, full: dict[str, Tensor], step: dict[str, Tensor]
+) -> Iterator[tuple[fx.Node, Tensor, Tensor]]:
+    tokens = reads_tokens(graph, placeholder(graph))
+    for node in graph.nodes:
+        if node in tokens and node.name in full and node.name in step and full[node.name].is_floating_point():
+            if _position_dim(node) >= 0:
+                yield node, full[node.name], step[node.name]
+
+
+def _position_dim(node: fx.Node) -> int:
+    """The dimension whose size is the length, or -1 (where batch and length are one dimension)."""
+    length = placeholder(node.graph).meta["val"].shape[1]
+    sizes = node.meta["val"].shape
+    return next((i for i, s in enumerate(sizes) if isinstance(s, torch.SymInt) and s.node.expr == length.node.expr), -1)

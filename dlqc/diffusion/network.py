@@ -1,0 +1,122 @@
+"""A model as samplers ask it: the whole canvas or a window of it, guided, shifted, padded, counted, and checked for NaN.
+
+Shapes: B batch, L positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from dlqc.diffusion.blame import first_not_finite
+from dlqc.diffusion.masking import LogitsFn, check_finite, logits_of
+from dlqc.diffusion.spec import DiffusionSpec
+from dlqc.errors import FeasibilityError
+
+if TYPE_CHECKING:
+    from dlqc.cached import CachedModel, KeyValueCache
+
+
+class Network:
+    """A model as samplers ask it: logits whose row i predicts position i, checked, counted, with a cache where one is asked for.
+
+    Attributes:
+        nfe: forwards so far. computed: positions per row that went through them.
+
+    Args:
+        canvas: int64 [B, L], of the size that will be asked about.
+        visible: bool [B, L], False at padding; None where there is none.
+        cache: whether windows will be asked for.
+    """
+
+    def __init__(
+        self,
+        model: LogitsFn,
+        spec: DiffusionSpec,
+        canvas: Tensor,
+        visible: Tensor | None = None,
+        *,
+        cache: bool = False,
+    ) -> None:
+        self._model, self._spec, self._visible = model, spec, visible
+        self._graph: CachedModel | None = None
+        self._cache: KeyValueCache | None = None
+        if cache or visible is not None:
+            self._graph = cached_model(model, spec)
+        if cache and self._graph is not None:
+            self._cache = self._graph.new_cache(*canvas.shape)
+        self.nfe = self.computed = 0
+
+    def full(self, canvas: Tensor, *, given: Tensor | None = None, scale: float = 0.0) -> Tensor:
+        """Logits [B, L, V] of the whole canvas, guided where `scale` is not 0 (see `guided_logits`)."""
+        guided = bool(scale) and given is not None
+        self._count(canvas.shape[1], 2 if guided else 1)
+        ask: LogitsFn = self._model
+        if self._visible is not None and self._graph is not None:
+            seen = self._visible.repeat(2, 1) if guided else self._visible
+            graph = self._graph
+            ask = lambda ids: graph.padded(ids, seen)  # noqa: E731
+        return guided_logits(ask, canvas, given, self._spec, scale) if guided else logits_of(ask, canvas, self._spec)  # type: ignore[arg-type]
+
+    def window(self, canvas: Tensor, start: int, stop: int, *, total: int | None = None) -> Tensor:
+        """Logits of positions start .. stop, [B, stop - start, V]; all others from the cache, which takes the window's own.
+
+        Where logits are shifted, the position before the window is computed, too: its row predicts the first.
+        """
+        assert self._graph is not None
+        assert self._cache is not None
+        first = start - 1 if self._spec.shift and start else start
+        self._count(stop - first, 1)
+        rows = self._graph.step(canvas[:, first:stop], first, self._cache, total=total, visible=self._visible)
+        if not self._spec.shift:
+            return rows
+        return rows[:, :-1] if first < start else torch.cat([rows[:, :1], rows[:, :-1]], dim=1)
+
+    def check(self, logits: Tensor, step: int, canvas: Tensor) -> None:
+        """Refuse logits that are not finite; names the step, and the layer where a second run finds it."""
+        check_finite(logits, step, blame=lambda: first_not_finite(self._graph or self._model, canvas))
+
+    def _count(self, positions: int, times: int) -> None:
+        self.nfe += times
+        self.computed += times * positions
+
+
+def cached_model(model: LogitsFn, spec: DiffusionSpec) -> CachedModel:
+    """Full forward and block step of a model: its own where `dlqc.compile` made it, else of a fresh capture of the module.
+
+    Raises:
+        FeasibilityError: a plain function has no graph.
+    """
+    from dlqc.cached import CachedModel
+    from dlqc.compiled import Compiled
+
+    if isinstance(model, CachedModel):
+        return model
+    if isinstance(model, Compiled):
+        return model.cached
+    if not isinstance(model, nn.Module):
+        raise FeasibilityError(
+            f"a {type(model).__name__} has no graph whose keys and values could be cached",
+            where="model",
+            remedy="Give a module or what dlqc.compile made of it, or decode with cache='none'",
+        )
+    from dlqc.capture import capture
+    from dlqc.compiled import build_module
+
+    own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    captured = capture(model, spec, dtype=own if own is torch.float64 else torch.float32)
+    return CachedModel(build_module(captured.graph, captured.weights, share=True), spec)
+
+
+def guided_logits(model: LogitsFn, canvas: Tensor, given: Tensor, spec: DiffusionSpec, scale: float) -> Tensor:
+    """Logits [B, L, V], guided by what was given: un + (scale + 1) * (cond - un), `given` masked in `un`.
+
+    LLaDA, arXiv 2502.09992, appendix A.2 (unsupervised classifier-free guidance). Both halves run as one batch of 2B.
+    """
+    if not scale:
+        return logits_of(model, canvas, spec)
+    blind = canvas.masked_fill(given, spec.mask_id)
+    conditional, unconditional = logits_of(model, torch.cat([canvas, blind]), spec).chunk(2)
+    return unconditional + (scale + 1) * (conditional - unconditional)

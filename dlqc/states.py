@@ -1,0 +1,164 @@
+"""The calibration states on their way through the blocks.
+
+Two streams of hidden values stand at the input of the current block:
+
+    current   behind the blocks as they are now: what the block will really read
+    exact     behind the blocks as they were before their weights were rounded; kept only where a pass asks for it
+
+Both are in the same basis: transforms that fold into weights come before rounding, so the block that the exact stream goes
+through has them, too. It is a copy of the graph and of the expressions of the weights, whose tensors are the checkpoint's;
+it is made when the first pass is about to end 'float-weights' and dropped when the stream has gone through it. What passes
+before that change on purpose (a clipped weight) is part of it: it is the model that rounding gets.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import fx
+
+from dlqc.blocks import Block
+from dlqc.contract import BlockInput, Context, Pass, Reads, Statistics
+from dlqc.errors import ContractError
+from dlqc.execute import Executor, placeholder
+from dlqc.graph import Linear, copy_graph, linears
+from dlqc.stats import PAIRED, Collector
+from dlqc.weights import Weights
+
+
+def needs_states(passes: Iterable[Pass]) -> bool:
+    """Whether a pass asks for states, or for statistics from them."""
+    return any(p.statistics() or p.reads() != "nothing" for p in passes)
+
+
+def needs_exact(passes: Iterable[Pass]) -> bool:
+    """Whether a pass asks for states of the model before weights were rounded, or for statistics from them."""
+    return any(
+        p.reads() == "paired" or p.statistics() & PAIRED or (p.statistics() and p.sequence() == "none") for p in passes
+    )
+
+
+def needs_original(passes: Iterable[Pass]) -> bool:
+    """Whether a pass asks for blocks as they were before their weights were rounded."""
+    return needs_exact(passes) or any(p.reads() == "original" for p in passes)
+
+
+class StateFlow:
+    """Hidden values of the calibration states at the input of the current block, and statistics from them.
+
+    Args:
+        batch: states that run at a time.
+        paired: keep the exact stream.
+        original: keep each block as it was until the states have gone through it; the exact stream needs that.
+    """
+
+    def __init__(
+        self, graph: fx.Graph, ctx: Context, batch: int, *, paired: bool = False, original: bool = False
+    ) -> None:
+        if ctx.states is None:
+            raise ContractError("block passes ask for statistics, but there are no states", remedy="Add 'calibrate'")
+        self._graph, self._ctx, self._states = graph, ctx, ctx.states
+        self._slices = list(ctx.states.batches(batch))
+        first = ctx.blocks[0].input(graph)
+        start = Executor(graph, ctx.weights, [placeholder(graph)], [first], keep_weights=True)
+        self._hidden = [start(self._states.ids[s])[0] for s in self._slices]
+        self._exact = list(self._hidden) if paired else None
+        self._keeps = paired or original
+        self._original: tuple[fx.Graph, Weights] | None = None
+
+    def serve(self, p: Pass, block: Block) -> None:
+        """Give the context what a pass asks for, and keep the block for the exact stream if the pass is going to round it."""
+        if self._keeps and self._original is None and "float-weights" in p.invalidates:
+            self._original = copy_graph(self._graph), self._ctx.weights.clone()
+        wanted = p.statistics()
+        self._ctx.stats, self._ctx.collect = {}, None
+        if wanted and p.sequence() == "layer":
+            self._ctx.collect = partial(self.collect, block, wanted)
+        elif wanted:
+            self._ctx.stats = self.collect(block, wanted, exact=p.sequence() == "none")
+        self._ctx.inputs = (
+            [self._part(i, p.reads()) for i in range(len(self._slices))] if p.reads() != "nothing" else ()
+        )
+        self._ctx.original = self._original if p.reads() in ("original", "paired") else None
+
+    def _part(self, i: int, reads: Reads) -> BlockInput:
+        s, exact = self._slices[i], self._stream(reads == "paired")[i]
+        return BlockInput(self._states.ids[s], self._states.weights[s], self._hidden[i], exact)
+
+    def collect(
+        self, block: Block, wanted: frozenset[str], weights: Sequence[str] | None = None, *, exact: bool = False
+    ) -> Statistics:
+        """Run the block as it is now and gather statistics at its linears.
+
+        Args:
+            weights: names of the linears' weights; None for all. Only what their inputs need is computed.
+            exact: take the block and the states before weights were rounded.
+        """
+        graph, constants = self._source(exact)
+        sites = _sites(block, graph, constants, weights)
+        ends = [block.output(graph)] if weights is None else [site.x for site in sites]
+        run = _runner(block, graph, constants, ends)
+        pair = self._pair(block, sites) if wanted & PAIRED else None
+        collector = Collector(wanted, sites)
+        for i, s in enumerate(self._slices):
+            ids = self._states.ids[s]
+            before = dict(zip(pair[0], pair[1](ids, self._stream(True)[i]), strict=True)) if pair else {}
+            taps: Any = collector.taps(self._states.weights[s], ids == self._ctx.spec.mask_id, before)
+            run(ids, self._stream(exact)[i], taps=taps)
+        return collector.result()
+
+    def advance(self, block: Block) -> None:
+        """Move the states through the rewritten block, and the exact ones through the block as it was."""
+        for exact in (False, True) if self._exact is not None else (False,):
+            graph, constants = self._source(exact)
+            run, hidden = _runner(block, graph, constants, [block.output(graph)]), self._stream(exact)
+            for i, s in enumerate(self._slices):
+                hidden[i] = run(self._states.ids[s], hidden[i])[0]
+        self._original = None
+
+    def _stream(self, exact: bool) -> list[torch.Tensor]:
+        return self._exact if exact and self._exact is not None else self._hidden
+
+    def _source(self, exact: bool) -> tuple[fx.Graph, Weights]:
+        """Graph and constants that a stream goes through."""
+        now = (self._graph, self._ctx.weights)
+        return (self._original or now) if exact else now
+
+    def _pair(self, block: Block, sites: Sequence[Linear]) -> tuple[list[fx.Node], Executor]:
+        """The values that the sites read, and what computes the same values of the exact stream."""
+        graph, constants = self._source(True)
+        same = _by_call(_sites(block, graph, constants, None))
+        ends: dict[fx.Node, fx.Node] = {}
+        for key, site in _by_call(sites).items():
+            if key not in same:
+                raise ContractError(
+                    "is not in the block as it was before weights were rounded, so its inputs cannot be compared",
+                    where=site.name,
+                    remedy="Exclude it with skip=, or move the pass that adds it behind",
+                )
+            ends[site.x] = same[key].x
+        return list(ends), _runner(block, graph, constants, list(ends.values()))
+
+
+def _sites(block: Block, graph: fx.Graph, constants: Weights, weights: Sequence[str] | None) -> list[Linear]:
+    found = linears(block.nodes(graph), constants)
+    return [site for site in found if weights is None or site.weight in weights]
+
+
+def _by_call(sites: Iterable[Linear]) -> dict[tuple[str, int], Linear]:
+    """Linears by weight and by which of its calls they are."""
+    found: dict[tuple[str, int], Linear] = {}
+    calls: Counter[str] = Counter()
+    for site in sites:
+        found[site.weight, calls[site.weight]] = site
+        calls[site.weight] += 1
+    return found
+
+
+def _runner(block: Block, graph: fx.Graph, constants: Weights, ends: Sequence[fx.Node]) -> Executor:
+    """What computes values of the block from token ids and hidden values."""
+    return Executor(graph, constants, [placeholder(graph), block.input(graph)], ends, keep_weights=True)

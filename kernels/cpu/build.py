@@ -1,0 +1,159 @@
+"""The native kernels of this folder: which instruction set, which library, which threads.
+
+Sources in `csrc/` are built by `dlqc.native` when a kernel is first asked about, for this processor, in a few seconds, and
+found in the cache from then on. They compile to one of three paths, and say which:
+
+    avx512vnni   vpdpbusd, 64 bytes at a time
+    avx2         vpmaddubsw on operands that cannot saturate it
+    portable     what the compiler makes of plain loops
+
+DLQC_CPU_ISA names one of them, to test it or to keep away from it; DLQC_NATIVE=0 turns native code off.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dlqc import native
+
+SOURCES = Path(__file__).parent / "csrc"
+ISAS = ("portable", "avx2", "avx512vnni")
+PANEL = 48  # columns that lie together, as csrc/weights.h says
+BLOCK = 32  # input features likewise
+TYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+_COMMON = ("-ffp-contract=fast", "-Wno-psabi")
+_FORCED = {"avx512vnni": "-march=x86-64-v4 -mavx512vnni", "avx2": "-march=x86-64-v3", "portable": "-march=x86-64 -O1"}
+
+_forked = False
+
+
+def _after_fork() -> None:
+    """The OpenMP threads of the parent do not exist in a child, and libgomp would wait for them forever."""
+    global _forked
+    _forked = True
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+class Weight(ctypes.Structure):
+    """`Weight` of csrc/weights.h."""
+
+    _fields_ = (
+        ("n", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+        ("group", ctypes.c_int64),
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("zeros", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("bits", ctypes.c_int32),
+        ("half_scales", ctypes.c_int32),
+        ("kind", ctypes.c_int32),
+        ("table", ctypes.c_void_p),
+        ("rows", ctypes.c_void_p),
+        ("columns", ctypes.c_void_p),
+        ("first", ctypes.c_void_p),
+    )
+
+
+def options() -> tuple[str, ...]:
+    """What the compiler is told besides -march=native."""
+    forced = os.environ.get("DLQC_CPU_ISA", "")
+    if forced not in _FORCED or platform.machine() not in ("x86_64", "AMD64"):
+        return (*_COMMON, "-DDLQC_PORTABLE") if forced == "portable" else _COMMON
+    return (*_COMMON, *_FORCED[forced].split(), *(["-DDLQC_PORTABLE"] if forced == "portable" else []))
+
+
+def unavailable(name: str) -> str | None:
+    """None if the library built from `csrc/<name>.cpp` can be used, or why not, one clause."""
+    forced = os.environ.get("DLQC_CPU_ISA", "")
+    if forced and forced not in ISAS:
+        return f"DLQC_CPU_ISA={forced} is none of {', '.join(ISAS)}"
+    capability = torch.backends.cpu.get_cpu_capability()
+    lacking = {"avx512vnni": "AVX512" not in capability, "avx2": not capability.startswith("AVX")}
+    if lacking.get(forced, False):
+        return f"this processor has no {forced}"
+    reason = native.available(name, SOURCES, options())
+    return None if reason is None else f"native code is {reason}" if reason.startswith("turned") else reason
+
+
+def library(name: str) -> ctypes.CDLL:
+    """The library; only where `unavailable` has no objection."""
+    found = native.library(name, SOURCES, options())
+    if found is None:
+        raise RuntimeError(f"the native library {name} went away: {unavailable(name)}")
+    return found
+
+
+def isa(name: str) -> str:
+    """The path that the library was compiled to."""
+    return ISAS[int(library(name).dlqc_isa())]
+
+
+@cache
+def _torch_team() -> int | None:
+    """The address of GOMP_parallel in the OpenMP runtime that torch loaded, if it has one of that kind."""
+    names = ("libtorch_cpu.so", "libtorch_cpu.dylib")
+    for name in names:
+        try:
+            torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))
+            return ctypes.cast(torch_cpu.GOMP_parallel, ctypes.c_void_p).value
+        except (OSError, AttributeError):
+            continue
+    return None
+
+
+def threads() -> tuple[int, int | None]:
+    """How many threads to use, as many as torch would, and whose."""
+    return torch.get_num_threads(), None if _forked else _torch_team()
+
+
+def address(part: Tensor | None) -> int | None:
+    """Where the numbers of a contiguous tensor begin."""
+    return None if part is None else part.data_ptr()
+
+
+@cache
+def declared(found: ctypes.CDLL, name: str, *types: type[Any]) -> ctypes._NamedFuncPointer:
+    """A function of a library that returns 0 if all went well."""
+    call: ctypes._NamedFuncPointer = getattr(found, name)
+    call.argtypes, call.restype = types, ctypes.c_int
+    return call
+
+
+def arrange(codes: Tensor, bits: int, name: str = "linear8") -> Tensor:
+    """Codes uint8 [N, K] in the layout of csrc/weights.h, uint8 [panels, 3·blocks·bits·64]; `name` of the library."""
+    count, width = codes.shape
+    found = library(name)
+    panels, blocks = -(-count // PANEL), -(-width // BLOCK)
+    out = torch.zeros(panels, blocks * 3 * bits * 64, dtype=torch.uint8)
+    held = codes.contiguous()
+    found.dlqc_arrange(
+        *(ctypes.c_void_p(held.data_ptr()), ctypes.c_int64(count), ctypes.c_int64(width), ctypes.c_int(bits)),
+        ctypes.c_void_p(out.data_ptr()),
+    )
+    return out
+
+
+def in_panels(values: Tensor) -> Tensor:
+    """Parameters [N, G] as [panels, G, 48], padded with zeros."""
+    count, groups = values.shape
+    padded = torch.zeros(-(-count // PANEL) * PANEL, groups, dtype=values.dtype)
+    padded[:count] = values
+    return padded.reshape(-1, PANEL, groups).transpose(1, 2).contiguous()
+
+
+def dense(flat: Tensor) -> Tensor:
+    """[M, K] in float32 or bfloat16, rows contiguous."""
+    typed = flat if flat.dtype in TYPES else flat.to(torch.float32)
+    return typed if typed.shape[1] == 1 or typed.stride(1) == 1 else typed.contiguous()

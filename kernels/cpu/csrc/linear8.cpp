@@ -1,0 +1,267 @@
+// y = (codes of x · (codes of W - zeros)ᵀ) · scales + bias: low-bit weights by 8-bit activations, in integers.
+//
+// Tokens are quantized first, once. Up to kRows tokens, a panel of the weight is spread out in registers and used at once.
+// More tokens take a panel in slices of input features: a slice is spread out into the first-level cache and meets all tokens of
+// a chunk, a tile at a time. A *segment* is a run of input features with one scale on both sides: its sum is an exact integer,
+//
+//   sum = Σ code·q - zero·Σ q,      y += sum · scale of W (· scale of x, where groups of x have their own)
+//
+// and what follows is float32, in an order that depends on shapes alone.
+#include <atomic>
+
+#include "product8.h"
+#include "quantize.h"
+#include "threads.h"
+#include "tiles.h"
+#include "weights.h"
+
+namespace {
+
+#if DLQC_ISA == 2
+constexpr int64_t kChunk = 256;  // tokens whose results wait in the second-level cache
+constexpr int64_t kSlice = 256;  // input features of a panel that are spread out at a time: 12 KiB
+#else
+constexpr int64_t kChunk = 128;
+constexpr int64_t kSlice = 128;
+#endif
+
+struct Call {
+    Weight w;
+    Place place;
+    Tokens x;
+    Result y;
+    int act_bits;
+    int64_t act_group = 0;  // padded K for one scale a token
+    int64_t segment = 0, segments = 0, act_groups = 0, padded = 0, slice = 0;
+    // Of all tokens: codes in tiles, sums [M, segments], scales [M, act_groups].
+    int8_t* codes = nullptr;
+    int32_t* sums = nullptr;
+    float* scales = nullptr;
+    // Of one thread, from the start of its memory on.
+    int64_t results_at = 0, whole_at = 0, bytes = 0;
+};
+
+// Results of a tile in [kRows][kPanel], and int32 sums of a segment that is longer than a slice.
+struct Tile {
+    const int8_t* a;
+    int64_t token;  // the first one
+    float* results;
+    Ints* whole;
+};
+
+template <int kR, int kS, class Product>
+DLQC_INLINE void segments_of(const Call& call, const Tile& tile, int64_t panel, int64_t strip, int64_t from, int64_t to,
+                             const Product& product) {
+    const int64_t length = call.segment;
+    const int32_t low = lowered(call.w.bits);
+    int64_t segment = from / length, past = from - segment * length;  // past: input features that are already in `whole`
+    const int64_t per_group = call.w.group / length;  // segments that share the parameters of the weight
+    int64_t group = segment / per_group, in_group = segment - group * per_group;
+    int64_t at = call.place.scales_at(panel) + strip * kStrip + group * kPanel;
+    const int32_t* sum = call.sums + tile.token * call.segments + segment * kR;
+    float* const results = tile.results + strip * kStrip;
+    Ints* const whole = tile.whole + strip;
+    for (int64_t k = from; k < to;) {
+        const int64_t full = std::min(k - past + length, call.padded), end = std::min(full, to);
+        Ints acc[kR][kS];
+        if (past) {
+            each<kR, kS>([&](int r, int s) DLQC_LAMBDA { acc[r][s] = whole[r * kStrips + s]; });
+        } else if (call.w.zeros) {
+            Words zero[kS];
+#pragma GCC unroll 3
+            for (int s = 0; s < kS; ++s) zero[s] = (Words)(all(low) - load_bytes(call.w.zeros + at + s * kStrip));
+            each<kR, kS>([&](int r, int s) DLQC_LAMBDA { acc[r][s] = (Ints)(zero[s] * (Words)all(sum[r])); });
+        } else {
+            each<kR, kS>([&](int r, int s) DLQC_LAMBDA { acc[r][s] = all(sum[r]); });
+        }
+        product(k, end, acc);
+        if (end != full) {
+            each<kR, kS>([&](int r, int s) DLQC_LAMBDA { whole[r * kStrips + s] = acc[r][s]; });
+            return;
+        }
+        Floats scale[kS];
+#pragma GCC unroll 3
+        for (int s = 0; s < kS; ++s) scale[s] = load_scales(call.w.scales, call.w.half_scales, at + s * kStrip);
+        const auto add = [&](int r, int s, const Floats& by) DLQC_LAMBDA {
+            float* const kept = results + r * kPanel + s * kStrip;
+            store(kept, load<Floats>(kept) + to_floats(acc[r][s]) * by);
+        };
+        if (call.act_groups > 1) {
+            const float* const of_x = call.scales + tile.token * call.act_groups + k / call.act_group;
+            each<kR, kS>([&](int r, int s) DLQC_LAMBDA { add(r, s, scale[s] * of_x[r * call.act_groups]); });
+        } else {
+            each<kR, kS>([&](int r, int s) DLQC_LAMBDA { add(r, s, scale[s]); });
+        }
+        k = end, past = 0, sum += kR;
+        if (++in_group == per_group) in_group = 0, at += kPanel;
+    }
+}
+
+template <int kBits, int kR, int kS>
+__attribute__((noinline)) void run_direct(const Call& call, const Tile& tile, int64_t panel, int64_t strip) {
+    constexpr int64_t pitch = kStrips * kBits * 64;
+    const uint8_t* const w = call.w.codes + call.place.codes_at(panel, kBits) + strip * kBits * 64;
+    segments_of<kR, kS>(call, tile, panel, strip, 0, call.padded, [&](int64_t k, int64_t end, Ints(&acc)[kR][kS]) DLQC_LAMBDA {
+        direct<kBits, kR, kS>(w + k / kBlock * pitch, pitch, tile.a + k * kR, (end - k) / kBlock, acc);
+    });
+}
+
+template <bool kWhole, int kR, int kS>
+__attribute__((noinline)) void run_plain(const Call& call, const Tile& tile, const uint8_t* slice, int64_t panel,
+                                         int64_t strip, int64_t from, int64_t to) {
+    constexpr int64_t pitch = kStrips * 64;
+    const uint8_t* const w = slice + strip * 64;
+    segments_of<kR, kS>(call, tile, panel, strip, from, to, [&](int64_t k, int64_t end, Ints(&acc)[kR][kS]) DLQC_LAMBDA {
+        plain<kWhole, kR, kS>(w + (k - from) / kStep * pitch, pitch, tile.a + k * kR, (end - k) / kStep, acc);
+    });
+}
+
+void finish(const Call& call, const Tile& tile, int64_t rows, int64_t panel) {
+    const float* const scales = call.act_groups > 1 ? nullptr : call.scales + tile.token;
+    finish(call.w, call.y, tile.token, rows, panel, tile.results, scales);
+}
+
+void one_tile(const Call& call, int64_t panel, char* space) {
+    const Tile tile{call.codes, 0, reinterpret_cast<float*>(space + call.results_at),
+                    reinterpret_cast<Ints*>(space + call.whole_at)};
+    std::memset(tile.results, 0, 4 * call.x.count * kPanel);
+    for_strips(call.w.n - panel * kPanel, [&](int64_t strip) {
+        for_bits(call.w.bits, [&](auto bits) {
+            for_rows(call.x.count, [&](auto rows) { run_direct<bits(), rows(), kWide>(call, tile, panel, strip); });
+        });
+    });
+    finish(call, tile, call.x.count, panel);
+}
+
+void spread_slice(const Call& call, int64_t panel, int64_t from, int64_t to, uint8_t* slice) {
+    for_bits(call.w.bits, [&](auto bits) {
+        const uint8_t* w = call.w.codes + call.place.codes_at(panel, bits()) + from / kBlock * kStrips * bits() * 64;
+        for (int64_t k = from; k < to; k += kBlock, slice += kSteps * kStrips * 64)
+            for (int64_t s = 0; s < kStrips; ++s, w += bits() * 64) {
+                // The next block comes from memory while this one is used.
+                for (int i = 0; i < bits(); ++i) __builtin_prefetch(w + kStrips * bits() * 64 * (kSlice / kBlock) + 64 * i);
+#pragma GCC unroll 8
+                for (int j = 0; j < kSteps; ++j) store(slice + (j * kStrips + s) * 64, spread<bits()>(w, j));
+            }
+    });
+}
+
+void many_tiles(const Call& call, int64_t panel, int64_t chunk, char* space) {
+    const int64_t start = chunk * kChunk, end = std::min(start + kChunk, call.x.count);
+    uint8_t* const slice = reinterpret_cast<uint8_t*>(space);
+    float* const results = reinterpret_cast<float*>(space + call.results_at);
+    Ints* const whole = reinterpret_cast<Ints*>(space + call.whole_at);
+    std::memset(results, 0, 4 * (end - start) * kPanel);
+    const auto tile_at = [&](int64_t token) {
+        const int64_t t = token - start;
+        return Tile{call.codes + token * call.padded, token, results + t * kPanel, whole + t * kStrips};
+    };
+    for (int64_t from = 0; from < call.padded; from += call.slice) {
+        const int64_t to = std::min(from + call.slice, call.padded);
+        spread_slice(call, panel, from, to, slice);
+        for_strips(call.w.n - panel * kPanel, [&](int64_t strip) {
+            for (int64_t token = start; token < end; token += kRows)
+                for_rows(std::min<int64_t>(kRows, end - token), [&](auto rows) {
+                    if (call.w.bits == 8 && DLQC_ISA != 2)
+                        run_plain<DLQC_ISA != 2, rows(), kWide>(call, tile_at(token), slice, panel, strip, from, to);
+                    else
+                        run_plain<false, rows(), kWide>(call, tile_at(token), slice, panel, strip, from, to);
+                });
+        });
+    }
+    for (int64_t token = start; token < end; token += kRows)
+        finish(call, tile_at(token), std::min<int64_t>(kRows, end - token), panel);
+}
+
+// Rows a power of two apart would share few lines of the cache.
+int64_t row_pitch(int64_t padded) { return rounded(padded) + 64; }
+
+// A tile of tokens: codes; scales; and what each segment's sum starts from, the sum of codes, times -zero where that is the
+// same everywhere, [segment][row].
+void quantize_tile(const Call& call, int64_t tile, int8_t* space) {
+    const int64_t token = tile * kRows, rows = std::min<int64_t>(kRows, call.x.count - token);
+    int8_t* const to = call.codes + token * call.padded;
+    const int64_t pitch = row_pitch(call.padded);
+    int32_t* const sums = reinterpret_cast<int32_t*>(space + kRows * pitch);
+    const int32_t factor = call.w.zeros ? 1 : lowered(call.w.bits) - (1 << (call.w.bits - 1));
+    for (int64_t r = 0; r < rows; ++r) {
+        int8_t* const codes = rows == 1 ? to : space + r * pitch;
+        float* const scales = call.scales + (token + r) * call.act_groups;
+        const auto quantize = [&](const auto* x) {
+            quantize_row(x + (token + r) * call.x.stride, call.w.k, call.padded, call.act_bits, call.act_group, call.segment,
+                         codes, scales, sums);
+        };
+        if (call.x.type == kFloat32)
+            quantize(static_cast<const float*>(call.x.x));
+        else
+            quantize(static_cast<const uint16_t*>(call.x.x));
+        int32_t* const starts = call.sums + token * call.segments + r;
+        for (int64_t i = 0; i < call.segments; ++i) starts[i * rows] = factor * sums[i];
+    }
+    if (rows > 1) interleave(space, pitch, call.padded, rows, to);
+}
+
+thread_local Scratch of_call, of_thread;
+
+}  // namespace
+
+extern "C" {
+
+int dlqc_isa() { return DLQC_ISA; }
+
+void dlqc_arrange(const uint8_t* codes, int64_t n, int64_t k, int bits, uint8_t* to) { arrange(codes, n, k, bits, to); }
+
+// x [m, k] and y [m, n] of type 0 (float32) or 1 (bfloat16), rows `*_stride` elements apart; act_group 0: per token.
+// Returns 0, or 1 if there is no memory (then y is not written).
+int dlqc_linear8(const Weight* weight, const void* x, int type, int64_t m, int64_t x_stride, void* y, int64_t y_stride,
+                 int act_bits, int64_t act_group, int threads, Team team) {
+    if (m <= 0 || weight->n <= 0) return 0;
+    Call call{*weight, Place(*weight), {x, type, m, x_stride}, {y, type, y_stride}, act_bits};
+    call.padded = call.place.blocks * kBlock;
+    if (call.place.groups == 1) call.w.group = call.padded;
+    call.act_group = act_group ? act_group : call.padded;
+    call.segment = std::min(call.act_group, call.w.group);
+    call.segments = (call.padded + call.segment - 1) / call.segment;
+    call.act_groups = (call.padded + call.act_group - 1) / call.act_group;
+    call.slice = std::min(call.segment <= kSlice ? kSlice / call.segment * call.segment : kSlice, call.padded);
+
+    const int64_t sums_at = rounded(m * call.padded), scales_at = sums_at + rounded(4 * m * call.segments);
+    char* const shared = static_cast<char*>(of_call.get(scales_at + rounded(4 * m * call.act_groups)));
+    if (!shared) return 1;
+    call.codes = reinterpret_cast<int8_t*>(shared);
+    call.sums = reinterpret_cast<int32_t*>(shared + sums_at);
+    call.scales = reinterpret_cast<float*>(shared + scales_at);
+
+    const int64_t chunk = std::min(m, kChunk);
+    call.results_at = std::max(rounded(call.slice * kPanel), kRows * row_pitch(call.padded) + rounded(4 * call.segments));
+    call.whole_at = call.results_at + rounded(4 * chunk * kPanel);
+    call.bytes = call.whole_at + rounded(4 * chunk * kPanel);
+    if (!of_thread.get(call.bytes)) return 1;  // so that at least this thread can do all the work
+
+    const int64_t tiles = (m + kRows - 1) / kRows, chunks = (m + kChunk - 1) / kChunk;
+    std::atomic<int64_t> next{0};
+    auto quantize = [&] {
+        int8_t* const row = static_cast<int8_t*>(of_thread.get(call.bytes));
+        if (!row) return;
+        for (int64_t tile; (tile = next.fetch_add(1)) < tiles;) quantize_tile(call, tile, row);
+    };
+    in_threads(static_cast<int>(std::min<int64_t>(threads, m * call.padded >> 16)), team, quantize);
+
+    next = 0;
+    auto multiply = [&] {
+        char* const space = static_cast<char*>(of_thread.get(call.bytes));
+        if (!space) return;
+        for (int64_t task; (task = next.fetch_add(1)) < call.place.panels * chunks;) {
+            const int64_t panel = task / chunks;
+            if (m <= kRows)
+                one_tile(call, panel, space);
+            else
+                many_tiles(call, panel, task % chunks, space);
+        }
+    };
+    const int64_t work = m * call.padded * call.place.panels * kPanel;
+    in_threads(static_cast<int>(std::min<int64_t>(threads, work >> 18)), team, multiply);
+    return 0;
+}
+
+}  // extern "C"
