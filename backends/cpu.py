@@ -2,14 +2,15 @@
 
 In order of preference:
 
-    linear8   native: integer activations, weights of 2, 3, 4 and 8 bits, exactly
-    int8_mm   integer activations and per-channel weights: torch's own product of integers, exactly
-    linear16  native: activations in floating point
-    int8pack  8-bit per-channel weights, bfloat16 product
-    int4pack  2- to 4-bit weights, bfloat16 product
-    dequant   whatever is left of integers
-    coded16   native: normal floats, codebooks, sign planes
-    coded     other formats that are not integers, by their definition
+    linear8         native: integer activations, weights of 2, 3, 4 and 8 bits, exactly
+    int8_mm         integer activations and per-channel weights: torch's own product of integers, exactly
+    int8_mm_static  the same for activations with fixed scales, and for them alone
+    linear16        native: activations in floating point
+    int8pack        8-bit per-channel weights, bfloat16 product
+    int4pack        2- to 4-bit weights, bfloat16 product
+    dequant         whatever is left of integers
+    coded16         native: normal floats, codebooks, sign planes
+    coded           other formats that are not integers, by their definition
 
 Of torch's ops no two in bfloat16 compete (they differ in bits); int8_mm goes before them because its sums are exact.
 """
@@ -23,6 +24,7 @@ from dlqc.kernels.cpu.coded16 import Coded16
 from dlqc.kernels.cpu.dequant import Dequant
 from dlqc.kernels.cpu.int4pack import Int4Pack
 from dlqc.kernels.cpu.int8_mm import Int8MM
+from dlqc.kernels.cpu.int8_mm_static import Int8MMStatic
 from dlqc.kernels.cpu.int8pack import Int8Pack
 from dlqc.kernels.cpu.linear8 import Linear8
 from dlqc.kernels.cpu.linear16 import Linear16
@@ -37,6 +39,7 @@ class CpuBackend:
     kernels: tuple[AnyKernel, ...] = (
         Linear8(),
         Int8MM(),
+        Int8MMStatic(),
         Linear16(),
         Int8Pack(),
         Int4Pack(),

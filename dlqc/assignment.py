@@ -12,10 +12,14 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from dlqc.blocks import tail
 from dlqc.budget import Budget, rest_bits
 from dlqc.contract import Context, Declined, matches
+from dlqc.formats.integer import IntFormat
+from dlqc.graph import module_name
+from dlqc.kept import to_round
 from dlqc.knapsack import Option
-from dlqc.schemes import Override, Scheme, overridden, stored_bits, stored_names
+from dlqc.schemes import Override, Scheme, head_format, overridden, stored_bits, stored_names
 from dlqc.sensitivity import Unit, units_of
 
 
@@ -89,6 +93,8 @@ def choices(
     fused: bool = True,
     skip: Sequence[str] = (),
     fixed: Sequence[Override] = (),
+    head: int | None = None,
+    tables: Mapping[str, tuple[IntFormat, int, int]] | None = None,
 ) -> Choices:
     """What the linears of the blocks may get.
 
@@ -96,6 +102,8 @@ def choices(
         candidates: schemes; those that do not fit the width of a linear are no candidates there.
         fused, skip: as in `units_of`.
         fixed: linears (and with them their units) whose scheme is settled; what is left out is as in the first candidate.
+        head: bits that linears behind the last block are going to have, None for as they are.
+        tables: by module name, embeddings that are going to be stored in few bits: format, rows and width.
     """
     units, left = units_of(graph, ctx, fused=fused, skip=skip)
     kept: list[Unit] = []
@@ -118,7 +126,14 @@ def choices(
         tuple(sum(stored_bits(s.format, site.out_features, site.in_features) for site in unit.sites) for s in fitting)
         for unit, fitting in zip(kept, schemes, strict=True)
     )
-    rest = rest_bits(ctx.weights, _stored(kept, schemes))
+    known = tables or {}
+    planned = {name: stored_bits(*known[module_name(name)]) for name in ctx.weights if module_name(name) in known}
+    behind = tail(graph, ctx.blocks) if head is not None else None
+    for weight, sites in to_round(behind.nodes(graph), ctx.weights, skip)[0].items() if behind is not None else ():
+        fmt = head_format(head, candidates[0].format)
+        assert fmt is not None
+        planned[weight] = stored_bits(fmt, sites[0].out_features, sites[0].in_features)
+    rest = rest_bits(ctx.weights, _stored(kept, schemes), planned)
     return Choices(tuple(kept), tuple(schemes), sizes, rest, tuple(left), tuple(problems))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -28,7 +28,7 @@ class LinearSpec:
     Attributes:
         in_features: K. out_features: N.
         weight: number format of W, [N, K]: integers, or any other.
-        act: how x is quantized on the fly before the product, or None for 16/32-bit activations.
+        act: how x is quantized before the product, on the fly or with fixed scales; None for 16/32-bit activations.
         has_bias: whether b [N] is added.
     """
 
@@ -105,7 +105,37 @@ class CodedKernel(Protocol):
         """Turn the stored tensors of the format, by role, into the kernel's own layout."""
 
 
-AnyKernel = Kernel | CodedKernel
+@runtime_checkable
+class StaticKernel(Protocol):
+    """A kernel for integer weights that takes activations with fixed scales, and no others.
+
+    The node becomes `op(x, bucket, *tensors, *scalars)`: bucket int64, of the leading sizes of x, is the set of scales that each
+    row takes, or None.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    def supports(self, spec: LinearSpec) -> str | None:
+        """As of `Kernel`."""
+
+    def note(self, spec: LinearSpec) -> str:
+        """As of `Kernel`."""
+
+    def lower_static(
+        self,
+        spec: LinearSpec,
+        packed: torch.Tensor,
+        scales: torch.Tensor,
+        zeros: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        act_scale: torch.Tensor,
+        act_zero: torch.Tensor | None,
+    ) -> Lowered:
+        """As `Kernel.lower`, with the scales float32 [S, G] and zero points int8 [S, G] (None: symmetric) of x."""
+
+
+AnyKernel = Kernel | CodedKernel | StaticKernel
 
 
 class Backend(Protocol):
@@ -121,14 +151,39 @@ class Backend(Protocol):
         """None if the backend can run on this machine, else the reason it cannot."""
 
 
+def offered(kernel: AnyKernel, spec: LinearSpec) -> LinearSpec | None:
+    """The site as a kernel sees it; None if it is not for such sites.
+
+    Activations with fixed scales go to kernels that take them. Any other kernel gets x after an op of its own has rounded it, and
+    need not know: x̂ is what it multiplies.
+    """
+    static = spec.act is not None and spec.act.static
+    if isinstance(kernel, StaticKernel):
+        return spec if static else None
+    return replace(spec, act=None) if static else spec
+
+
+def remark(kernel: AnyKernel, spec: LinearSpec) -> str:
+    """What a user should know about how a kernel runs a site, or ''."""
+    seen = offered(kernel, spec)
+    said = kernel.note(seen or spec)
+    if seen is None or seen.act == spec.act or spec.act is None:
+        return said
+    simulated = f"activations are rounded to {spec.act.label} by an op of their own, then multiplied as floats"
+    return f"{said}; {simulated}" if said else simulated
+
+
 def choose_kernel(backend: Backend, spec: LinearSpec) -> tuple[AnyKernel | None, dict[str, str]]:
     """The first kernel that supports the site, and why each one before it (or every one) does not."""
     refusals: dict[str, str] = {}
     for kernel in backend.kernels:
-        reason = kernel.supports(spec)
+        seen = offered(kernel, spec)
+        if seen is None:
+            continue
+        reason = kernel.supports(seen)
         if reason is None:
             return kernel, refusals
-        refusals[kernel.name] = reason
+        refusals[kernel.name] = reason if seen is spec else f"it takes no fixed scales (behind them: {reason})"
     return None, refusals
 
 

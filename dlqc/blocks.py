@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import networkx as nx
@@ -48,6 +49,14 @@ class Block:
                 inside.add(node)
                 found.append(node)
         return found
+
+
+def tail(graph: fx.Graph, blocks: Sequence[Block]) -> Block | None:
+    """What lies between the last block and the logits, as one more block; None if there is nothing."""
+    if not blocks:
+        return None
+    start, end = blocks[-1].stop, logits_node(graph)
+    return Block(start, start, start + 1) if end.meta.setdefault(_TAG, start + 1) == start + 1 else None
 
 
 def _tagged(graph: fx.Graph, boundary: int) -> fx.Node:

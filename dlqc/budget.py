@@ -76,18 +76,22 @@ class Budget:
         return f"{math.ceil(exact * 10**_DIGITS) / 10**_DIGITS:.{_DIGITS}f}{self.unit}"
 
 
-def rest_bits(weights: Weights, but: Mapping[str, tuple[str, ...]]) -> int:
+def rest_bits(weights: Weights, but: Mapping[str, tuple[str, ...]], planned: Mapping[str, int] | None = None) -> int:
     """Bits in the weight files besides the tensors of quantized weights.
 
     Args:
         weights: the constants. but: those to be quantized → the names of the tensors that each will be stored in.
+        planned: bits that others will be stored in, where it is not as they are: tables and heads that are quantized, too.
 
     All other constants in their stored dtypes, and an upper bound of the headers of safetensors.
     """
     kept = [name for name in weights if name not in but]
-    data = sum(weights[name].shape.numel() * weights[name].storage_dtype.itemsize for name in kept)
-    names = [*kept, *(name for stored in but.values() for name in stored)]
+    bits = {name: 8 * weights[name].shape.numel() * weights[name].storage_dtype.itemsize for name in kept}
+    bits.update(planned or {})
+    names = [*kept, *(f"{name}.{role}" for name in planned or () for role in ("scales", "zeros_packed"))]
+    names += [name for stored in but.values() for name in stored]
     total = sum(c.shape.numel() for c in weights.values()) * torch.float64.itemsize
     entry = {"dtype": "F8_E4M3", "shape": [total] * 3, "data_offsets": [total, total]}
     files = 1 + total // (1 << 30)
-    return 8 * (data + sum(len(json.dumps({name: entry})) for name in names) + 64 * files)
+    header = sum(len(json.dumps({name: entry})) for name in names) + 64 * files
+    return sum(bits.values()) + 8 * header

@@ -27,7 +27,7 @@ from dlqc.samplers import (
     emphasize,
     shift_rows,
 )
-from dlqc.token_weights import Certainty, Frontier, TokenWeight, Uniform
+from dlqc.token_weights import Certainty, Frontier, SinkAware, TokenWeight, Uniform
 
 __all__ = [
     "SAMPLERS",
@@ -39,6 +39,7 @@ __all__ = [
     "Frontier",
     "MaskedSimulation",
     "Rollout",
+    "SinkAware",
     "StateSampler",
     "States",
     "TokenRows",
@@ -93,7 +94,7 @@ class States:
 
 
 SAMPLERS: tuple[type[StateSampler], ...] = (Clean, ForwardProcess, MaskedSimulation, BlockStates, Rollout)
-WEIGHTS: tuple[type[TokenWeight], ...] = (Uniform, Certainty, Frontier)
+WEIGHTS: tuple[type[TokenWeight], ...] = (Uniform, Certainty, Frontier, SinkAware)
 
 
 def draw_states(
@@ -104,11 +105,15 @@ def draw_states(
     *,
     seed: int,
     logits: Callable[[torch.Tensor], torch.Tensor],
+    mass: Callable[[torch.Tensor], torch.Tensor] | None = None,
     batch: int = 8,
 ) -> States:
-    """Draw one denoising state for each row, with its token weights: weight of the token × weight of the state, mean 1."""
+    """Draw one denoising state for each row, with its token weights: weight of the token × weight of the state, mean 1.
+
+    `logits` and `mass` are the teacher's, see `Teacher`.
+    """
     generator = torch.Generator().manual_seed(seed)
-    teacher = Teacher(logits, spec, batch)
+    teacher = Teacher(logits, spec, batch, mass)
     canvases = sampler.draw(rows.ids, generator, teacher)
     c = weight.draw(canvases, generator, teacher)
     if spec.shift:

@@ -14,6 +14,7 @@ from dlqc.contract import Context, Pass, PassReport
 from dlqc.errors import ContractError
 from dlqc.execute import Executor, logits_node, placeholder
 from dlqc.graph import width
+from dlqc.observers import laid_out, layout
 
 BOUND = 1e-9
 RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -49,7 +50,7 @@ def deviation(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def _probes(graph: fx.Graph, ctx: Context) -> tuple[torch.Tensor, ...]:
-    """The probes as one batch, [5, L] ids; in block scope [3, L] ids and [3, L, d] hidden values."""
+    """The probes as one batch, [5, L] ids; in block scope [3, L] ids and [3, L, d] hidden values, as the block has them."""
     generator = torch.Generator().manual_seed(ctx.seed)
     length = min(_LENGTH, ctx.spec.max_length)
     ids = torch.randint(0, ctx.spec.vocab_size, (1, length), generator=generator)
@@ -60,7 +61,8 @@ def _probes(graph: fx.Graph, ctx: Context) -> tuple[torch.Tensor, ...]:
     plain = torch.randn(1, length, d, generator=generator, dtype=torch.float64)
     spiky = plain.clone()
     spiky[..., torch.randperm(d, generator=generator)[: min(3, d)]] *= 1000.0
-    return ids.expand(3, length), torch.cat((plain, spiky, plain[:, :1].expand(1, length, d)))
+    hidden = torch.cat((plain, spiky, plain[:, :1].expand(1, length, d)))
+    return ids.expand(3, length), laid_out(hidden, layout(ctx.block.input(graph)))
 
 
 def _evaluate(graph: fx.Graph, ctx: Context, probes: tuple[torch.Tensor, ...]) -> torch.Tensor:

@@ -8,8 +8,9 @@ A legal dlqc graph is well formed, typed, and tells the truth about itself:
     L4  every call is an aten op, a dlqc op, a kernel's op, or arithmetic on sizes
     L5  every value has a fake `val`, and propagating shapes again gives the same rank, static sizes and dtype
     L6  a matrix is read by one module only, unless it is a declared tie or an embedding that is the head, too
-    L7  each quantized linear has codes, scales and zero points (or the parts of its format) of the right shape and dtype, and
-        a correction of low rank stands behind one that reads the same value, with factors of the right shape and dtype
+    L7  each quantized linear and embedding has codes, scales and zero points (or the parts of its format), rightly shaped; so
+        have quantizers with fixed scales, and every quantizer is read by what it quantizes for; a correction of low rank stands
+        behind a linear that reads the same value, with factors of the right shape and dtype
     L8  where the model declares full attention, no attention is causal (masks are classified by computing them)
     L9  the facts that passes claim hold
 
@@ -32,11 +33,13 @@ from dlqc.formats.coded import fault
 from dlqc.formats.low_rank import low_rank_fault
 from dlqc.formats.packing import packed_shape
 from dlqc.graph import (
-    EMBEDDING,
+    ACT_QUANTIZERS,
+    ATTENTIONS,
+    EMBEDDINGS,
+    HEAD_QUANTIZERS,
     LAYER_NORM,
     NORMS,
     QUANTIZED_LINEARS,
-    SDPA,
     arg,
     args_of,
     constant_name,
@@ -45,7 +48,16 @@ from dlqc.graph import (
     uses,
     width,
 )
-from dlqc.ops import LINEAR_CODED, LINEAR_PACKED, LINEAR_Q, LOW_RANK, QUANTIZE_ACT
+from dlqc.ops import (
+    ATTENTION,
+    EMBEDDING_PACKED,
+    LINEAR_CODED,
+    LINEAR_PACKED,
+    LINEAR_Q,
+    LOW_RANK,
+    QUANTIZE_ACT_STATIC,
+    QUANTIZE_HEADS_STATIC,
+)
 from dlqc.regions import Refused, grow
 from dlqc.weights import Weights
 
@@ -194,7 +206,7 @@ def _owners(graph: fx.Graph, weights: Weights) -> Iterator[str]:
         if len(constant.shape) < 2 or constant.aliases:
             continue
         readers = uses(graph, name)
-        if any(is_call(reader, EMBEDDING) for reader in readers):
+        if any(is_call(reader, *EMBEDDINGS) for reader in readers):
             continue
         roots = {_stack(reader) for reader in readers}
         if len(roots) > 1:
@@ -216,30 +228,73 @@ def _quantized(graph: fx.Graph, weights: Weights) -> Iterator[str]:
             yield from _coded_linear(node, weights)
         elif is_call(node, LOW_RANK):
             yield from _low_rank(node, weights)
-        elif is_call(node, QUANTIZE_ACT) and (
-            not node.users or not all(is_call(user, *QUANTIZED_LINEARS) for user in node.users)
-        ):
-            yield f"%{node.name} quantizes activations that no quantized linear reads"
+        elif is_call(node, EMBEDDING_PACKED):
+            _, codes, scales, zeros, bits, group, k, _ = args_of(node)
+            yield from _stored(node, (codes, scales, zeros), int(bits), int(group), int(k), weights, packed=True)
+        elif is_call(node, *ACT_QUANTIZERS):
+            if not node.users or not all(is_call(user, *QUANTIZED_LINEARS) or _is_kernel(user) for user in node.users):
+                yield f"%{node.name} quantizes activations that no quantized linear reads"
+        elif is_call(node, *HEAD_QUANTIZERS) and not (node.users and all(is_call(u, *ATTENTIONS) for u in node.users)):
+            yield f"%{node.name} quantizes what no attention reads"
+        if is_call(node, QUANTIZE_ACT_STATIC, QUANTIZE_HEADS_STATIC):
+            yield from _fixed(node, weights)
+
+
+def _fixed(node: fx.Node, weights: Weights) -> Iterator[str]:
+    """The fixed scales of a quantizer: [sets, groups of channels], or for heads [sets, heads or 1, channels or 1]."""
+    x, scale, zero, bucket, _ = args_of(node)
+    names = [constant_name(part) for part in (scale, zero) if part is not None]
+    if not all(name is not None and name in weights for name in names):
+        yield f"%{node.name}: a scale or zero point is no constant"
+        return
+    shape = tuple(weights[str(names[0])].shape)
+    of_heads = is_call(node, QUANTIZE_HEADS_STATIC)
+    sizes = x.meta["val"].shape
+    if of_heads:
+        fits = len(shape) == 3 and shape[1] in (1, sizes[1]) and shape[2] in (1, sizes[3])
+    else:
+        fits = len(shape) == 2 and shape[1] > 0 and width(x) % shape[1] == 0
+    if not fits or shape[0] < 1:
+        yield f"%{node.name}: scales {list(shape)} do not fit {list(sizes)}"
+    if bucket is None and shape[0] > 1:
+        yield f"%{node.name} has {shape[0]} sets of scales, and nothing chooses among them"
+    for name, dtype in zip(names, (torch.float32, torch.int8), strict=False):
+        constant = weights[str(name)]
+        if constant.leaf.dtype is not dtype or tuple(constant.shape) != shape:
+            yield f"%{node.name}: {name!r} is {constant.leaf.dtype}{list(constant.shape)}, must be {dtype}{list(shape)}"
+    if torch.float32 is weights[str(names[0])].leaf.dtype and not weights[str(names[0])].leaf.is_meta:
+        value = weights.value(str(names[0]))
+        if not bool((torch.isfinite(value) & (value > 0)).all()):
+            yield f"%{node.name}: a scale of {names[0]!r} is not positive and finite"
 
 
 def _quantized_linear(node: fx.Node, weights: Weights) -> Iterator[str]:
     x, codes, scales, zeros, bias, bits, group = args_of(node)
-    k = width(x)
-    parts = {"codes": codes, "scales": scales, **({"zeros": zeros} if zeros is not None else {})}
+    packed = is_call(node, LINEAR_PACKED)
+    violations = list(_stored(node, (codes, scales, zeros), int(bits), int(group), width(x), weights, packed=packed))
+    yield from violations
+    if not violations:
+        yield from _bias(node, bias, int(weights[str(constant_name(codes))].shape[-2]), weights)
+
+
+def _stored(
+    node: fx.Node, tensors: tuple[Any, ...], bits: int, group: int, k: int, weights: Weights, *, packed: bool
+) -> Iterator[str]:
+    """Codes, scales and zero points of a matrix with k columns."""
+    parts = {role: part for role, part in zip(("codes", "scales", "zeros"), tensors, strict=True) if part is not None}
     names = {role: constant_name(part) for role, part in parts.items()}
     for role, name in names.items():
         if name is None or name not in weights:
             yield f"%{node.name}: {role} is no constant"
             return
     n = int(weights[str(names["codes"])].shape[-2])
-    groups = 1 if not group else k // int(group)
-    if group and k % int(group):
+    groups = 1 if not group else k // group
+    if group and k % group:
         yield f"%{node.name}: {k} input features do not divide by group {group}"
-    packed = is_call(node, LINEAR_PACKED)
     expected = {
-        "codes": packed_shape(n, k, int(bits)) if packed else (n, k),
+        "codes": packed_shape(n, k, bits) if packed else (n, k),
         "scales": (n, groups),
-        "zeros": packed_shape(n, groups, int(bits)) if packed else (n, groups),
+        "zeros": packed_shape(n, groups, bits) if packed else (n, groups),
     }
     for role, name in names.items():
         constant = weights[str(name)]
@@ -248,7 +303,6 @@ def _quantized_linear(node: fx.Node, weights: Weights) -> Iterator[str]:
         wanted = (torch.bfloat16, torch.float16, torch.float32) if role == "scales" else (torch.uint8,)
         if constant.leaf.dtype not in wanted:
             yield f"%{node.name}: {role} {name!r} is {constant.leaf.dtype}, must be {wanted[0]}"
-    yield from _bias(node, bias, n, weights)
 
 
 def _coded_linear(node: fx.Node, weights: Weights) -> Iterator[str]:
@@ -276,7 +330,7 @@ def _low_rank(node: fx.Node, weights: Weights) -> Iterator[str]:
         yield f"%{node.name}: {wrong}"
     if not (is_call(y, *QUANTIZED_LINEARS) or _is_kernel(y)):
         yield f"%{node.name} corrects %{y.name}, which is no quantized linear"
-    elif x not in (args_of(y)[0], args_of(args_of(y)[0])[0] if is_call(args_of(y)[0], QUANTIZE_ACT) else None):
+    elif x not in (args_of(y)[0], args_of(args_of(y)[0])[0] if is_call(args_of(y)[0], *ACT_QUANTIZERS) else None):
         yield f"%{node.name} reads %{x.name}, which %{y.name} does not read"
 
 
@@ -291,12 +345,13 @@ def _masks(graph: fx.Graph, weights: Weights, spec: DiffusionSpec) -> Iterator[s
         return
     seen: dict[fx.Node, str] = {}
     for node in graph.nodes:
-        if not is_call(node, SDPA):
+        if not is_call(node, *ATTENTIONS):
             continue
         mask = arg(node, 3, "attn_mask")
         if isinstance(mask, fx.Node) and mask not in seen:
             seen[mask] = mask_class(graph, weights, mask)
-        causal = arg(node, 5, "is_causal", False) or (isinstance(mask, fx.Node) and seen[mask] == "causal")
+        flag = args_of(node)[4] if is_call(node, ATTENTION) else arg(node, 5, "is_causal", False)
+        causal = flag or (isinstance(mask, fx.Node) and seen[mask] == "causal")
         if causal:
             yield f"%{node.name} is causal, the model declares full attention"
 
@@ -340,7 +395,7 @@ def _some_quantized(graph: fx.Graph, weights: Weights) -> Iterator[str]:
 
 def _activations_quantized(graph: fx.Graph, weights: Weights) -> Iterator[str]:
     for node in graph.nodes:
-        if is_call(node, *QUANTIZED_LINEARS) and not is_call(args_of(node)[0], QUANTIZE_ACT):
+        if is_call(node, *QUANTIZED_LINEARS) and not is_call(args_of(node)[0], *ACT_QUANTIZERS):
             yield f"%{node.name} reads activations that are not quantized"
 
 
@@ -351,7 +406,8 @@ def _is_kernel(node: fx.Node) -> bool:
 
 FACT_CHECKS: dict[str, Callable[[fx.Graph, Weights], Iterator[str]]] = {
     "float-weights": _no_call(LINEAR_Q, LINEAR_CODED),
-    "float-activations": _no_call(QUANTIZE_ACT),
+    "float-activations": _no_call(*ACT_QUANTIZERS),
+    "float-attention": _no_call(*HEAD_QUANTIZERS, ATTENTION),
     "unit-gain": _unit_gain,
     "quantized-weights": _some_quantized,
     "quantized-activations": _activations_quantized,

@@ -27,13 +27,13 @@ from dlqc.diffusion.fidelity import fidelity
 from dlqc.diffusion.spec import DiffusionSpec
 from dlqc.errors import ModelError
 from dlqc.execute import forward
-from dlqc.graph import copy_graph, is_call
+from dlqc.graph import ACT_QUANTIZERS, HEAD_QUANTIZERS, copy_graph, is_call
 from dlqc.instruments import Timing
 from dlqc.manager import Instrument, PassManager
 from dlqc.manager import Progress as Tick
 from dlqc.models.describe import spec_of
 from dlqc.models.load import check_finite, load_model, load_tokenizer
-from dlqc.ops import QUANTIZE_ACT
+from dlqc.ops import ATTENTION
 from dlqc.recipe import Recipe, _line, as_recipe
 from dlqc.report import Report, Step, measure_storage, versions
 from dlqc.weights import Weights
@@ -190,7 +190,7 @@ def _notes(cost: dict[str, dict[str, float]], graph: fx.Graph) -> list[str]:
     notes = []
     if not cost:
         notes.append("KL and agreement were not measured (no calibration rows, or too large): use dlqc eval --against")
-    if any(is_call(node, QUANTIZE_ACT) for node in graph.nodes):
+    if any(is_call(node, *ACT_QUANTIZERS, *HEAD_QUANTIZERS, ATTENTION) for node in graph.nodes):
         notes.append("activation quantization is simulated at sites that no kernel took over")
     return notes
 

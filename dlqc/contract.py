@@ -8,13 +8,16 @@ checks the whole order before any work and never sorts it.
 
     normal-form            canonical spelling (holds after capture)
     float-weights          no linear is quantized yet (holds after capture)
-    float-activations      no activation is quantized yet (holds after capture)
+    float-activations      no input of a linear is quantized yet (holds after capture)
+    float-attention        no query, key, value or attention probability is quantized yet (holds after capture)
     states                 denoising states for calibration exist
     assignment             each linear to quantize has a scheme of its own, in `Context.assignment`
     unit-gain              every norm that feeds only linears has gain one
     original               the block as it was before its weights were rounded is at hand; a graph-scoped pass ends this
     quantized-weights      the linears that were asked for are linear_q
+    quantized-embeddings   the tables of embeddings are stored in few bits
     quantized-activations  their inputs are quantized
+    quantized-attention    what attentions read is quantized as asked for
     packed                 no linear_q is left: codes are stored as bit streams
     lowered                every quantized linear is a kernel of the backend
 """
@@ -37,6 +40,8 @@ if TYPE_CHECKING:
     from dlqc.backend import Backend, LinearSpec
     from dlqc.blocks import Block
     from dlqc.calibration import States, TokenRows
+    from dlqc.formats.integer import IntFormat
+    from dlqc.observers import Observer
     from dlqc.schemes import Scheme
 
 #: Facts that are about the context: giving one changes no graph.
@@ -50,7 +55,7 @@ Sequential = Literal["none", "block", "layer"]
 #: What of the calibration states and of the block before rounding a pass reads itself, see `Pass.reads`.
 Reads = Literal["nothing", "current", "original", "paired"]
 
-FACTS_OF_CAPTURE = frozenset({"normal-form", "float-weights", "float-activations"})
+FACTS_OF_CAPTURE = frozenset({"normal-form", "float-weights", "float-activations", "float-attention"})
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,10 @@ class PassReport:
     certificate: float | None = None
     notes: list[str] = field(default_factory=list)
 
+    def note(self, *sentences: str) -> None:
+        """Add what is not said yet."""
+        self.notes += [sentence for sentence in sentences if sentence not in self.notes]
+
     def merge(self, other: PassReport) -> None:
         """Add the report of another block of the same pass."""
         self.sites += other.sites
@@ -91,7 +100,7 @@ class PassReport:
         self.choices |= other.choices
         if other.certificate is not None:
             self.certificate = max(self.certificate or 0.0, other.certificate)
-        self.notes += [note for note in other.notes if note not in self.notes]
+        self.note(*other.notes)
         for key, value in other.metrics.items():
             self.metrics[key] = self.metrics.get(key, 0.0) + value
 
@@ -101,17 +110,22 @@ class Plan:
     """What the pipeline will make of each linear, found without touching a weight.
 
     `sites` maps the module name to its planned spec; passes fill it in order. `beside` has bits that are stored beside the
-    weight of a site. `problems` lists everything that would fail, so that all offenders are named at once. `kept` are linears
-    that stay, with the reason. `assigned` are the sites whose scheme is found while compiling, with the candidates; of these
-    `sites` has the last, and together they are stored in no more than `limit_bits`. `notes` are sentences for the reader.
+    weight of a site; `tables` are embeddings that are stored in few bits and are no head, with rows and width; `pruned` are
+    linears with zeros, and the share of weights that is kept. `problems` lists everything that would fail, so that all
+    offenders are named at once. `kept` are linears that stay, with the reason. `assigned` are the sites whose scheme is found
+    while compiling, with the candidates; of these `sites` has the last, and together they are stored in no more than
+    `limit_bits`, where what comes behind the blocks has `assigned_head` bits. `notes` are sentences for the reader.
     """
 
     sites: dict[str, LinearSpec] = field(default_factory=dict)
     beside: dict[str, int] = field(default_factory=dict)
+    tables: dict[str, tuple[IntFormat, int, int]] = field(default_factory=dict)
+    pruned: dict[str, float] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
     assigned: dict[str, tuple[Scheme, ...]] = field(default_factory=dict)
     limit_bits: int = 0
+    assigned_head: int | None = None
     notes: list[str] = field(default_factory=list)
 
     def specs(self) -> Iterator[tuple[str, LinearSpec]]:
@@ -156,6 +170,7 @@ class Context:
         inputs: the calibration states at the input of the block, in parts, for a pass that `reads` them.
         original: graph and weights with the block as it was before its weights were rounded, for a pass that `reads` it and
             comes after rounding.
+        observed: the observers that the pass at hand asked for, by its names for them, after they saw the states.
         facts: what holds now.
         blocks: the stack of blocks, in order.
         assignment: by module name, the scheme that a pass chose for a linear; `quantize_weights` follows it.
@@ -172,6 +187,7 @@ class Context:
     collect: Callable[[Sequence[str]], Statistics] | None = None
     inputs: Sequence[BlockInput] = ()
     original: tuple[fx.Graph, Weights] | None = None
+    observed: Mapping[str, Observer] = field(default_factory=dict)
     facts: set[str] = field(default_factory=lambda: set(FACTS_OF_CAPTURE))
     blocks: Sequence[Block] = ()
     assignment: Mapping[str, Scheme] = field(default_factory=dict)
@@ -222,6 +238,10 @@ class Pass:
         """Statistics of linear inputs that `apply` reads from `ctx.stats` (names of `dlqc.stats`)."""
         return frozenset()
 
+    def reaches_tail(self) -> bool:
+        """Whether a block-scoped pass also runs on what lies between the last block and the logits."""
+        return False
+
     def sequence(self) -> Sequential:
         """Which activations the statistics are of.
 
@@ -239,6 +259,10 @@ class Pass:
         "paired": likewise, and the states behind the blocks as they were, `BlockInput.exact`.
         """
         return "nothing"
+
+    def observers(self, graph: fx.Graph, ctx: Context) -> Mapping[str, Observer]:
+        """What a block-scoped pass that needs "states" wants to see of the block at hand; it finds them in `ctx.observed`."""
+        return {}
 
     def plan(self, graph: fx.Graph, ctx: Context, plan: Plan) -> None:
         """Say what `apply` will do and what would fail, reading no weight."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dlqc import native
-from dlqc.backend import BACKENDS, LinearSpec, choose_kernel, load_backend
+from dlqc.backend import BACKENDS, LinearSpec, choose_kernel, load_backend, remark
 from dlqc.errors import DlqcError
 from dlqc.formats.activation import ActFormat
 from dlqc.formats.integer import IntFormat
@@ -22,6 +22,7 @@ _PROBES = {
     "w2a16 g128": LinearSpec(4096, 4096, IntFormat(2, 128, False), None, False),
     "w8a16 per channel": LinearSpec(4096, 4096, IntFormat(8, None, True), None, False),
     "w8a8 per token": LinearSpec(4096, 4096, IntFormat(8, None, True), ActFormat(8), False),
+    "w8a8 static": LinearSpec(4096, 4096, IntFormat(8, None, True), ActFormat(8, sets=1), False),
     "w4a8 g128": LinearSpec(4096, 4096, IntFormat(4, 128, False), ActFormat(8), False),
 }
 
@@ -67,7 +68,7 @@ def _backend(name: str) -> dict[str, str]:
     rows = {}
     for scheme, spec in _PROBES.items():
         kernel, refusals = choose_kernel(backend, spec)
-        note = kernel.note(spec) if kernel else ""
+        note = remark(kernel, spec) if kernel else ""
         passed = "".join(f"; not {name}: {why}" for name, why in refusals.items())
         rows[scheme] = f"{kernel.name if kernel else 'none'}{f' ({note})' if note else ''}{passed}"
     return rows

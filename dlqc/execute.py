@@ -29,6 +29,7 @@ class Executor:
         inputs: nodes whose values are given at each call; nothing above them is computed.
         outputs: nodes whose values are returned.
         dtype: None computes as captured; another floating dtype replaces the captured float32 everywhere.
+        grad: whether autograd follows, to the values that are given and to those that are returned.
         keep_weights: keep evaluated weights between calls (a block that sees many batches), or free each after its last
             use (a whole model that sees few).
     """
@@ -41,12 +42,14 @@ class Executor:
         outputs: Sequence[fx.Node],
         *,
         dtype: torch.dtype | None = None,
+        grad: bool = False,
         keep_weights: bool = False,
     ) -> None:
         self._weights = weights
         self._inputs = tuple(inputs)
         self._outputs = tuple(outputs)
         self._dtype = dtype
+        self._grad = grad
         self._keep = keep_weights
         self._cache: dict[str, torch.Tensor] = {}
         self.nodes = _read_late(needed(graph, inputs, outputs))
@@ -54,7 +57,7 @@ class Executor:
 
     def __call__(self, *values: torch.Tensor, taps: Mapping[fx.Node, Tap] | None = None) -> list[torch.Tensor]:
         """Run once. `taps` are called with the value of a node as soon as it is known."""
-        with torch.no_grad():
+        with torch.set_grad_enabled(self._grad):
             return self._run(values, taps or {}, {}, {})
 
     def differentiable(
@@ -104,8 +107,8 @@ class Executor:
         if self._dtype is not None:
             args, kwargs = self._retype(args), self._retype(kwargs)
         if entering is not None:
-            first: Any = args[0]
-            args = (entering(first), *args[1:])
+            entered: Any = args[0]
+            args = (entering(entered), *args[1:])
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def _constant(self, node: fx.Node) -> torch.Tensor:

@@ -15,7 +15,19 @@ from typing import Any, TypeGuard
 import torch
 from torch import fx
 
-from dlqc.ops import LINEAR_CODED, LINEAR_PACKED, LINEAR_Q, LOW_RANK, QUANTIZE_ACT
+from dlqc.formats.activation import ActFormat
+from dlqc.ops import (
+    ATTENTION,
+    EMBEDDING_PACKED,
+    LINEAR_CODED,
+    LINEAR_PACKED,
+    LINEAR_Q,
+    LOW_RANK,
+    QUANTIZE_ACT,
+    QUANTIZE_ACT_STATIC,
+    QUANTIZE_HEADS,
+    QUANTIZE_HEADS_STATIC,
+)
 from dlqc.weights import Weights
 
 aten = torch.ops.aten
@@ -26,7 +38,12 @@ LAYER_NORM = aten.layer_norm.default
 SDPA = aten.scaled_dot_product_attention.default
 EMBEDDING = aten.embedding.default
 NORMS = (RMS_NORM, LAYER_NORM)
+EMBEDDINGS = (EMBEDDING, EMBEDDING_PACKED)
 QUANTIZED_LINEARS = (LINEAR_Q, LINEAR_PACKED, LINEAR_CODED)
+#: Quantizers of the inputs of linears, and of queries, keys and values.
+ACT_QUANTIZERS = (QUANTIZE_ACT, QUANTIZE_ACT_STATIC)
+HEAD_QUANTIZERS = (QUANTIZE_HEADS, QUANTIZE_HEADS_STATIC)
+ATTENTIONS = (SDPA, ATTENTION)
 
 
 def args_of(node: fx.Node) -> tuple[Any, ...]:
@@ -278,6 +295,20 @@ def corrected(node: fx.Node) -> fx.Node:
 
 
 def activation_quantizer(node: fx.Node) -> fx.Node | None:
-    """The quantize_act node that feeds a quantized linear, if any."""
+    """The quantizer that feeds a quantized linear, if any."""
     x = args_of(node)[0]
-    return x if is_call(x, QUANTIZE_ACT) else None
+    return x if is_call(x, *ACT_QUANTIZERS) else None
+
+
+def act_format(node: fx.Node) -> ActFormat | None:
+    """How the input of a quantized linear is quantized; None if it is not."""
+    quantizer = activation_quantizer(node)
+    if quantizer is None:
+        return None
+    if is_call(quantizer, QUANTIZE_ACT):
+        _, bits, group, symmetric = args_of(quantizer)
+        return ActFormat(bits, group or None, bool(symmetric))
+    _, scale, zero, _, bits = args_of(quantizer)
+    sets, groups = scale.meta["val"].shape
+    group = None if groups == 1 else width(quantizer) // int(groups)
+    return ActFormat(bits, group, zero is None, int(sets))

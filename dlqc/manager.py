@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from dlqc.blocks import find_blocks
+from dlqc.blocks import Block, find_blocks, tail
 from dlqc.certificate import certified
 from dlqc.check import check
 from dlqc.contract import FACTS_OF_CAPTURE, FACTS_OF_CONTEXT, Context, Pass, PassReport, Plan
@@ -63,6 +63,7 @@ class PassManager:
         """Refuse a pipeline in which a pass needs a fact that does not hold, and say what to do."""
         facts: set[str] = set(holding)
         broken_by: dict[str, str] = {}
+        before: Pass | None = None
         for p in self.passes:
             if "lowered" in facts:
                 raise ContractError(
@@ -76,6 +77,14 @@ class PassManager:
                     where="passes",
                     remedy=self._remedy(p, fact, broken_by),
                 )
+            if "fisher" in p.statistics() and before is not None and before.scope == p.scope == "block":
+                raise ContractError(
+                    f"pass {p.name!r} wants gradients of the weights, which are taken before the first block, and "
+                    f"{before.name!r} changes the blocks one by one in between",
+                    where="passes",
+                    remedy=f"Leave {before.name!r} out, use a transform of the whole graph, or sensitivity='hessian'",
+                )
+            before = p
             ended = p.invalidates | ({"original"} if p.scope == "graph" else set())
             broken_by |= dict.fromkeys((ended & facts) - p.given_facts(), p.name)
             facts = (facts - ended) | p.given_facts()
@@ -193,11 +202,15 @@ class PassManager:
         # Between blocks some blocks are rewritten and some are not: only facts that no member ends hold throughout.
         lasting = ctx.facts - frozenset().union(*(p.invalidates for p in passes))
         try:
-            kept = {"paired": needs_exact(passes), "original": needs_original(passes)}
+            gradients = any("fisher" in p.statistics() for p in passes)
+            kept = {"paired": needs_exact(passes), "original": needs_original(passes), "gradients": gradients}
             flow = StateFlow(graph, ctx, self.batch, **kept) if needs_states(passes) else None
-            for block in ctx.blocks:
+            stretches = [*ctx.blocks, *self._tail(passes, graph, ctx)]
+            for block in stretches:
                 ctx.block = block
                 for p, total in zip(passes, totals, strict=True):
+                    if block not in ctx.blocks and not p.reaches_tail():
+                        continue
                     self._tick(f"{p.name} block {block.index + 1}", block.index, len(ctx.blocks))
                     started = time.perf_counter()
                     try:
@@ -212,10 +225,10 @@ class PassManager:
                     total.merge(report)
                     for instrument in self.instruments:
                         instrument.after_block(p, graph, ctx, report)
-                    ctx.stats, ctx.collect, ctx.inputs, ctx.original = {}, None, (), None
+                    ctx.stats, ctx.collect, ctx.inputs, ctx.original, ctx.observed = {}, None, (), None, {}
                     # The share of the pass in the nested pipeline, its statistics included.
                     total.metrics["seconds"] = total.metrics.get("seconds", 0.0) + time.perf_counter() - started
-                if flow and block is not ctx.blocks[-1]:
+                if flow and block is not stretches[-1]:
                     flow.advance(block)
             self._tick("blocks", len(ctx.blocks), len(ctx.blocks))
         finally:
@@ -231,6 +244,11 @@ class PassManager:
             for instrument in self.instruments:
                 instrument.after(p, graph, ctx, total)
             self.reports.append((p, total))
+
+    def _tail(self, passes: Sequence[Pass], graph: fx.Graph, ctx: Context) -> list[Block]:
+        """What comes after the last block, where a pass works on it."""
+        found = tail(graph, ctx.blocks) if any(p.reaches_tail() for p in passes) else None
+        return [] if found is None else [found]
 
     def _tick(self, label: str, done: int, total: int) -> None:
         if self.progress is not None:

@@ -6,10 +6,16 @@ replace them by their own packed ops at lowering; results are judged against the
     rope(x, cos, sin)                        = x·cos + rotate_half(x)·sin
     transform(x, parts; spec)                = x·T, T spelled by `spec` (see dlqc/transform.py)
     quantize_act(x; bits, group, sym)        = dequantized nearest code of x, per token or per group of channels
+    quantize_act_static(x, scale, zero, set) = the same with fixed scales, of the set that each token's row is in
+    mask_bucket(ids; mask id, edges)         = which set: the part of the way on which a row is, by its share of [MASK]
+    quantize_heads(x; bits, sym, across)     = quantize_act of queries, keys or values, per token and head or per token
+    quantize_heads_static(x, scale, zero, …) = the same with fixed scales
+    attention(q, k, v, mask; …, bits)        = scaled dot-product attention whose probabilities are rounded to `bits`
     linear_q(x, codes, scales, zeros, bias)  = x · ((codes - zeros)·scales)ᵀ + bias
     linear_packed(...)                       = linear_q on codes stored as a dense bit stream
     linear_coded(x, parts, bias; spec, n)    = x · Wᵀ + b, W what `parts` stand for in the format that `spec` spells
     low_rank(y, x, parts; spec)              = y + (x · Bᵀ) · Aᵀ, y the output of a quantized linear that reads x
+    embedding_packed(ids, packed, …)         = the rows `ids` of (codes - zeros)·scales, stored as in linear_packed
 """
 
 from __future__ import annotations
@@ -19,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dlqc.attention import attend, probabilities, rounded, scores
 from dlqc.errors import ContractError
 from dlqc.formats.activation import ActFormat
 from dlqc.formats.coded import weight_of
@@ -94,6 +101,85 @@ def _(x: Tensor, bits: int, group_size: int, symmetric: bool) -> Tensor:
     return torch.empty_like(x)
 
 
+@torch.library.custom_op("dlqc::mask_bucket", mutates_args=())
+def mask_bucket(ids: Tensor, mask_id: int, edges: list[float]) -> Tensor:
+    """ids int64 [B, L] → int64 [B, L]: for every token of a row, how many of the `edges` lie below its share of [MASK].
+
+    So a share r is in bucket b if edges[b-1] < r ≤ edges[b]. Compared as counts: exact for edges k/n, whatever the length.
+    """
+    count = (ids == mask_id).sum(dim=1, keepdim=True)
+    ends = torch.tensor(edges, dtype=torch.float64, device=ids.device) * ids.shape[1] + 1e-6
+    return (count > ends).sum(dim=1, keepdim=True).expand(ids.shape).contiguous()
+
+
+@mask_bucket.register_fake
+def _(ids: Tensor, mask_id: int, edges: list[float]) -> Tensor:
+    return torch.empty(ids.shape, dtype=torch.int64, device=ids.device)
+
+
+@torch.library.custom_op("dlqc::quantize_act_static", mutates_args=())
+def quantize_act_static(x: Tensor, scale: Tensor, zero: Tensor | None, bucket: Tensor | None, bits: int) -> Tensor:
+    """Static quantization of activations, dequantized: same shape and dtype as x [..., K].
+
+    scale float32 [S, G] and zero int8 [S, G] (None: symmetric) for S sets and G groups of K/G channels; bucket int64, of the
+    leading sizes of x, says which set each row of x takes (None: the first).
+    """
+    fmt = ActFormat(bits, x.shape[-1] // scale.shape[1], zero is None, scale.shape[0])
+    chosen = (scale[0] if bucket is None else scale[bucket]).unsqueeze(-1)
+    points = None if zero is None else (zero[0] if bucket is None else zero[bucket]).unsqueeze(-1)
+    return fmt.fake_quantize_at(fmt.grouped(x), chosen, points).flatten(-2).contiguous()
+
+
+@quantize_act_static.register_fake
+def _(x: Tensor, scale: Tensor, zero: Tensor | None, bucket: Tensor | None, bits: int) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("dlqc::quantize_heads", mutates_args=())
+def quantize_heads(x: Tensor, bits: int, symmetric: bool, across: bool) -> Tensor:
+    """Dynamic quantization of x [B, H, L, D], dequantized: a scale for each token and head, or (across) for each token."""
+    fmt = ActFormat(bits, None, symmetric)
+    if not across:
+        return fmt.fake_quantize(x).contiguous()
+    tokens = x.transpose(1, 2)
+    return fmt.fake_quantize(tokens.flatten(2)).reshape(tokens.shape).transpose(1, 2).contiguous()
+
+
+@quantize_heads.register_fake
+def _(x: Tensor, bits: int, symmetric: bool, across: bool) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("dlqc::quantize_heads_static", mutates_args=())
+def quantize_heads_static(x: Tensor, scale: Tensor, zero: Tensor | None, bucket: Tensor | None, bits: int) -> Tensor:
+    """Static quantization of x [B, H, L, D], dequantized. scale, zero [S, H or 1, D or 1]; bucket int64 [B, L], by row."""
+    rows = None if bucket is None or not x.numel() else bucket[:, 0]
+    chosen = (scale[:1] if rows is None else scale[rows]).unsqueeze(2)
+    points = None if zero is None else (zero[:1] if rows is None else zero[rows]).unsqueeze(2)
+    return ActFormat(bits, None, zero is None, scale.shape[0]).fake_quantize_at(x, chosen, points).contiguous()
+
+
+@quantize_heads_static.register_fake
+def _(x: Tensor, scale: Tensor, zero: Tensor | None, bucket: Tensor | None, bits: int) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("dlqc::attention", mutates_args=())
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None, bits: int, by_row: bool
+) -> Tensor:
+    """Attention with probabilities rounded to `bits` (0: as they are), see `dlqc.attention`: q [B, Hq, L, D] → [B, Hq, L, D]."""
+    found = scores(q, k, mask, causal, scale)
+    return attend(rounded(found, bits, by_row) if bits else probabilities(found), v, q.dtype).contiguous()
+
+
+@attention.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None, bits: int, by_row: bool
+) -> Tensor:
+    return q.new_empty((*q.shape[:-1], v.shape[-1]))
+
+
 def _format(bits: int, group_size: int, scales: Tensor, zeros: Tensor | None) -> IntFormat:
     return IntFormat(bits, group_size or None, zeros is None, str(scales.dtype).removeprefix("torch."))
 
@@ -167,10 +253,54 @@ def _(y: Tensor, x: Tensor, parts: list[Tensor], spec: str) -> Tensor:
     return torch.empty_like(y)
 
 
+@torch.library.custom_op("dlqc::embedding_packed", mutates_args=())
+def embedding_packed(
+    ids: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bits: int,
+    group_size: int,
+    width: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """ids [...], a table [V, K] in the tensors of `linear_packed`, K = `width` → [..., K] in `dtype`.
+
+    Only the rows that are looked up are unpacked and dequantized.
+    """
+    rows = ids.reshape(-1)
+    if not len(rows):
+        return scales.new_empty((*ids.shape, width), dtype=dtype)
+    codes, own = unpack(packed[rows], bits, width), scales[rows]
+    points = None if zeros is None else unpack(zeros[rows], bits, scales.shape[1])
+    found = QuantizedWeight(codes, own, points, _format(bits, group_size, scales, zeros)).dequantize()
+    return found.to(dtype).reshape(*ids.shape, width)
+
+
+@embedding_packed.register_fake
+def _(
+    ids: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bits: int,
+    group_size: int,
+    width: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return scales.new_empty((*ids.shape, width), dtype=dtype)
+
+
 ROPE = torch.ops.dlqc.rope.default
 TRANSFORM = torch.ops.dlqc.transform.default
 QUANTIZE_ACT = torch.ops.dlqc.quantize_act.default
+QUANTIZE_ACT_STATIC = torch.ops.dlqc.quantize_act_static.default
+MASK_BUCKET = torch.ops.dlqc.mask_bucket.default
+QUANTIZE_HEADS = torch.ops.dlqc.quantize_heads.default
+QUANTIZE_HEADS_STATIC = torch.ops.dlqc.quantize_heads_static.default
+ATTENTION = torch.ops.dlqc.attention.default
 LINEAR_Q = torch.ops.dlqc.linear_q.default
 LINEAR_PACKED = torch.ops.dlqc.linear_packed.default
 LINEAR_CODED = torch.ops.dlqc.linear_coded.default
 LOW_RANK = torch.ops.dlqc.low_rank.default
+EMBEDDING_PACKED = torch.ops.dlqc.embedding_packed.default

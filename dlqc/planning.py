@@ -73,7 +73,7 @@ def plan_report(model: nn.Module, recipe: str, *, backend: str = "auto", mask_id
     target, chosen = load_backend(backend), as_recipe(recipe)
     kernels: Counter[str] = Counter()
     parameters = bits = 0.0
-    names = {f"{name}.weight" for name in found.sites}
+    names = {f"{name}.weight" for name in (*found.sites, *found.tables)}
     seen = set()
     for name, constant in captured.weights.items():
         if id(constant.leaf) in seen:
@@ -96,6 +96,7 @@ def plan_report(model: nn.Module, recipe: str, *, backend: str = "auto", mask_id
             bits += n * k * spec.weight.bits_per_weight(n, k)
             formats[spec.weight.label] += 1
     bits += found.limit_bits
+    bits += sum(rows * width * fmt.bits_per_weight(rows, width) for fmt, rows, width in found.tables.values())
     wanted = frozenset[str]().union(*(p.statistics() for p in chosen.passes))
     blocks = find_blocks(captured.graph)
     costs = [_block_cost(list(linears(b.nodes(captured.graph), captured.weights)), wanted) for b in blocks]

@@ -1,13 +1,19 @@
 """Presets: recipes whose name says what they make.
 
-    w<bits>a<bits>[-g<size>|-channel][-sym][-mixed]-<method>[-<variant>]
+    w<bits>a<bits>[-g<size>|-channel][-sym][-mixed][-<activations>]-<method>[-<variant>][-e<bits>h<bits>]
 
 `w4a16-gptq` is 4-bit weights in groups of 128 with zero points, 16-bit activations, GPTQ on masked states. Weights of 8 bits, and
 weights next to activations of fewer than 8 bits, have one scale per channel and no zero points unless the name says
-otherwise. Activations are quantized per token. Keys, values and attention scores stay as they are.
+otherwise. Activations are quantized per token, and queries, keys, values and attention probabilities stay as they are, unless
+the name says otherwise: see `dlqc.activation_presets`. Embeddings and head stay as they are without the last part: `-e8h8` stores
+both in 8 bits, `-e4`, `-h8` and so on one of them; 8 bits have one scale for each row.
 
-With -mixed the number is a budget: no more stored bits per quantized weight than that, scales and zero points counted, on
-average over linears of 2, 3, 4 and 8 bits (`w3.2a16-mixed-gptq`). Elsewhere it is the width of a code.
+With -mixed the number is a budget: no more stored bits per quantized weight of the blocks than that, scales and zero points
+counted, on average over linears of 2, 3, 4 and 8 bits (`w3.2a16-mixed-gptq`). Elsewhere it is the width of a code.
+
+DLLMQuant (arXiv 2508.14090) is TMAS, IA-AQ and CGQ behind the rotations of QuaRot, or (`-awq`) behind AWQ: the model is
+transformed first, its rollouts are drawn then, values get the fixed scales of IA-AQ, and weights are rounded last, by GPTQ on
+certainty-weighted statistics. Values have the width of the activations.
 """
 
 from __future__ import annotations
@@ -17,6 +23,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from dlqc.activation_presets import WORDS, Activations
 from dlqc.contract import Pass
 from dlqc.errors import RecipeError
 
@@ -26,15 +33,18 @@ PRESETS = {
     "w8a8-rtn": "8-bit weights per channel, 8-bit activations per token, nearest rounding",
     "w4a4-rtn": "4-bit weights per channel, 4-bit activations per token, nearest rounding",
     "w8a8-smoothquant": "as w8a8-rtn after SmoothQuant on masked states",
+    "w8a8-llmint8": "as w8a8-rtn, columns with activations above 6 on masked states in 16 bits (LLM.int8())",
     "w8a8-gptq": "8-bit weights per channel by GPTQ, 8-bit activations per token",
     "w4a8-gptq": "4-bit weights g128 by GPTQ, 8-bit activations per token",
     "w4a16-gptq": "4-bit weights g128 by GPTQ on masked states",
+    "w4a16-gptq-e8h8": "as w4a16-gptq with embeddings and head in 8 bits, a scale per row",
+    "w4a16-gptq-e4h4": "as w4a16-gptq with embeddings and head in 4 bits g128",
     "w4a16-sym-gptq": "as w4a16-gptq without zero points, for engines that take none",
     "w4a16-gptq-clean": "as w4a16-gptq on clean text, as tools for autoregressive models calibrate",
     "w4a16-gptq-cgq": "as w4a16-gptq with certainty-weighted statistics",
     "w4a16-gptq-tmas": "as w4a16-gptq on snapshots of the model's own denoising",
     "w4a16-gptq-tmas-cgq": "as w4a16-gptq-tmas with certainty-weighted statistics",
-    "w4a16-gptaq": "4-bit weights g128 by GPTAQ on masked states",
+    "w4a16-gptaq": "4-bit weights g128 by GPTAQ on masked states, layer by layer",
     "w4a16-gptaq-cgq": "as w4a16-gptaq with certainty-weighted statistics",
     "w4a16-gptaq-tmas": "as w4a16-gptaq on snapshots of the model's own denoising",
     "w4a16-gptaq-tmas-cgq": "as w4a16-gptaq-tmas with certainty-weighted statistics",
@@ -45,10 +55,22 @@ PRESETS = {
     "w4a4-spinquant": "as w4a4-rtn after rotations that are learned on the masked loss",
     "w4a4-flatquant": "as w4a4-rtn after affine transforms that are learned edge by edge",
     "w4a4-duquant": "as w4a4-rtn after smoothing and DuQuant's rotations on masked states",
+    "w8a8-static-rtn": "as w8a8-rtn with fixed activation ranges from states at all mask ratios",
+    "w8a8-static4-rtn": "as w8a8-static-rtn with ranges for each of four mask ratios",
+    "w8a8-static4-smoothquant": "as w8a8-smoothquant with fixed activation ranges for each of four mask ratios",
+    "w4a4-ag128-quarot": "as w4a4-quarot with activations in groups of 128",
+    "w4a4-kv4-quarot": "as w4a4-quarot with 4-bit keys, rotated, and values, per token",
+    "w4a4-asym-qkv4-smoothquant": "as w4a4-smoothquant with zero points, and 4-bit queries, keys and values per token and head",
+    "w4a4-asym-qkv4-duquant": "as w4a4-duquant with zero points, and 4-bit queries, keys and values per token and head",
+    "w8a8-qkv8-p8-smoothquant": "as w8a8-smoothquant with all that attention reads in 8 bits",
+    "w4a4-dllmquant": "as w4a4-quarot by DLLMQuant: TMAS, 4-bit values with fixed scales by IA-AQ, CGQ",
+    "w8a8-dllmquant": "as w4a4-dllmquant with 8 bits throughout",
+    "w4a4-kv4-dllmquant": "as w4a4-dllmquant with 4-bit keys, rotated, per token",
+    "w4a4-dllmquant-awq": "as w4a4-dllmquant after AWQ's scaling and clipping instead of rotations",
     "w3a16-gptq": "3-bit weights g128 by GPTQ on masked states",
     "w2a16-gptq": "2-bit weights g128 by GPTQ on masked states",
-    "w3a16-gptaq": "3-bit weights g128 by GPTAQ on masked states",
-    "w2a16-gptaq": "2-bit weights g128 by GPTAQ on masked states",
+    "w3a16-gptaq": "3-bit weights g128 by GPTAQ on masked states, layer by layer",
+    "w2a16-gptaq": "2-bit weights g128 by GPTAQ on masked states, layer by layer",
     "w4a16-mixed-gptq": "2, 3, 4 and 8-bit weights g128 by GPTQ on masked states, 4 bits per weight on average, all counted",
     "w3.2a16-mixed-gptq": "as w4a16-mixed-gptq at 3.2 bits",
     "w2.5a16-mixed-gptq": "as w4a16-mixed-gptq at 2.5 bits",
@@ -65,7 +87,8 @@ PRESETS = {
 
 GRAMMAR = re.compile(
     r"w(?P<w>\d(?:\.\d+)?)a(?P<a>4|6|8|16)(?:-(?:g(?P<g>\d+)|(?P<channel>channel)))?(?P<sym>-sym)?(?P<mixed>-mixed)?"
-    r"-(?P<method>[a-z]+)(?:-(?P<variant>clean|cgq|tmas|tmas-cgq|rtn|gptq|gptaq))?"
+    rf"(?P<acts>{WORDS})-(?P<method>[a-z]+8?)(?:-(?P<variant>clean|cgq|tmas|tmas-cgq|rtn|gptq|gptaq|awq))?"
+    r"(?:-(?=[eh])(?:e(?P<e>[48]))?(?:h(?P<h>[48]))?)?"
 )
 
 #: Widths of a code, as names spell them.
@@ -94,31 +117,84 @@ def preset(name: str, pass_class: Callable[[str], Any]) -> tuple[Pass, ...] | No
         what, remedy = f"no code has {found['w']} bits", f"For an average use {name.replace('-', '-mixed-', 1)!r}"
         raise RecipeError(what, where=name, remedy=remedy)
     before, needs_states, rounding = METHODS[found["method"]]
-    variant = found["variant"]
-    if variant in ("clean", "cgq", "tmas", "tmas-cgq") and rounding not in CALIBRATED:
-        without = name.removesuffix("-" + variant)
-        raise RecipeError(f"-{variant} goes with gptq and gptaq only", where=name, remedy=f"Use {without!r}")
+    variant, without = found["variant"], name.replace(f"-{found['variant']}", "", 1)
+    activations = Activations.of(found["acts"], int(found["a"]), name)
+    if found["method"] == "dllmquant":
+        return _dllmquant(name, found, activations, pass_class)
+    if variant == "awq":
+        raise RecipeError("-awq goes with dllmquant only", where=name, remedy=f"Use {without!r}")
+    if variant in ("clean", "cgq", "tmas", "tmas-cgq") and rounding not in CALIBRATED and not activations.static:
+        remedy = f"Use {without!r}"
+        raise RecipeError(f"-{variant} goes with gptq, gptaq and fixed ranges only", where=name, remedy=remedy)
     if variant in ("rtn", *CALIBRATED):
         if not before:
-            without = name.removesuffix("-" + variant)
             raise RecipeError(f"-{variant} goes with transforms only", where=name, remedy=f"Use {without!r}")
         rounding = variant
     if found["mixed"] and any(step in ROUNDED for step, _ in before):
         what = f"-mixed does not go with {found['method']}, which has to know the width of each weight beforehand"
         raise RecipeError(what, where=name, remedy="Use -mixed with gptq, rtn or quarot")
-    weights, act = _format(found), int(found["a"])
-    widths = {**weights, "weight_bits": weights.get("bits"), "act_bits": act if act < 16 else None}
-    steps = [_calibrate(pass_class, variant)] if needs_states or rounding in CALIBRATED or found["mixed"] else []
-    for step, options in before:
-        rounded = {option: widths[option] for option in ROUNDED.get(step, ())}
-        steps.append(pass_class(step)(**rounded, **options))
-    chosen = {**weights, "method": _rounding(rounding)}
-    if found["mixed"]:
-        steps.append(pass_class("assign_bits")(budget=f"{found['w']}bpw", **chosen))
-    steps.append(pass_class("quantize_weights")(**chosen))
-    if act < 16:
-        steps.append(pass_class("quantize_activations")(bits=act))
+    weights = _format(found, activations)
+    drawn = needs_states or rounding in CALIBRATED or activations.static or found["mixed"]
+    steps = [_calibrate(pass_class, variant, everywhere=activations.static)] if drawn else []
+    steps += _transforms(pass_class, found["method"], weights, activations)
+    steps += _quantize(pass_class, weights, rounding, found)
+    steps += activations.of_linears(pass_class)
+    steps += activations.of_attention(pass_class, "token" if found["method"] == "quarot" else "head")
+    return _finished(pass_class, steps, found)
+
+
+def _finished(pass_class: Callable[[str], Any], steps: list[Pass], found: re.Match[str]) -> tuple[Pass, ...]:
+    """The embedding, if the name asks for it, and what ends every recipe of integers."""
+    if found["e"]:
+        # Behind the transforms of the whole graph, before what goes block by block: its states come from the rounded table.
+        # And before budgets are reckoned.
+        first = [i for i, step in enumerate(steps) if step.scope == "block" or step.name == "assign_bits"]
+        steps.insert(min(first, default=len(steps)), pass_class("quantize_embedding")(**_table(int(found["e"]))))
     return (*steps, pass_class("pack")(), pass_class("lower")())
+
+
+def _transforms(
+    pass_class: Callable[[str], Any], method: str, weights: dict[str, Any], activations: Activations
+) -> list[Pass]:
+    """The transforms of a method. Rotations include that of queries and keys where keys are quantized."""
+    widths = {**weights, "weight_bits": weights.get("bits"), "act_bits": activations.bits}
+    steps = [
+        pass_class(step)(**{option: widths[option] for option in ROUNDED.get(step, ())}, **options)
+        for step, options in METHODS[method][0]
+    ]
+    rotated = method in ("quarot", "duquant") and "keys" in activations.attention
+    return [*steps, pass_class("rotate_qk")()] if rotated else steps
+
+
+def _dllmquant(
+    name: str, found: re.Match[str], activations: Activations, pass_class: Callable[[str], Any]
+) -> tuple[Pass, ...]:
+    """TMAS on the transformed model, IA-AQ, CGQ."""
+    from dlqc.heads import IaAq
+
+    variant = found["variant"]
+    if variant not in (None, "awq"):
+        remedy = f"Use {name.removesuffix('-' + variant)!r}"
+        raise RecipeError(
+            f"dllmquant brings its own states and rounding, there is no -{variant}", where=name, remedy=remedy
+        )
+    if found["mixed"]:
+        raise RecipeError("-mixed does not go with dllmquant", where=name, remedy="Use -mixed with gptq, rtn or quarot")
+    if activations.bits is None:
+        what = "DLLMQuant is about activations of fewer than 16 bits"
+        raise RecipeError(what, where=name, remedy="Use w8a8-dllmquant, or w4a16-gptq-tmas-cgq")
+    weights, method = _format(found, activations), "awq" if variant else "quarot"
+    heads = {"values": activations.bits} | activations.attention
+    steps = _transforms(pass_class, method, weights, activations)
+    steps = [
+        *([_calibrate(pass_class, "tmas")] if variant else []),  # AWQ itself looks at states
+        *steps,
+        _calibrate(pass_class, "tmas-cgq"),
+        *dataclasses.replace(activations, attention=heads).of_attention(pass_class, "token", IaAq()),
+        *_quantize(pass_class, weights, "gptq", found),
+        *activations.of_linears(pass_class),
+    ]
+    return _finished(pass_class, steps, found)
 
 
 def _coded(pass_class: Callable[[str], Any], fmt: Any, method: Any, before: tuple[Step, ...] = ()) -> tuple[Pass, ...]:
@@ -184,30 +260,46 @@ CODED: dict[str, Callable[[], tuple[Any, ...]]] = {
 }
 
 
-def _calibrate(pass_class: Callable[[str], Any], variant: str | None) -> Pass:
-    from dlqc.calibration import Certainty, Clean, MaskedSimulation, Rollout, Uniform
+def _calibrate(pass_class: Callable[[str], Any], variant: str | None, *, everywhere: bool = False) -> Pass:
+    """States on masked text, or as the variant says; `everywhere`: at all mask ratios, which a visible prefix rules out."""
+    from dlqc.calibration import Certainty, Clean, ForwardProcess, MaskedSimulation, Rollout, Uniform
 
     parts = (variant or "").split("-")
-    sampler = Clean() if "clean" in parts else Rollout() if "tmas" in parts else MaskedSimulation()
+    masked = ForwardProcess() if everywhere else MaskedSimulation()
+    sampler = Clean() if "clean" in parts else Rollout() if "tmas" in parts else masked
     weight = Certainty() if "cgq" in parts else Uniform()
     made: Pass = pass_class("calibrate")(sampler=sampler, weight=weight)
     return made
 
 
-def _format(found: re.Match[str]) -> dict[str, Any]:
+def _format(found: re.Match[str], activations: Activations) -> dict[str, Any]:
     """The weight format that a name spells, as options of the passes that round."""
     wide = (found["w"] == "8" and not found["mixed"]) or found["a"] in ("4", "6")
     group = None if found["channel"] or (wide and not found["g"]) else int(found["g"] or 128)
+    symmetric = found["sym"] is not None or (wide and activations.symmetric)
     width = {} if found["mixed"] else {"bits": int(found["w"])}
-    return width | {"group_size": group, "symmetric": wide or found["sym"] is not None}
+    return width | {"group_size": group, "symmetric": symmetric}
 
 
-def _rounding(name: str) -> Any:
+def _table(bits: int) -> dict[str, Any]:
+    """The format of an embedding table."""
+    return {"bits": 8} if bits == 8 else {"bits": bits, "group_size": 128, "symmetric": False}
+
+
+def _quantize(
+    pass_class: Callable[[str], Any], weights: dict[str, Any], rounding: str, found: re.Match[str]
+) -> list[Pass]:
+    """The passes that round weights, and where the name asks for it, before them the one that chooses their widths."""
     from dlqc.rounding.gptaq import Gptaq
     from dlqc.rounding.gptq import Gptq
     from dlqc.rounding.rtn import Rtn
 
-    return {"rtn": Rtn, "gptq": Gptq, "gptaq": Gptaq}[name]()
+    method = {"rtn": Rtn, "gptq": Gptq, "gptaq": Gptaq}[rounding]()
+    # GPTAQ lives on seeing all that rounding has done to an input, within the block, too; its authors have it so.
+    how = {"sequential": "layer"} if rounding == "gptaq" else {}
+    options = {**weights, "method": method, "head": int(found["h"]) if found["h"] else None}
+    assigned = [pass_class("assign_bits")(budget=f"{found['w']}bpw", **options)] if found["mixed"] else []
+    return [*assigned, pass_class("quantize_weights")(**options, **how)]
 
 
 Step = tuple[str, dict[str, Any]]
@@ -227,6 +319,7 @@ METHODS: dict[str, tuple[tuple[Step, ...], bool, str]] = {
     "gptaq": ((), False, "gptaq"),
     "smooth": ((("smooth", {}),), True, "rtn"),
     "smoothquant": ((("smooth", {}),), True, "rtn"),
+    "llmint8": ((("split_outliers", {"required": False}),), True, "rtn"),
     "awq": ((("awq_scale", {"relative": True}), ("awq_clip", {})), True, "rtn"),
     "quarot": (
         (
@@ -238,6 +331,7 @@ METHODS: dict[str, tuple[tuple[Step, ...], bool, str]] = {
         False,
         "gptq",
     ),
+    "dllmquant": ((), True, "gptq"),
     "spinquant": (
         (("fold_norm_scale", {"untie": True}), ("rotate_down", {"required": False}), ("learn_rotation", {})),
         True,

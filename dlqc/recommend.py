@@ -80,7 +80,7 @@ SCENARIOS = {
     ),
     "quality": Scenario(
         "for the highest quality with quantized activations, DLLMQuant at W8A8 (arXiv 2508.14090)",
-        ("w8a8-gptq", "w8a16-gptq"),
+        ("w8a8-dllmquant", "w8a8-gptq", "w8a16-gptq"),
         0.01,
     ),
     "math-code": Scenario(

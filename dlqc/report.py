@@ -22,9 +22,11 @@ from dlqc.contract import Pass, PassReport
 from dlqc.formats.coded import decode
 from dlqc.formats.contract import WeightFormat
 from dlqc.formats.integer import IntFormat
-from dlqc.graph import ADDED_BIAS, QUANTIZED_LINEARS, args_of, constant_name, is_call, uses, width
+from dlqc.formats.sparse import SparseFormat
+from dlqc.graph import ADDED_BIAS, LINEAR, QUANTIZED_LINEARS, args_of, constant_name, is_call, uses, width
 from dlqc.instruments import Record
-from dlqc.ops import LINEAR_CODED, LOW_RANK
+from dlqc.kept import OUTLIERS, picks_columns
+from dlqc.ops import EMBEDDING_PACKED, LINEAR_CODED, LOW_RANK, QUANTIZE_ACT_STATIC, QUANTIZE_HEADS_STATIC
 from dlqc.weights import Weights
 
 
@@ -73,7 +75,7 @@ class Storage:
             added are included.
         original_bits: bits of the checkpoint.
         kept: matrices that stay as they are → (parameters, reason).
-        formats: number format → (linears, their parameters, their stored bits without corrections of low rank).
+        formats: number format → (matrices, their parameters, their stored bits without corrections of low rank).
     """
 
     parameters: int
@@ -202,7 +204,7 @@ class Report:
             f"(checkpoint {s.original_bits / 8e6:.2f} MB)",
         ]
         for label, (sites, parameters, bits) in sorted(s.formats.items()) if len(s.formats) > 1 else ():
-            lines.append(f"{label}: {sites} linears, {parameters:,} parameters at {bits / parameters:.3f} bits each")
+            lines.append(f"{label}: {sites} matrices, {parameters:,} parameters at {bits / parameters:.3f} bits each")
         reasons: dict[str, list[str]] = {}
         for name, (_, reason) in s.kept.items():
             reasons.setdefault(reason, []).append(name)
@@ -227,7 +229,9 @@ def measure_storage(original: Weights, graph: fx.Graph, weights: Weights, kept: 
     bits_quantized = 0
     formats: dict[str, tuple[int, int, int]] = {}
     for node in graph.nodes:
-        if not is_call(node, *QUANTIZED_LINEARS, LOW_RANK):
+        if is_call(node, QUANTIZE_ACT_STATIC, QUANTIZE_HEADS_STATIC):
+            seen |= {str(constant_name(part)) for part in args_of(node)[1:3]}  # counted in the whole, but no weights
+        if not is_call(node, *QUANTIZED_LINEARS, LOW_RANK, EMBEDDING_PACKED):
             continue
         parts = _parts(node)
         fresh = [name for name in map(constant_name, parts) if name is not None and name not in seen]
@@ -237,10 +241,11 @@ def measure_storage(original: Weights, graph: fx.Graph, weights: Weights, kept: 
         if is_call(node, LOW_RANK) or constant_name(parts[0]) not in fresh:
             continue
         first = weights[str(constant_name(parts[0]))].leaf
-        out_features = args_of(node)[4] if is_call(node, LINEAR_CODED) else first.shape[0]
+        rows = args_of(node)[4] if is_call(node, LINEAR_CODED) else first.shape[0]
         label = _format_of(node).label
         sites, parameters, before = formats.get(label, (0, 0, 0))
-        formats[label] = (sites + 1, parameters + int(out_features) * width(args_of(node)[0]), before + bits)
+        inner = width(node if is_call(node, EMBEDDING_PACKED) else args_of(node)[0])
+        formats[label] = (sites + 1, parameters + int(rows) * inner, before + bits)
     # What is stored, not the leaf it comes from: a part of a fused projection is smaller, a folded gain is wider.
     total = sum(c.shape.numel() * c.storage_dtype.itemsize * 8 for c in weights.values())
     matrices = {
@@ -261,10 +266,11 @@ def measure_storage(original: Weights, graph: fx.Graph, weights: Weights, kept: 
 
 
 def _format_of(node: fx.Node) -> IntFormat | WeightFormat:
-    """The number format of a quantized linear."""
+    """The number format of a quantized linear or table."""
     if is_call(node, LINEAR_CODED):
-        return decode(args_of(node)[3])
-    bits, group = args_of(node)[5:7]
+        fmt = decode(args_of(node)[3])
+        return dataclasses.replace(fmt, density=None) if isinstance(fmt, SparseFormat) else fmt
+    bits, group = args_of(node)[4:6] if is_call(node, EMBEDDING_PACKED) else args_of(node)[5:7]
     return IntFormat(bits, group or None, args_of(node)[3] is None)
 
 
@@ -291,6 +297,8 @@ def _reason(graph: fx.Graph, name: str, kept: dict[str, str]) -> str:
         return kept[module]
     if any("embedding" in str(user.target) for user in uses(graph, name)):
         return "an embedding"
+    if any(is_call(user, LINEAR) and picks_columns(args_of(user)[0]) for user in uses(graph, name)):
+        return OUTLIERS
     return "no pass quantizes it"
 
 

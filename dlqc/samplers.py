@@ -41,11 +41,13 @@ class Teacher:
         logits: ids int64 [B, L] -> logits [B, L, V], rows as the model gives them.
         spec: the model's facts.
         batch: rows per forward; changes time and memory, not the result.
+        mass: ids int64 [B, L] -> how much attention each token gets, [B, L], mean 1 (`dlqc.sinks`); None where nobody asks.
     """
 
     logits: Callable[[Tensor], Tensor]
     spec: DiffusionSpec
     batch: int = 8
+    mass: Callable[[Tensor], Tensor] | None = None
 
     def confidence(self, ids: Tensor) -> Tensor:
         """Largest probability for each position: ids int64 [S, L] -> float32 [S, L]; shifted rows are put in place."""

@@ -13,18 +13,19 @@ from __future__ import annotations
 import dataclasses
 import math
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from torch import fx
+import torch
 
-from dlqc.contract import Declined, matches
+from dlqc.contract import Plan, matches
 from dlqc.errors import RecipeError
 from dlqc.formats.coded import CodedFormat
 from dlqc.formats.integer import SCALE_DTYPES, IntFormat
 from dlqc.formats.packing import packed_shape
-from dlqc.graph import Linear, linears
+from dlqc.graph import Linear
+from dlqc.rounding.contract import BlockRounding
 from dlqc.rounding.daq import Daq
 from dlqc.rounding.gptaq import Gptaq
 from dlqc.rounding.gptq import Gptq
@@ -33,7 +34,6 @@ from dlqc.rounding.kmeans import Kmeans
 from dlqc.rounding.rtn import Rtn
 from dlqc.rounding.signround import SignRound
 from dlqc.rounding.vector import Ldlq
-from dlqc.routers import KEPT, is_router
 from dlqc.weights import Weights
 
 Method = Rtn | Gptq | Gptaq | Daq | Kmeans | Ldlq | Hqq | SignRound
@@ -54,6 +54,10 @@ class Scheme:
         'int3 g128 by rtn'
         """
         return f"{self.format.label} by {self.method.name}"
+
+    @property
+    def parts(self) -> tuple[IntFormat | CodedFormat, Method]:
+        return self.format, self.method
 
     def checked(self, where: str = "method") -> Scheme:
         """The scheme itself, if the method rounds to the format; a RecipeError at option `where` if it does not."""
@@ -135,7 +139,7 @@ def overridden(name: str, base: Scheme, overrides: Sequence[Override]) -> Scheme
     return base if chosen is None else chosen.of(base)
 
 
-def overrides_of(schemes: typing.Mapping[str, Scheme]) -> tuple[Override, ...]:
+def overrides_of(schemes: Mapping[str, Scheme]) -> tuple[Override, ...]:
     """Overrides that give every named linear its scheme, one for each scheme, spelled out whole."""
     members: dict[Scheme, list[str]] = {}
     for name, scheme in schemes.items():
@@ -151,20 +155,25 @@ def overrides_of(schemes: typing.Mapping[str, Scheme]) -> tuple[Override, ...]:
     return tuple(found)
 
 
-def to_round(
-    nodes: Iterable[fx.Node], weights: Weights, skip: Sequence[str] = ()
-) -> tuple[dict[str, list[Linear]], list[Declined]]:
-    """The linears among `nodes` that are rounded, by weight, and those left alone: named by `skip`, or a router."""
-    found: dict[str, list[Linear]] = {}
-    for site in linears(nodes, weights):
-        found.setdefault(site.weight, []).append(site)
-    left = {}
-    for weight, sites in found.items():
-        if matches(sites[0].name, skip):
-            left[weight] = Declined(sites[0].name, "named by skip=")
-        elif any(is_router(site.node) for site in sites):
-            left[weight] = Declined(sites[0].name, KEPT)
-    return {weight: sites for weight, sites in found.items() if weight not in left}, list(left.values())
+def head_format(bits: int | None, blocks: IntFormat | CodedFormat) -> IntFormat | None:
+    """What linears behind the last block become, where the blocks' are `blocks`; None leaves them alone.
+
+    8 bits have a scale for each output channel, fewer the groups and zero points of the blocks' integers.
+    """
+    if bits is None or bits == 8:
+        return None if bits is None else IntFormat(8, None, True)
+    usual = blocks if isinstance(blocks, IntFormat) else IntFormat(4, 128, False)
+    return dataclasses.replace(usual, bits=bits)
+
+
+def operands(
+    weights: Weights, name: str, method: Method, stats: Mapping[str, Any]
+) -> tuple[torch.Tensor, Mapping[str, Any]]:
+    """A weight, float64, and its statistics as a method takes them: with the mask, if it makes up for pruning itself."""
+    kept = weights[name].kept() if method.compensates else None
+    if kept is None:
+        return weights.value(name, torch.float64), stats
+    return weights[name].unpruned.exact(), {**stats, "kept": kept}
 
 
 def stored_bits(fmt: IntFormat | CodedFormat, out_features: int, in_features: int) -> int:
@@ -189,3 +198,28 @@ def stored_names(fmt: IntFormat | CodedFormat, site: Linear) -> tuple[str, ...]:
         return tuple(f"{site.name}.{role}" for role in fmt.parts_of(site.out_features, site.in_features))
     roles = ("codes_packed", "scales") if fmt.symmetric else ("codes_packed", "scales", "zeros_packed")
     return tuple(f"{site.name}.{role}" for role in roles)
+
+
+def at_odds(plan: Plan, own: Sequence[Scheme], mine: Collection[str], head: int | None) -> Iterator[str]:
+    """What keeps a pass that rounds from following the schemes that another one is going to assign, one clause each.
+
+    Args:
+        own: the schemes of the pass, that of the blocks first, then those of a head and of overrides.
+        mine: the linears of the blocks that it rounds. head: bits of those behind.
+    """
+    if len(own) > 1 + (head is not None):
+        yield "overrides= are a second word on linears that are assigned (name them in fixed= of assign_bits)"
+    for name in sorted(plan.assigned.keys() ^ set(mine)):
+        what = "is assigned, and skipped here" if name in plan.assigned else "is rounded here, and not assigned"
+        yield f"{name} {what} (give both passes the same skip=)"
+    if plan.assigned_head != head:
+        yield f"head={head}, and assign_bits counts on head={plan.assigned_head} (give both the same)"
+    schemes = {scheme for candidates in plan.assigned.values() for scheme in candidates}
+    if not isinstance(own[0].format, IntFormat) and any(isinstance(scheme.format, IntFormat) for scheme in schemes):
+        yield "integers are assigned (leave format= out)"
+    collected = frozenset[str]().union(*(scheme.method.statistics for scheme in own))
+    for method in {scheme.method for scheme in schemes} - {own[0].method}:
+        alone = not isinstance(method, BlockRounding) and not isinstance(own[0].method, BlockRounding)
+        if not alone or method.statistics - collected:
+            what = "needs statistics" if alone else "does not go together with the method here"
+            yield f"{method.name} is assigned and {what} (set method={method.name})"

@@ -40,8 +40,9 @@ from dlqc.diffusion.masking import apply_mask, generator, logits_of, ratio_mask
 from dlqc.errors import CalibrationError, ModelError
 from dlqc.execute import Executor, compute_dtype, logits_node, placeholder
 from dlqc.graph import Linear, linears
+from dlqc.kept import to_round
 from dlqc.rounding.hessian import output_energy
-from dlqc.schemes import Scheme, to_round
+from dlqc.schemes import Scheme, operands
 from dlqc.states import StateFlow
 from dlqc.stats import PAIRED
 from dlqc.weights import Weights
@@ -175,7 +176,8 @@ def sensitivities(
     runner = _Runner(graph, ctx, states) if metric in MEASURED else None
     # Nothing is rounded here, so both streams of states are the same: methods that compare them find no drift.
     paired = bool(wanted & PAIRED)
-    flow = StateFlow(graph, ctx, _BATCH, paired=paired, original=paired) if wanted else None
+    kept = {"paired": paired, "original": paired, "gradients": "fisher" in wanted}
+    flow = StateFlow(graph, ctx, _BATCH, **kept) if wanted else None
     found: list[list[dict[str, float]]] = []
     for block in ctx.blocks:
         members = [pair for pair in zip(units, candidates, strict=True) if pair[0].block == block.index]
@@ -210,8 +212,8 @@ class _Rounder:
         key = [scheme.method, *map(id, stats.values())]
         if key != self._key:
             self._key, self._prepared = key, scheme.method.prepare(stats)
-        exact = self._weights.value(site.weight, torch.float64)
-        found: Tensor = scheme.method.round(exact, scheme.format, self._prepared).weight.dequantize()
+        exact, known = operands(self._weights, site.weight, scheme.method, self._prepared)
+        found: Tensor = scheme.method.round(exact, scheme.format, known).weight.dequantize()
         return found
 
 

@@ -14,7 +14,7 @@ before that change on purpose (a clipped weight) is part of it: it is the model 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,14 +25,16 @@ from dlqc.blocks import Block
 from dlqc.contract import BlockInput, Context, Pass, Reads, Statistics
 from dlqc.errors import ContractError
 from dlqc.execute import Executor, placeholder
+from dlqc.fisher import fisher
 from dlqc.graph import Linear, copy_graph, linears
+from dlqc.observers import Batch, Observer
 from dlqc.stats import PAIRED, Collector
 from dlqc.weights import Weights
 
 
 def needs_states(passes: Iterable[Pass]) -> bool:
     """Whether a pass asks for states, or for statistics from them."""
-    return any(p.statistics() or p.reads() != "nothing" for p in passes)
+    return any(p.statistics() or p.reads() != "nothing" or "states" in p.needed_facts() for p in passes)
 
 
 def needs_exact(passes: Iterable[Pass]) -> bool:
@@ -54,10 +56,18 @@ class StateFlow:
         batch: states that run at a time.
         paired: keep the exact stream.
         original: keep each block as it was until the states have gone through it; the exact stream needs that.
+        gradients: measure the Fisher information of all blocks' weights now, as they are before the first pass.
     """
 
     def __init__(
-        self, graph: fx.Graph, ctx: Context, batch: int, *, paired: bool = False, original: bool = False
+        self,
+        graph: fx.Graph,
+        ctx: Context,
+        batch: int,
+        *,
+        paired: bool = False,
+        original: bool = False,
+        gradients: bool = False,
     ) -> None:
         if ctx.states is None:
             raise ContractError("block passes ask for statistics, but there are no states", remedy="Add 'calibrate'")
@@ -69,6 +79,7 @@ class StateFlow:
         self._exact = list(self._hidden) if paired else None
         self._keeps = paired or original
         self._original: tuple[fx.Graph, Weights] | None = None
+        self._fisher = fisher(graph, ctx, batch=batch) if gradients else {}
 
     def serve(self, p: Pass, block: Block) -> None:
         """Give the context what a pass asks for, and keep the block for the exact stream if the pass is going to round it."""
@@ -84,6 +95,9 @@ class StateFlow:
             [self._part(i, p.reads()) for i in range(len(self._slices))] if p.reads() != "nothing" else ()
         )
         self._ctx.original = self._original if p.reads() in ("original", "paired") else None
+        self._ctx.observed = p.observers(self._graph, self._ctx)
+        if self._ctx.observed:
+            self.observe(block, self._ctx.observed.values())
 
     def _part(self, i: int, reads: Reads) -> BlockInput:
         s, exact = self._slices[i], self._stream(reads == "paired")[i]
@@ -103,13 +117,27 @@ class StateFlow:
         ends = [block.output(graph)] if weights is None else [site.x for site in sites]
         run = _runner(block, graph, constants, ends)
         pair = self._pair(block, sites) if wanted & PAIRED else None
-        collector = Collector(wanted, sites)
+        collector = Collector(wanted - {"fisher"}, sites)
         for i, s in enumerate(self._slices):
             ids = self._states.ids[s]
             before = dict(zip(pair[0], pair[1](ids, self._stream(True)[i]), strict=True)) if pair else {}
             taps: Any = collector.taps(self._states.weights[s], ids == self._ctx.spec.mask_id, before)
             run(ids, self._stream(exact)[i], taps=taps)
-        return collector.result()
+        found = collector.result()
+        if "fisher" in wanted:
+            # Linears that read the same value share the other statistics; this one is the weight's own.
+            found = {weight: {**stats, "fisher": self._fisher[weight]} for weight, stats in found.items()}
+        return found
+
+    def observe(self, block: Block, observers: Collection[Observer]) -> None:
+        """Run the block as it is now and show each observer the values that it wants."""
+        wanted = list(dict.fromkeys(node for observer in observers for node in observer.nodes))
+        run = _runner(block, self._graph, self._ctx.weights, wanted)
+        for i, s in enumerate(self._slices):
+            ids = self._states.ids[s]
+            values = dict(zip(wanted, run(ids, self._hidden[i]), strict=True))
+            for observer in observers:
+                observer.add([values[node] for node in observer.nodes], Batch(ids, self._states.weights[s]))
 
     def advance(self, block: Block) -> None:
         """Move the states through the rewritten block, and the exact ones through the block as it was."""

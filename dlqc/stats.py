@@ -2,9 +2,11 @@
 
     hessian   Σ c·xᵀx              [K, K]   float64 sum of float32 products
     drift     Σ c·(x₀ - x)ᵀx       [K, K]   likewise; x₀ is what the linear would read in the model before weights were rounded
+    energy    Σ c·x²               [K]      the diagonal of the Hessian alone
     absmax    max |x| over rows with c > 0   [K]
     mean      Σ c·x / Σ c          [K]
     meanabs   Σ c·|x| / Σ c        [K]
+    fisher    Σ (∂ℓ/∂W)² / S       [N, K]   of the weight itself, from one backward sweep before the first block (`dlqc.fisher`)
     count     Σ over rows of 1     []
     sample    up to 512 rows x, drawn with probability proportional to c, without replacement   [S, K]
     masked    whether each row of the sample stands at a masked token                           [S] bool
@@ -25,7 +27,7 @@ from dlqc.errors import CalibrationError, ContractError, nearest
 from dlqc.execute import placeholder
 from dlqc.graph import Linear
 
-STATISTICS = ("absmax", "count", "drift", "hessian", "masked", "mean", "meanabs", "sample")
+STATISTICS = ("absmax", "count", "drift", "energy", "hessian", "masked", "mean", "meanabs", "sample")
 
 #: Statistics that compare with the model before weights were rounded: its states run through the blocks, too.
 PAIRED = frozenset({"drift"})
@@ -103,6 +105,9 @@ class Collector:
         self._weight_sum[node] = self._weight_sum.get(node, 0.0) + float(c.sum(dtype=torch.float64))
         if self.wanted & {"sample", "masked"}:
             self._draw(node, x, c, sums)
+        if "energy" in self.wanted:
+            term = c.double() @ x.double().square()
+            sums["energy"] = sums.get("energy", torch.zeros(k, dtype=torch.float64)) + term
         if "hessian" in self.wanted:
             scaled = x * c.sqrt()[:, None]
             _add_product(sums, "hessian", scaled, scaled)

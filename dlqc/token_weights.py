@@ -2,6 +2,7 @@
 
     Uniform               c = 1
     Certainty             CGQ of DLLMQuant (arXiv 2508.14090, eq. 10): c = base + slope·confidence if masked, else `visible`
+    SinkAware             arXiv 2602.17664: tokens that attention collects in now and then count less
     Frontier              FAIR-Calib (arXiv 2606.06547): what is committed soon, and what the model is sure of, counts more
 
 Shapes: S states, L positions.
@@ -9,14 +10,14 @@ Shapes: S states, L positions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from dlqc.errors import CalibrationError, RecipeError
-from dlqc.samplers import Canvases, Teacher
+from dlqc.samplers import Canvases, Teacher, shift_rows
 
 
 @dataclass(frozen=True)
@@ -120,3 +121,55 @@ class Frontier(TokenWeight):
                 weights += self.confidence / self.steps * sure / mean.clamp(min=1e-12)
             ids = torch.where(now, canvases.clean, ids)
         return weights
+
+
+@dataclass(frozen=True)
+class SinkAware(TokenWeight):
+    """Sink-aware weights: tokens that draw much attention in their state, but not in most, count less (arXiv 2602.17664).
+
+        m_sj   how much attention token j of state s gets from all heads and layers, mean 1 over j (`dlqc.sinks`)
+        φ_sj = sigmoid(sharpness·((m_sj - mean_j m_sj) / std_j m_sj - deviations)),    1 at a sink, 0 elsewhere
+        p_j  = mean_s φ_sj                       how steady position j is a sink over the states, which stand at all times
+        c_sj = base_sj·(1 - φ_sj·(1 - p_j))      a sink that is always there counts in full, one that comes and goes not at all
+
+    The sinks of autoregressive models sit at fixed positions, and tools protect them; a masked denoiser's move with the canvas,
+    and weights that only serve them are not worth keeping. A token's row counts by whether itself is a sink, also where logits
+    are shifted.
+
+    Differences from the authors' code: there all sinks are left out, steady or not (steady=False), φ is of the sum of attention
+    in its own unit and not in standard deviations, and rows are scaled by 1 - φ, so that second moments are by its square.
+
+    Options:
+        base: the weights that are reduced. deviations: above the mean, where φ is one half. sharpness: of the sigmoid.
+        steady: spare the sinks that most states have.
+    """
+
+    name: ClassVar[str] = "sink_aware"
+    base: Uniform | Certainty | Frontier = field(default_factory=Uniform)
+    deviations: float = 2.0
+    sharpness: float = 5.0
+    steady: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.sharpness > 0:
+            what = f"a sigmoid of sharpness {self.sharpness} tells no sinks"
+            raise RecipeError(what, where="sink_aware.sharpness", remedy="Use 5")
+
+    def draw(self, canvases: Canvases, generator: torch.Generator, teacher: Teacher) -> Tensor:
+        if teacher.mass is None:
+            raise CalibrationError("sink-aware weights need the attention of the model", where="weight")
+        ids, step = canvases.ids, teacher.batch
+        parts = [teacher.mass(ids[i : i + step]) for i in range(0, len(ids), step)]
+        factor = self.factors(torch.cat(parts))
+        # Weights are by token, and belong to the row that predicts it; here they are about the row itself.
+        factor = shift_rows(factor) if teacher.spec.shift else factor
+        return self.base.draw(canvases, generator, teacher) * factor
+
+    def factors(self, mass: Tensor) -> Tensor:
+        """1 - φ·(1 - p) [S, L] from m [S, L]."""
+        centred = mass - mass.mean(dim=1, keepdim=True)
+        spread = mass.std(dim=1, keepdim=True, unbiased=False)
+        far = centred / torch.where(spread > 0, spread, 1.0)
+        sink = torch.sigmoid(self.sharpness * (far - self.deviations))
+        transient = 1 - sink.mean(dim=0) if self.steady else torch.ones_like(sink[0])
+        return (1 - sink * transient).float()

@@ -21,6 +21,7 @@ import torch
 
 from dlqc import fwht, hadamard
 from dlqc.errors import ContractError
+from dlqc.formats.packing import pack, unpack
 from dlqc.transform import Chain, Diagonal, Hadamard, Identity, Kronecker, Transform
 
 # Entries of a tile in which a transformed matrix is evaluated, 4 or 8 MiB.
@@ -67,6 +68,42 @@ class Rows:
 
 
 @dataclass(frozen=True, eq=False)
+class Columns:
+    """W [N, K] → W[:, picked], picked int [n] (the outlier columns of a linear)."""
+
+    picked: torch.Tensor
+
+    def __call__(self, w: torch.Tensor) -> torch.Tensor:
+        return w.index_select(1, self.picked)
+
+
+@dataclass(frozen=True, eq=False)
+class Pruned:
+    """W [N, K] → W where it is kept, else 0; or what a pruning method made of the kept weights in place of them.
+
+    Attributes:
+        mask: which weights are kept, bits packed by row (`dlqc.formats.packing`, one bit a code).
+        moved: [N, K], the kept weights as the method moved them; None leaves them as they are.
+    """
+
+    mask: torch.Tensor
+    moved: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, kept: torch.Tensor, moved: torch.Tensor | None = None) -> Pruned:
+        """From bool [N, K]."""
+        return cls(pack(kept.to(torch.uint8), 1), moved)
+
+    def kept(self, width: int) -> torch.Tensor:
+        """Bool [N, K], K = `width`."""
+        return unpack(self.mask, 1, width).bool()
+
+    def __call__(self, w: torch.Tensor) -> torch.Tensor:
+        value = w if self.moved is None else self.moved.to(w.dtype)
+        return value.masked_fill(~self.kept(w.shape[1]), 0)
+
+
+@dataclass(frozen=True, eq=False)
 class Clamp:
     """W [N, K] → W held within ±limits, limits [N, G], one for each group of K/G neighbours of a row."""
 
@@ -88,7 +125,7 @@ class Plus:
         return w + self.number
 
 
-Fold = OnColumns | OnRows | Ones | Rows | Clamp | Plus
+Fold = OnColumns | OnRows | Ones | Rows | Columns | Pruned | Clamp | Plus
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,8 +145,13 @@ class Constant:
 
     @property
     def shape(self) -> torch.Size:
-        rows = next((f for f in reversed(self.folds) if isinstance(f, Rows)), None)
-        return self.leaf.shape if rows is None else torch.Size((rows.stop - rows.start, *self.leaf.shape[1:]))
+        shape = tuple(self.leaf.shape)
+        for f in self.folds:
+            if isinstance(f, Rows):
+                shape = (f.stop - f.start, *shape[1:])
+            elif isinstance(f, Columns):
+                shape = (shape[0], len(f.picked))
+        return torch.Size(shape)
 
     @property
     def storage_dtype(self) -> torch.dtype:
@@ -117,6 +159,29 @@ class Constant:
             return self.dtype
         arithmetic = any(not isinstance(f, Rows) for f in self.folds)
         return torch.float32 if arithmetic and self.leaf.dim() == 1 else self.leaf.dtype
+
+    @property
+    def unpruned(self) -> Constant:
+        """The expression without the masks of pruning; of a weight that pruning has moved, the expression itself."""
+        masks = [f for f in self.folds if isinstance(f, Pruned)]
+        if any(f.moved is not None for f in masks):
+            return self
+        return replace(self, folds=tuple(f for f in self.folds if f not in masks))
+
+    def kept(self) -> torch.Tensor | None:
+        """Which weights are left of a pruned matrix, bool [N, K]; None if it was not pruned.
+
+        What is folded in later scales rows and columns, bounds, or takes a part (`Weights.fold` sees to it).
+        """
+        found, width = None, self.leaf.shape[-1]
+        for fold in self.folds:
+            if isinstance(fold, Pruned):
+                own = fold.kept(width)
+                found = own if found is None else found & own
+            elif isinstance(fold, Rows | Columns):
+                width = len(fold.picked) if isinstance(fold, Columns) else width
+                found = None if found is None else fold(found)
+        return found
 
     def exact(self) -> torch.Tensor:
         """The expression in float64 (integers as they are), not rounded to the storage dtype."""
@@ -225,6 +290,13 @@ class Weights(Mapping[str, Constant]):
                 "a transform reached a weight that is already quantized",
                 where=name,
                 remedy="Move the transform before quantize_weights",
+            )
+        mixes = isinstance(fold, OnColumns | OnRows) and not isinstance(fold.t, Diagonal | Identity)
+        if mixes and any(isinstance(f, Pruned) for f in old.folds):
+            raise ContractError(
+                "a transform would mix the zeros of a pruned weight with others",
+                where=name,
+                remedy="Move the transform before sparsify",
             )
         self._constants[name] = Constant(old.leaf, (*old.folds, fold), old.aliases, old.dtype)
 

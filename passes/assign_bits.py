@@ -13,7 +13,8 @@ be read as a prediction: it leaves out that errors of different units meet.
 
 bits count all that is stored: codes, scales, zero points, padding. A budget in bpw is over the linears that are quantized; a
 budget in bytes is for the weight files of the artifact, embeddings and head included. One that is out of reach, to either
-side, is refused before any work, with the nearest that is not.
+side, is refused before any work, with the nearest that is not. (Fixed ranges of activations, a few numbers a linear, come later
+and are not counted.)
 
 `prior` p weighs the costs of the first block with 1 - p and of the last with 1 + p, in a straight line between: in diffusion
 language models it is the early layers that are redundant (Layer Collapse, arXiv 2605.06366), where autoregressive practice
@@ -25,7 +26,7 @@ Declines what quantize_weights declines: routers, and what `skip` names, which m
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import fx
 
@@ -34,11 +35,12 @@ from dlqc.budget import Budget
 from dlqc.contract import Context, Pass, PassReport, Plan, matches
 from dlqc.errors import FeasibilityError, RecipeError, nearest
 from dlqc.formats.integer import IntFormat
+from dlqc.formats.sparse import SparseFormat
 from dlqc.graph import linears
 from dlqc.knapsack import frontier, hull
 from dlqc.rounding.contract import BlockRounding
 from dlqc.rounding.gptq import Gptq
-from dlqc.schemes import Method, Override, Scheme, Variant
+from dlqc.schemes import Method, Override, Scheme, Variant, head_format
 from dlqc.sensitivity import RATIOS, Metric, sensitivities
 
 
@@ -56,7 +58,7 @@ class AssignBits(Pass):
         fused: linears that read one value get the same scheme.
         prior: 0 for none, up to 1: by how much more the last block's costs count, and the first block's less.
         fixed: linears whose scheme is settled; they count in the budget.
-        skip: glob patterns of linears to leave alone.
+        skip: glob patterns of linears to leave alone. head: bits behind the last block. Both as in quantize_weights.
         rows: calibration rows to measure on. ratios: mask ratios, each row once at each.
     """
 
@@ -76,6 +78,7 @@ class AssignBits(Pass):
     prior: float = 0.0
     fixed: tuple[Override, ...] = ()
     skip: tuple[str, ...] = ()
+    head: int | None = None
     rows: int = 8
     ratios: tuple[float, ...] = RATIOS
 
@@ -91,6 +94,10 @@ class AssignBits(Pass):
         if not self.candidates:  # a wrong width, group or method is refused here, with the option's name
             raise RecipeError("there is nothing to choose from", where="assign_bits.bits", remedy="Use (2, 3, 4, 8)")
         schemes = [*self.candidates, *(override.of(self.candidates[0]) for override in self.fixed)]
+        head_format(self.head, schemes[0].format)
+        if any(isinstance(scheme.format, SparseFormat) for scheme in schemes):
+            what = "what a sparse weight takes is known when it is pruned, and budgets are reckoned beforehand"
+            raise RecipeError(what, where="assign_bits.variants", remedy="Choose among other formats")
         for scheme in map(self._probing, schemes):
             if isinstance(scheme.method, BlockRounding):
                 what = f"{scheme.method.name} rounds the linears of a block together, and has no cost of one alone"
@@ -108,9 +115,18 @@ class AssignBits(Pass):
         """What is tried in the place of a candidate."""
         return scheme if self.probe is None else Scheme(scheme.format, self.probe).checked("assign_bits.probe")
 
-    def choices(self, graph: fx.Graph, ctx: Context) -> Choices:
-        """What may be chosen, from shapes alone."""
-        return choices(graph, ctx, self.candidates, fused=self.fused, skip=self.skip, fixed=self.fixed)
+    def needed_facts(self) -> frozenset[str]:
+        # Gradients do not pass what rounds queries, keys and values.
+        return self.needs | ({"float-attention"} if self.metric == "fisher" else set())
+
+    def choices(self, graph: fx.Graph, ctx: Context, plan: Plan | None = None) -> Choices:
+        """What may be chosen, from shapes alone; beforehand, with what passes before this one plan."""
+        tables: dict[str, tuple[IntFormat, int, int]] = {}
+        if plan is not None:
+            tied = {n: s for n, s in plan.sites.items() if isinstance(s.weight, IntFormat)}
+            tables = {n: (s.integers, s.out_features, s.in_features) for n, s in tied.items()} | plan.tables
+        kept: dict[str, Any] = {"fused": self.fused, "skip": self.skip, "fixed": self.fixed, "head": self.head}
+        return choices(graph, ctx, self.candidates, tables=tables, **kept)
 
     def plan(self, graph: fx.Graph, ctx: Context, plan: Plan) -> None:
         names = [site.name for site in linears(graph.nodes, ctx.weights)]
@@ -119,7 +135,7 @@ class AssignBits(Pass):
             if not any(matches(name, [pattern]) for name in names):
                 hint = nearest(pattern, names[:8])
                 plan.problems.append(f"assign_bits: {option} pattern {pattern!r} matches no linear; {hint}, …")
-        found = self.choices(graph, ctx)
+        found = self.choices(graph, ctx, plan)
         plan.problems += [f"assign_bits: {problem}" for problem in found.problems]
         if not found.units:
             plan.problems.append("assign_bits: the repeated blocks hold no linear that is not skipped")
@@ -132,6 +148,7 @@ class AssignBits(Pass):
             return
         for unit, schemes in zip(found.units, found.schemes, strict=True):
             plan.assigned |= dict.fromkeys(unit.names, schemes)
+        plan.assigned_head = self.head
         plan.limit_bits = min(budget.limit(found.weights, found.rest), found.largest)
         least, most = (budget.spelled(b, found.weights, found.rest) for b in (found.smallest, found.largest))
         labels = ", ".join(dict.fromkeys(s.label for schemes in found.schemes for s in schemes))

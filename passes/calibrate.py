@@ -23,6 +23,7 @@ from dlqc.calibration import (
     Frontier,
     MaskedSimulation,
     Rollout,
+    SinkAware,
     States,
     TokenRows,
     Uniform,
@@ -32,9 +33,10 @@ from dlqc.calibration import (
 from dlqc.contract import Context, Pass, PassReport, Plan
 from dlqc.errors import CalibrationError
 from dlqc.execute import forward
+from dlqc.sinks import attention_mass
 
 SampleOption = Clean | ForwardProcess | MaskedSimulation | BlockStates | Rollout
-WeightOption = Uniform | Certainty | Frontier
+WeightOption = Uniform | Certainty | Frontier | SinkAware
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,13 @@ class Calibrate(Pass):
         def logits(ids: torch.Tensor) -> torch.Tensor:
             return forward(graph, ctx.weights, ids)
 
+        def mass(ids: torch.Tensor) -> torch.Tensor:
+            return attention_mass(graph, ctx.weights, ids)
+
         if ctx.rows is None:
             ctx.rows = rollout_rows(logits, ctx.spec, rows=min(self.sequences, 64), length=self.length, seed=ctx.seed)
         rows = self._pick(ctx.rows, ctx.seed)
-        ctx.states = draw_states(rows, self.sampler, self.weight, ctx.spec, seed=ctx.seed, logits=logits)
+        ctx.states = draw_states(rows, self.sampler, self.weight, ctx.spec, seed=ctx.seed, logits=logits, mass=mass)
         masked = float((ctx.states.ids == ctx.spec.mask_id).float().mean())
         metrics = {"states": ctx.states.ids.shape[0], "tokens": ctx.states.tokens, "masked_share": masked}
         distinct = min(ctx.rows.ids.shape[0], self.sequences)

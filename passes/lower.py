@@ -4,8 +4,9 @@ Before:  linear_packed(quantize_act(x), packed, scales, zeros, b), or linear_cod
 After:   <kernel>(x, the kernel's own layout of the weight, …)
 
 Each kernel of the backend says whether it supports the site; the first that does gets it, and the report says which kernel
-each site got and why the ones before it did not. A kernel takes the activation quantizer with it. Nothing falls back in
-silence: if no kernel supports a site, all such sites are listed and nothing is lowered.
+each site got and why the ones before it did not. A kernel takes the activation quantizer with it; one with fixed scales stays a
+node of its own in front of kernels that do not take such scales. Nothing falls back in silence: if no kernel supports a site, all
+such sites are listed and nothing is lowered. What attentions read is quantized by its definition.
 """
 
 from __future__ import annotations
@@ -13,15 +14,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import fx
 
-from dlqc.backend import AnyKernel, CodedKernel, LinearSpec, Lowered, choose_kernel
+from dlqc.backend import AnyKernel, CodedKernel, LinearSpec, Lowered, StaticKernel, choose_kernel, offered, remark
 from dlqc.contract import Context, Pass, PassReport, Plan
 from dlqc.errors import LoweringError
-from dlqc.formats.activation import ActFormat
 from dlqc.formats.coded import decode
 from dlqc.formats.integer import IntFormat
 from dlqc.graph import (
+    act_format,
     activation_quantizer,
     args_of,
     call_before,
@@ -33,7 +35,7 @@ from dlqc.graph import (
     sweep,
     width,
 )
-from dlqc.ops import LINEAR_CODED, LINEAR_PACKED
+from dlqc.ops import LINEAR_CODED, LINEAR_PACKED, QUANTIZE_ACT_STATIC
 
 
 @dataclass(frozen=True)
@@ -66,17 +68,17 @@ class Lower(Pass):
                 remedy="Use backend='auto' or another scheme",
             )
         # Calls that share a weight share its layout only if they also agree on the bias and on how x is quantized.
-        made: dict[tuple[str, LinearSpec, str | None], _Made] = {}
+        made: dict[tuple[object, ...], _Made] = {}
         for node, (name, kernel, spec, refusals) in zip(sites, chosen, strict=True):
             assert kernel is not None
-            key = (name, spec, constant_name(_parts_and_bias(node)[1]))
+            key = (name, spec, *map(constant_name, (_parts_and_bias(node)[1], *_fixed(node))))
             if key not in made:
                 same = sum(1 for other in made if other[0] == name)
                 made[key] = self._lower(node, f"{name}.{same}" if same else name, kernel, spec, ctx)
                 passed = "".join(f"; not {k}: {why}" for k, why in refusals.items())
-                note = kernel.note(spec)
+                note = remark(kernel, spec)
                 report.choices[name] = f"{kernel.name}{f' ({note})' if note else ''}{passed}"
-            self._rewrite(node, made[key], graph, ctx)
+            self._rewrite(node, kernel, made[key], graph, ctx)
             report.sites += 1
         sweep(graph, ctx.weights)
         return report
@@ -88,17 +90,24 @@ class Lower(Pass):
 
     def _lower(self, node: fx.Node, name: str, kernel: AnyKernel, spec: LinearSpec, ctx: Context) -> _Made:
         parts, last = _parts_and_bias(node)
-        tensors = [None if part is None else ctx.weights.value(str(constant_name(part))) for part in parts]
-        bias = None if last is None else ctx.weights.value(str(constant_name(last)))
+        seen = offered(kernel, spec)
+        assert seen is not None
+        tensors, bias = [_value(part, ctx) for part in parts], _value(last, ctx)
         if isinstance(kernel, CodedKernel):
             assert not isinstance(spec.weight, IntFormat)
             roles = sorted(spec.weight.parts_of(spec.out_features, spec.in_features))
             given = {role: tensor for role, tensor in zip(roles, tensors, strict=True) if tensor is not None}
-            lowered = kernel.lower_coded(spec, given, bias)
+            lowered = kernel.lower_coded(seen, given, bias)
         else:
-            assert tensors[0] is not None
-            assert tensors[1] is not None
-            lowered = kernel.lower(spec, tensors[0], tensors[1], tensors[2], bias)
+            packed, scales, zeros = tensors
+            assert packed is not None
+            assert scales is not None
+            if isinstance(kernel, StaticKernel):
+                scale, zero = (_value(part, ctx) for part in _fixed(node))
+                assert scale is not None
+                lowered = kernel.lower_static(seen, packed, scales, zeros, bias, scale, zero)
+            else:
+                lowered = kernel.lower(seen, packed, scales, zeros, bias)
         names: list[str | None] = []
         for role, tensor in lowered.tensors.items():
             key = None if tensor is None else f"{name}.{kernel.name}.{role}"
@@ -107,16 +116,37 @@ class Lower(Pass):
             names.append(key)
         return lowered, names
 
-    def _rewrite(self, node: fx.Node, made: _Made, graph: fx.Graph, ctx: Context) -> None:
+    def _rewrite(self, node: fx.Node, kernel: AnyKernel, made: _Made, graph: fx.Graph, ctx: Context) -> None:
         lowered, names = made
-        quantizer = activation_quantizer(node)
-        x = args_of(node)[0] if quantizer is None else args_of(quantizer)[0]
+        inputs = _inputs(node, kernel)
         tensors = [None if name is None else read(graph, ctx.weights, name, node) for name in names]
-        args = (x, tensors, *lowered.scalars) if lowered.listed else (x, *tensors, *lowered.scalars)
+        args = (*inputs, tensors, *lowered.scalars) if lowered.listed else (*inputs, *tensors, *lowered.scalars)
         replace(node, call_before(graph, node, lowered.op, args))
 
 
 _Made = tuple[Lowered, list[str | None]]
+
+
+def _value(part: fx.Node | None, ctx: Context) -> torch.Tensor | None:
+    return None if part is None else ctx.weights.value(str(constant_name(part)))
+
+
+def _fixed(node: fx.Node) -> tuple[fx.Node | None, ...]:
+    """The fixed scales and zero points of a linear's input, where it has some."""
+    quantizer = activation_quantizer(node)
+    return args_of(quantizer)[1:3] if is_call(quantizer, QUANTIZE_ACT_STATIC) else ()
+
+
+def _inputs(node: fx.Node, kernel: AnyKernel) -> tuple[fx.Node | None, ...]:
+    """What a kernel reads besides its tensors: x as it was before its quantizer, and with fixed scales each row's set of them.
+
+    A kernel that takes no fixed scales reads what their quantizer makes of x.
+    """
+    quantizer = activation_quantizer(node)
+    if quantizer is None or (is_call(quantizer, QUANTIZE_ACT_STATIC) and not isinstance(kernel, StaticKernel)):
+        return (args_of(node)[0],)
+    x = args_of(quantizer)[0]
+    return (x, args_of(quantizer)[3]) if isinstance(kernel, StaticKernel) else (x,)
 
 
 def _parts_and_bias(node: fx.Node) -> tuple[list[fx.Node | None], fx.Node | None]:
@@ -129,11 +159,7 @@ def _parts_and_bias(node: fx.Node) -> tuple[list[fx.Node | None], fx.Node | None
 def spec_of_node(node: fx.Node, ctx: Context) -> LinearSpec:
     """What a packed or coded linear computes."""
     x = args_of(node)[0]
-    quantizer = activation_quantizer(node)
-    act = None
-    if quantizer is not None:
-        _, act_bits, act_group, symmetric = args_of(quantizer)
-        act = ActFormat(act_bits, act_group or None, bool(symmetric))
+    act = act_format(node)
     if is_call(node, LINEAR_CODED):
         _, _, bias, spec, out_features = args_of(node)
         return LinearSpec(width(x), out_features, decode(spec), act, bias is not None)

@@ -32,6 +32,9 @@ class Pack(Pass):
     preserves: ClassVar = "exact"
     scope: ClassVar = "block"
 
+    def reaches_tail(self) -> bool:
+        return True
+
     def apply(self, graph: fx.Graph, ctx: Context) -> PassReport:
         report = PassReport()
         before = after = 0

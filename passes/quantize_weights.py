@@ -15,7 +15,15 @@ scheme of their own (`assign_bits`). A site that both name is refused.
 Declines:
     - a linear that `skip` names
     - a router: its output goes into a topk, where a small error is another expert (`dlqc.routers`)
-    - (outside the repeated blocks nothing is a site: embeddings and head stay as they are, and the report says so)
+    - outlier columns that `split_outliers` gave a linear of their own
+    - a head that is tied to an embedding: `quantize_embedding` rounds the table for both
+    - (other linears outside the repeated blocks, and embeddings, are no sites: they stay, and the report says so)
+
+With `head`, linears between the last block and the logits become integers, too: 8 bits per output channel, fewer bits in the
+groups and with the zero points of the blocks' integers (g128 with zero points beside another format), by the same method, or to
+nearest where that takes no integers. Their statistics are of the states behind the last rounded block.
+
+A pruned weight (`sparsify`) stays zero where it is zero; a format without a zero is refused.
 
 A weight that several calls share is rounded once, on the sum of their statistics, and all calls are rewritten.
 
@@ -29,8 +37,9 @@ What the statistics are of is `sequential`:
 
 from __future__ import annotations
 
+import dataclasses
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -38,20 +47,29 @@ import torch
 from torch import fx
 
 from dlqc.backend import LinearSpec
+from dlqc.blocks import tail
 from dlqc.contract import Context, Pass, PassReport, Plan, Reads, Sequential, matches
 from dlqc.errors import ContractError, RecipeError, nearest
+from dlqc.formats.codebook import CodebookFormat
 from dlqc.formats.coded import CodedFormat, encode, fault
 from dlqc.formats.integer import IntFormat, QuantizedWeight
+from dlqc.formats.lattice import LatticeFormat
+from dlqc.formats.planes import PlanesFormat
+from dlqc.formats.sparse import SparseFormat
 from dlqc.graph import Linear, arg, args_of, call_before, linears, read, replace, sweep
+from dlqc.kept import reason_to_keep, to_round
 from dlqc.ops import LINEAR_CODED, LINEAR_Q
 from dlqc.reconstruct import round_block
-from dlqc.rounding.contract import BlockRounding
+from dlqc.rounding.contract import BlockRounding, Rounded
 from dlqc.rounding.gptq import Gptq
 from dlqc.rounding.hessian import sqnr_db
 from dlqc.rounding.low_rank import LowRank, add_low_rank
-from dlqc.routers import KEPT, is_router
-from dlqc.schemes import Method, Override, Scheme, overridden, to_round
+from dlqc.rounding.rtn import Rtn
+from dlqc.schemes import Method, Override, Scheme, at_odds, head_format, operands, overridden
 from dlqc.stats import PAIRED, Moments
+
+#: Formats without an exact zero: a pruned weight would come back.
+NO_ZERO = (PlanesFormat, CodebookFormat, LatticeFormat)
 
 
 @dataclass(frozen=True)
@@ -64,6 +82,7 @@ class QuantizeWeights(Pass):
         method: the rounding method.
         skip: glob patterns of module names to leave alone.
         format: a format other than integers; then the first three have no say, and `pack` is not needed.
+        head: bits of the linears between the last block and the logits; None leaves them alone.
         sequential: what statistics are taken of, "block", "layer" or "none"; see the module's text.
         low_rank: a correction of low rank for what rounding leaves (`dlqc.rounding.low_rank`); None for none.
         overrides: variants for some linears, such as override(sites=('*.ff_out',), bits=4); the last that names one counts.
@@ -81,13 +100,14 @@ class QuantizeWeights(Pass):
     method: Method = field(default_factory=Gptq)
     skip: tuple[str, ...] = ()
     format: CodedFormat | None = None
+    head: int | None = None
     sequential: Sequential = "block"
     low_rank: LowRank | None = None
     overrides: tuple[Override, ...] = ()
 
     @property
     def target(self) -> IntFormat | CodedFormat:
-        """The format of a linear that nothing else names."""
+        """The format of the blocks' linears that nothing else names."""
         return self.format or IntFormat(self.bits, self.group_size, self.symmetric)
 
     @property
@@ -96,15 +116,23 @@ class QuantizeWeights(Pass):
         return Scheme(self.target, self.method)
 
     @property
+    def head_scheme(self) -> Scheme:
+        """What the linears behind the last block get."""
+        fmt = head_format(self.head, self.target) or self.target
+        unfit = self.method.refusal(fmt) is not None or isinstance(self.method, BlockRounding)
+        return Scheme(fmt, Rtn() if unfit else self.method)
+
+    @property
     def schemes(self) -> tuple[Scheme, ...]:
-        """That one, and those of the overrides."""
-        return (self.scheme, *(override.of(self.scheme) for override in self.overrides))
+        """All that this pass may round by, without those that are assigned."""
+        own = (self.scheme, self.head_scheme) if self.head is not None else (self.scheme,)
+        return (*own, *(override.of(self.scheme) for override in self.overrides))
 
     def __post_init__(self) -> None:
         self.scheme.checked()
-        methods = {scheme.method for scheme in self.schemes}  # a wrong width or method is refused here, by option
-        together = [method.name for method in methods if isinstance(method, BlockRounding)]
-        if together and len(methods) > 1:
+        schemes = self.schemes  # a wrong width or method is refused here, with the option's name
+        together = [s.method.name for s in schemes if isinstance(s.method, BlockRounding)]
+        if together and any(override.of(self.scheme).method != self.method for override in self.overrides):
             what = f"{together[0]} rounds the linears of a block together, so all of them must have it"
             raise RecipeError(what, where="override.method", remedy="Leave it out, or use method=gptq")
         for option in ("bits", "group_size", "symmetric") if self.format is not None else ():
@@ -141,6 +169,9 @@ class QuantizeWeights(Pass):
         wanted |= self.low_rank.statistics if self.low_rank is not None else frozenset()
         return wanted | ({"count"} if "hessian" in wanted else set())
 
+    def reaches_tail(self) -> bool:
+        return self.head is not None
+
     def sequence(self) -> Sequential:
         return self.sequential
 
@@ -155,23 +186,30 @@ class QuantizeWeights(Pass):
                 hint = nearest(pattern, names[:8])
                 plan.problems.append(f"{option} pattern {pattern!r} matches no linear; {hint}, …")
         inside = {node for block in ctx.blocks for node in block.nodes(graph)}
+        last = tail(graph, ctx.blocks) if self.head is not None else None
+        behind = set(last.nodes(graph)) if last is not None else set()
         for site in linears(graph.nodes, ctx.weights):
-            if site.node not in inside:
+            if site.name in plan.sites:  # a tied head: quantize_embedding has planned it
+                continue
+            if site.node not in inside | behind:
                 plan.kept[site.name] = "outside the repeated blocks"
             elif matches(site.name, self.skip):
                 plan.kept[site.name] = "named by skip="
-            elif is_router(site.node):
-                plan.kept[site.name] = KEPT
+            elif (reason := reason_to_keep(site)) is not None:
+                plan.kept[site.name] = reason
             else:
-                self._plan_site(site, plan)
-        self._plan_assigned(plan)
+                named = self.scheme_of(site.name, behind=site.node in behind)
+                self._plan_site(site, plan, plan.assigned.get(site.name) or (named,))
+        if plan.assigned and not plan.problems:
+            mine = {site.name for site in linears(inside, ctx.weights)} & plan.sites.keys()
+            plan.problems += [f"quantize_weights: {odd}" for odd in at_odds(plan, self.schemes, mine, self.head)]
         if self.required and not plan.sites and not plan.problems:
             plan.problems.append(
                 "quantize_weights: the repeated blocks hold no linear on a constant weight that is not skipped"
             )
 
-    def _plan_site(self, site: Linear, plan: Plan) -> None:
-        schemes = plan.assigned.get(site.name) or (overridden(site.name, self.scheme, self.overrides),)
+    def _plan_site(self, site: Linear, plan: Plan, schemes: Sequence[Scheme]) -> None:
+        """Fill the plan of a site, given its scheme or those that it may come to have."""
         for target in dict.fromkeys(scheme.format for scheme in schemes):
             reason = target.check(site.in_features)
             if reason is not None:
@@ -181,6 +219,10 @@ class QuantizeWeights(Pass):
                 remedy = remedy if grouped else "set it in format=, or exclude it with skip="
                 plan.problems.append(f"{site.name}: {reason} ({remedy})")
                 return
+            if site.name in plan.pruned and isinstance(target, NO_ZERO):
+                plan.problems.append(
+                    f"{site.name}: pruned weights are zero, and {target.label} has no zero (use another format)"
+                )
         if self.low_rank is not None:
             shape = (site.out_features, site.in_features)
             reason = self.low_rank.format.check(*shape)
@@ -188,49 +230,37 @@ class QuantizeWeights(Pass):
                 plan.problems.append(f"{site.name}: {reason} (use a lower rank in low_rank=, or exclude it with skip=)")
                 return
             plan.beside[site.name] = self.low_rank.format.bits(*shape)
-        spec = LinearSpec(site.in_features, site.out_features, schemes[-1].format, None, site.bias is not None)
-        plan.sites[site.name] = spec
+        target = schemes[-1].format
+        if isinstance(target, SparseFormat):
+            if site.name not in plan.pruned:
+                plan.problems.append(f"{site.name}: {target.label} stores what pruning left (put sparsify before)")
+            target = dataclasses.replace(target, density=plan.pruned.get(site.name))
+        plan.sites[site.name] = LinearSpec(site.in_features, site.out_features, target, None, site.bias is not None)
 
-    def _plan_assigned(self, plan: Plan) -> None:
-        """A pass before this one that assigns schemes must speak of the same sites, and of what this one can do."""
-        named = [name for name in plan.assigned if any(matches(name, o.sites) for o in self.overrides)]
-        plan.problems += [
-            f"{name}: overrides= names it, and it is assigned (name it in fixed= there)" for name in named
-        ]
-        if not plan.assigned or plan.problems:
-            return
-        for name in sorted(plan.assigned.keys() ^ plan.sites.keys()):
-            what = "is assigned, and skipped here" if name in plan.assigned else "is rounded here, and not assigned"
-            plan.problems.append(f"{name}: {what} (give both passes the same skip=)")
-        schemes = {scheme for candidates in plan.assigned.values() for scheme in candidates}
-        if self.format is not None and any(isinstance(scheme.format, IntFormat) for scheme in schemes):
-            plan.problems.append("quantize_weights: integers are assigned (leave format= out)")
-        for method in {s.method for s in schemes} - {self.method}:
-            alone = not isinstance(method, BlockRounding) and not isinstance(self.method, BlockRounding)
-            if not alone or method.statistics - self.statistics():
-                what = "needs statistics" if alone else "does not go together with the one here"
-                plan.problems.append(
-                    f"quantize_weights: {method.name} is assigned and {what} (set method={method.name})"
-                )
+    def scheme_of(self, name: str, *, behind: bool) -> Scheme:
+        """The scheme of a linear of the blocks, or of one behind them, by name."""
+        base = self.head_scheme if behind else self.scheme
+        return overridden(name, base, self.overrides)
 
     def apply(self, graph: fx.Graph, ctx: Context) -> PassReport:
         report, moments = PassReport(), Moments()
+        behind = ctx.block is not None and ctx.block not in ctx.blocks
         groups = self._groups(graph, ctx, report)
-        schemes = {sites[0].weight: self._scheme(sites[0].name, ctx) for group in groups for sites in group}
+        firsts = [sites[0] for group in groups for sites in group]
+        schemes = {s.weight: ctx.assignment.get(s.name) or self.scheme_of(s.name, behind=behind) for s in firsts}
         formats = {weight: scheme.format for weight, scheme in schemes.items()}
-        together = round_block(graph, ctx, groups, self.method, formats, report)
+        together = round_block(graph, ctx, groups, self.head_scheme.method if behind else self.method, formats, report)
         for group in groups:
             stats = self._statistics(group[0], ctx)
             moments.add(stats, len(group))
             prepared: dict[Method, Mapping[str, Any]] = {}
             for sites in group:
-                exact = ctx.weights.value(sites[0].weight, torch.float64)
-                fmt, method = schemes[sites[0].weight].format, schemes[sites[0].weight].method
+                weight, (fmt, method) = sites[0].weight, schemes[sites[0].weight].parts
                 if method not in prepared:
                     prepared = {method: self._noted(sites, method.prepare, stats)}
-                rounded = together.get(sites[0].weight) or self._noted(
-                    sites, method.round, exact, fmt, prepared[method]
-                )
+                exact, known = operands(ctx.weights, weight, method, prepared[method])
+                rounded = together.get(weight) or self._noted(sites, method.round, exact, fmt, known)
+                self._check_zeros(sites[0], rounded, ctx)
                 rewrite = self._rewrite if isinstance(rounded.weight, QuantizedWeight) else self._rewrite_coded
                 cost = rewrite(graph, ctx, rounded.weight, sites) | rounded.metrics
                 error = exact - rounded.weight.dequantize()
@@ -251,14 +281,12 @@ class QuantizeWeights(Pass):
         In the graph values come before their readers, so whatever a group's inputs depend on is in the groups before.
         (Of a weight that is called again further down, the first call counts.)
         """
-        by_weight, report.declined = to_round(ctx.nodes(graph), ctx.weights, self.skip)
+        by_weight, declined = to_round(ctx.nodes(graph), ctx.weights, self.skip)
+        report.declined += declined
         groups: dict[tuple[fx.Node, ...], list[list[Linear]]] = {}
         for sites in by_weight.values():
             groups.setdefault(tuple(site.x for site in sites), []).append(sites)
         return list(groups.values())
-
-    def _scheme(self, name: str, ctx: Context) -> Scheme:
-        return ctx.assignment.get(name) or overridden(name, self.scheme, self.overrides)
 
     def _statistics(self, sites: list[Linear], ctx: Context) -> Mapping[str, Any]:
         """Statistics of what the calls of a weight read."""
@@ -269,6 +297,12 @@ class QuantizeWeights(Pass):
             what = "sequential='layer' takes statistics anew, and there is nothing to take them with"
             raise ContractError(what, where="sequential", remedy="Run the pass by a PassManager, with blocks")
         return ctx.collect([weight])[weight]
+
+    def _check_zeros(self, site: Linear, rounded: Rounded, ctx: Context) -> None:
+        kept = ctx.weights[site.weight].kept()
+        if kept is not None and bool(rounded.weight.dequantize()[~kept].any()):
+            remedy = "This is a fault of the rounding method, report it"
+            raise ContractError("pruned weights are no longer zero", where=site.name, remedy=remedy)
 
     def _noted(self, sites: list[Linear], work: Callable[..., Any], *args: Any) -> Any:
         """Call a method; an error says at which linear it happened."""

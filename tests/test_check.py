@@ -56,7 +56,7 @@ def quantized(case: CaseMaker, *, symmetric: bool = False, packed: bool = False,
 
 def test_every_captured_model_is_legal(every_case: Any) -> None:
     judge(every_case)
-    assert {"normal-form", "float-weights", "float-activations"} == FACTS_OF_CAPTURE
+    assert {"normal-form", "float-weights", "float-activations", "float-attention"} == FACTS_OF_CAPTURE
 
 
 # L1
@@ -440,6 +440,7 @@ def test_every_checked_fact_has_a_test_here() -> None:
     assert set(FACT_CHECKS) == {
         "float-weights",
         "float-activations",
+        "float-attention",  # in test_check_activations.py
         "unit-gain",
         "quantized-weights",
         "quantized-activations",

@@ -47,7 +47,7 @@ def test_the_ladders() -> None:
     assert first["math-code"] == "w8a16-gptq"
     assert first["extreme"] == "w2a16-quant-dllm"
     assert first["edge"] == "w3.2a16-mixed-gptq"
-    assert first["quality"].startswith("w8a8-")
+    assert first["quality"] == "w8a8-dllmquant"
 
 
 def test_the_table_of_the_documentation() -> None:

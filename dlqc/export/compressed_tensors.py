@@ -2,7 +2,10 @@
 
     pack-quantized   int2 … int8 weights: weight_packed int32 [N, ⌈K·bits/32⌉], weight_scale [N, G], weight_shape [2],
                      and weight_zero_point int32 [⌈N·bits/32⌉, G] where there are zero points (packed along N)
-    int-quantized    int8 weights with int8 dynamic activations: weight int8 [N, K], weight_scale [N, 1]
+    int-quantized    int8 weights with int8 activations: weight int8 [N, K], weight_scale [N, 1]
+
+Activations are dynamic per token, or have one fixed scale each: input_scale float32 [1], and input_zero_point int8 [1] unless
+they are symmetric. Linears that read the same value get the same numbers.
 
 Our packed rows are the format's words byte for byte, so codes are not touched on the way. Stored codes are unsigned;
 the format says q = code - 2^(bits-1), and so do its zero points. Everything that is not quantized is written under its
@@ -30,20 +33,36 @@ from dlqc.formats.integer import IntFormat
 from dlqc.formats.packing import pack, unpack
 from dlqc.graph import (
     ADDED_BIAS,
+    HEAD_QUANTIZERS,
+    act_format,
     activation_quantizer,
     args_of,
     as_linear,
     constant_name,
     is_call,
-    module_name,
     site_name,
     width,
 )
-from dlqc.ops import LINEAR_CODED, LINEAR_PACKED, LINEAR_Q, LOW_RANK
+from dlqc.ops import (
+    ATTENTION,
+    EMBEDDING_PACKED,
+    LINEAR_CODED,
+    LINEAR_PACKED,
+    LINEAR_Q,
+    LOW_RANK,
+    QUANTIZE_ACT_STATIC,
+)
 from dlqc.weights import Weights
 
 if TYPE_CHECKING:
     from dlqc.compiled import Compiled
+
+#: What quantizes in an attention, which the format has no word for.
+IN_ATTENTION = (*HEAD_QUANTIZERS, ATTENTION)
+
+
+#: End of the names of linears that no checkpoint has: the outlier columns of one that has been split.
+OWN = ".outliers.weight"
 
 
 @dataclass(frozen=True)
@@ -57,6 +76,8 @@ class Site:
     codes: str
     scales: str
     zeros: str | None
+    input_scale: str | None = None
+    input_zero: str | None = None
 
 
 def sites_of(graph: fx.Graph, weights: Weights) -> Iterator[Site]:
@@ -67,19 +88,23 @@ def sites_of(graph: fx.Graph, weights: Weights) -> Iterator[Site]:
             continue
         x, codes, scales, zeros, _, bits, group = args_of(node)
         names = [constant_name(part) for part in (codes, scales, zeros)]
-        name = module_name(str(names[0]).removesuffix("_packed"))
+        name = site_name(node)
         if name in seen:
             continue
         seen.add(name)
-        quantizer = activation_quantizer(node)
-        act = (
-            None
-            if quantizer is None
-            else ActFormat(args_of(quantizer)[1], args_of(quantizer)[2] or None, bool(args_of(quantizer)[3]))
-        )
+        act = act_format(node)
         dtype = str(weights[str(names[1])].leaf.dtype).removeprefix("torch.")
         fmt = IntFormat(bits, group or None, zeros is None, dtype)
-        yield Site(name, fmt, act, width(x), str(names[0]), str(names[1]), names[2])
+        yield Site(name, fmt, act, width(x), str(names[0]), str(names[1]), names[2], *_fixed(node))
+
+
+def _fixed(node: fx.Node) -> tuple[str | None, str | None]:
+    """The fixed scale and zero point of a linear's input, where it has some."""
+    quantizer = activation_quantizer(node)
+    if not is_call(quantizer, QUANTIZE_ACT_STATIC):
+        return None, None
+    scale, zero = (constant_name(part) for part in args_of(quantizer)[1:3])
+    return scale, zero
 
 
 def check_exportable(model: Compiled) -> list[Site]:
@@ -102,17 +127,35 @@ def check_exportable(model: Compiled) -> list[Site]:
         raise ExportError("no linear is quantized", where="graph", remedy="Compile with a recipe that quantizes")
     problems = [f"{name} is a part of a fused projection" for name in model.weights if ".rows_" in name]
     problems += [f"{s.name} is transposed in its checkpoint" for s in sites if "transposed" in s.name.split(".")]
+    problems += [
+        f"{site_name(n)} is an embedding in {args_of(n)[4]} bits"
+        for n in model.graph.nodes
+        if is_call(n, EMBEDDING_PACKED)
+    ]
+    problems += [f"{n.removesuffix('.weight')} is a linear of its own" for n in model.weights if n.endswith(OWN)]
     problems += [f"{s.name} has activations in groups" for s in sites if s.act and s.act.group_size is not None]
     problems += [f"constant {n!r} is a transform" for n in model.weights if n.startswith("transform.")]
     corrections = [n for n in model.graph.nodes if is_call(n, LOW_RANK)]
     problems += [f"{site_name(args_of(n)[0])} has a correction of low rank" for n in corrections]
     added = [n for n in model.weights if ADDED_BIAS in n.split(".")]
     problems += [f"{n.partition(f'.{ADDED_BIAS}')[0]} has a bias that its class does not read" for n in added]
+    problems += [f"{s.name} has {s.act.sets} sets of input scales" for s in sites if s.act and s.act.sets > 1]
+    problems += _more_scales_than_one(model.graph)
+    problems += [f"%{n.name} quantizes in an attention" for n in model.graph.nodes if is_call(n, *IN_ATTENTION)]
     if problems:
         raise ExportError(
             "; ".join(problems[:8]), where="compressed-tensors", remedy="Use save(), which holds any graph"
         )
     return sites
+
+
+def _more_scales_than_one(graph: fx.Graph) -> list[str]:
+    """A module that is called on several values, each with fixed scales of its own."""
+    scales: dict[str, set[str | None]] = {}
+    for node in graph.nodes:
+        if is_call(node, LINEAR_PACKED):
+            scales.setdefault(site_name(node), set()).add(_fixed(node)[0])
+    return [f"{name} reads {len(found)} inputs of different scales" for name, found in scales.items() if len(found) > 1]
 
 
 def export(model: Compiled, folder: Path) -> None:
@@ -122,7 +165,8 @@ def export(model: Compiled, folder: Path) -> None:
     written: set[str] = set()
     for site in sites:
         tensors |= _tensors(site, model.weights)
-        written |= {site.codes, site.scales, *([site.zeros] if site.zeros else [])}
+        names = (site.codes, site.scales, site.zeros, site.input_scale, site.input_zero)
+        written |= {name for name in names if name is not None}
     for name in model.weights:
         if name not in written:
             as_read, value = _as_checkpoint(name, model.weights.value(name))
@@ -159,6 +203,9 @@ def _tensors(site: Site, weights: Weights) -> dict[str, torch.Tensor]:
             points = unpack(weights.value(site.zeros), site.weight.bits, scales.shape[1])
             along_rows = pack(points.T.contiguous(), site.weight.bits).view(torch.int32)
             found["weight_zero_point"] = along_rows.T.contiguous()
+    for role, name in (("input_scale", site.input_scale), ("input_zero_point", site.input_zero)):
+        if name is not None:
+            found[role] = weights.value(name).reshape(1)
     return {f"{site.name}.{role}": tensor for role, tensor in found.items()}
 
 
@@ -199,7 +246,8 @@ def _group(members: list[Site]) -> dict[str, Any]:
 
 
 def _activations(act: ActFormat) -> dict[str, Any]:
-    return {"num_bits": act.bits, "type": "int", "symmetric": act.symmetric, "strategy": "token", "dynamic": True}
+    scales = {"strategy": "tensor", "dynamic": False} if act.static else {"strategy": "token", "dynamic": True}
+    return {"num_bits": act.bits, "type": "int", "symmetric": act.symmetric} | scales
 
 
 def _ignored(model: Compiled, quantized: set[str]) -> list[str]:

@@ -27,8 +27,18 @@ from dlqc.formats.microscaling import MicroscalingFormat
 from dlqc.formats.nf4 import Nf4Format
 from dlqc.formats.offset import OffsetFormat
 from dlqc.formats.planes import PlanesFormat
+from dlqc.formats.sparse import SparseFormat
 
-CodedFormat = PlanesFormat | CodebookFormat | Nf4Format | Fp8Format | MicroscalingFormat | LatticeFormat | OffsetFormat
+CodedFormat = (
+    PlanesFormat
+    | CodebookFormat
+    | Nf4Format
+    | Fp8Format
+    | MicroscalingFormat
+    | LatticeFormat
+    | OffsetFormat
+    | SparseFormat
+)
 CLASSES: dict[str, type[Any]] = {cls.name: cls for cls in typing.get_args(CodedFormat)}
 
 _SPEC = re.compile(r"([a-z0-9_]{1,16})\(((?:[a-z_]{1,16}=[A-Za-z0-9_.+-]{1,24},?){0,8})\)")
@@ -88,6 +98,8 @@ def _value(text: str, hint: Any) -> Any:
     members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if text == "None" and type(None) in members:
         return None
+    if bool in members:
+        return {"True": True, "False": False}[text]
     if float in members:
         return float(text)
     if int not in members:

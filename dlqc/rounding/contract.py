@@ -39,11 +39,15 @@ class Rounding:
         name: spelling in recipes.
         statistics: statistics of the layer input that `round` needs (`dlqc.stats` names), for example {"hessian"}.
         takes: the classes of formats that `round` rounds to.
+        compensates: whether `round` makes up for pruned weights itself. It then gets with the statistics "kept", bool
+            [N, K], and the weight as it was before pruning, unless pruning has moved the others to make up for it already.
+            Other methods get the pruned weight, and leave zero what is zero.
     """
 
     name: ClassVar[str]
     statistics: ClassVar[frozenset[str]] = frozenset()
     takes: ClassVar[tuple[type[Any], ...]] = (IntFormat,)
+    compensates: ClassVar[bool] = False
 
     def refusal(self, fmt: IntFormat | WeightFormat) -> str | None:
         """None if the method rounds to this format, else the reason it does not, one clause."""

@@ -17,6 +17,9 @@ column is rounded; on the same grid its objective is less (`tests/rounding/test_
 D is a difference of two large sums, estimated on the calibration rows; `alpha` scales the correction W* - W. The paper's
 equations have alpha = 1, its code and the tools that took it over 0.25.
 
+What rounding did inside the same block is drift, too: `quantize_weights(sequential="layer")` shows it to the layers behind, as
+the authors' code does; with "block" only what the blocks before did is corrected.
+
 Cost beyond GPTQ: 2·K³ flops for D·H⁻¹ of linears that read the same input, 2·N·K² a linear, a second stream of states.
 """
 
@@ -30,7 +33,7 @@ import torch
 
 from dlqc.errors import CalibrationError, RecipeError
 from dlqc.rounding.contract import Rounded
-from dlqc.rounding.gptq import MEASURED, Gptq, gptq, sample_rows
+from dlqc.rounding.gptq import MEASURED, Gptq, gptq, on_kept, sample_rows
 from dlqc.rounding.hessian import COLUMNS, Factor, divide, energy, factorize, sqnr_db
 
 
@@ -78,7 +81,7 @@ class Gptaq(Gptq):
         factor, found = stats["hessian"], stats["drift"]
         exact = weight.float()
         correction = self.alpha * (exact @ found.matrix)
-        rounded = gptq(exact + correction, factor, fmt, self)
+        rounded = on_kept(fmt, stats, lambda grid, kept: gptq(exact + correction, factor, grid, self, kept=kept))
         rows = sample_rows(exact, MEASURED)
         noise = energy(exact - rounded.weight.dequantize(), factor.hessian, rows)
         signal, moved = (energy(part, factor.hessian, rows) for part in (exact, correction))

@@ -22,6 +22,12 @@ than w: scales with the least error on w then clamp t, and the clamped errors fe
 cost more than it saves by far, at 4 bits hardly). So clip="trial" rounds up to 128 evenly spaced rows with each choice
 in TRIALS and keeps the one with the least loss; rows are independent, which makes the sample a fair one.
 
+Pruned weights (`kept`). Columns are rounded to 0 where a weight is pruned, whatever t says, and the error t - 0 goes on to the
+columns after it like any other: from the weight as it was before pruning, one sweep makes up for pruning and rounding at once
+(SparseGPT, arXiv 2301.00774, section 3.5, with the mask known in advance). From weights that pruning has moved it makes up for
+rounding; where those are the best on their mask the objectives are the same, since what is left of the error then has no
+gradient there, (W - Ŵ)H = 0 on the mask. Scales are chosen from the kept weights.
+
 The feedback is float32 (`dtype`), between blocks of columns a product of matrices, inside a block native code where there
 is a compiler (`dlqc.intround`). So is the factor, if H is far enough from singular (`factorize`). Peak memory: H, one
 float32 copy of it, three float32 copies and one uint8 copy of the weight.
@@ -29,7 +35,7 @@ float32 copy of it, three float32 copies and one uint8 copy of the weight.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -38,6 +44,7 @@ import torch
 from dlqc import intround
 from dlqc.errors import CalibrationError, ContractError, FeasibilityError, RecipeError
 from dlqc.formats.integer import Clip, IntFormat, QuantizedWeight
+from dlqc.formats.sparse import SparseFormat
 from dlqc.rounding.contract import Rounded, Rounding
 from dlqc.rounding.hessian import MAX_DAMP, Factor, energy, factorize, output_energy, sqnr_db
 
@@ -75,6 +82,8 @@ class Gptq(Rounding):
 
     name: ClassVar[str] = "gptq"
     statistics: ClassVar[frozenset[str]] = frozenset({"hessian"})
+    takes: ClassVar[tuple[type[Any], ...]] = (IntFormat, SparseFormat)
+    compensates: ClassVar[bool] = True
 
     act_order: bool = True
     static_groups: bool = True
@@ -106,7 +115,20 @@ class Gptq(Rounding):
         hessian = stats.get("hessian")
         if hessian is None:
             raise CalibrationError("gptq needs the statistic 'hessian'", remedy="Collect it, or use rounding 'rtn'")
-        return gptq(weight, hessian, fmt, self)
+        return on_kept(fmt, stats, lambda grid, kept: gptq(weight, hessian, grid, self, kept=kept))
+
+
+def on_kept(fmt: Any, stats: Mapping[str, Any], work: Callable[[IntFormat, torch.Tensor | None], Rounded]) -> Rounded:
+    """Round to integers with the mask among the statistics, if there is one; a sparse format then stores what is kept."""
+    kept = stats.get("kept")
+    if not isinstance(fmt, SparseFormat):
+        return work(fmt, kept)
+    if kept is None:
+        what = f"{fmt.label} stores what pruning left, and this weight is not pruned"
+        raise ContractError(what, where="format", remedy="Put sparsify before, or use integers")
+    rounded = work(fmt.integers, kept)
+    assert isinstance(rounded.weight, QuantizedWeight)
+    return Rounded(fmt.store(rounded.weight, kept), rounded.metrics)
 
 
 DEFAULTS = Gptq()
@@ -118,6 +140,7 @@ def gptq(
     fmt: IntFormat,
     options: Gptq = DEFAULTS,
     *,
+    kept: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Rounded:
     """Round `weight` [N, K] to `fmt` against the output error on inputs with second moment `hessian` [K, K].
@@ -125,6 +148,7 @@ def gptq(
     Args:
         hessian: H, or its `Factor` (then `damp` is what that was made with). Linears that read the same input can
             share a factor.
+        kept: bool [N, K], false where the weight becomes 0; None keeps all.
         dtype: arithmetic of the feedback, float32 or float64.
 
     Metrics: `sqnr_db`, whose signal is estimated on up to 256 evenly spaced rows; `loss`, tr(E H Eᵀ) without λ;
@@ -147,17 +171,19 @@ def gptq(
     sample = exact[rows]
     if options.clip == "trial":
         # All trials at once, one below the other: rows do not depend on each other.
-        losses = _round(sample.repeat(len(TRIALS), 1), _Grid(fmt, TRIALS, factor), options)[2][0]
+        masks = None if kept is None else kept[rows].repeat(len(TRIALS), 1)
+        losses = _round(sample.repeat(len(TRIALS), 1), _Grid(fmt, TRIALS, factor), options, masks)[2][0]
         choice = TRIALS[int(losses.reshape(len(TRIALS), -1).sum(dim=1).argmin())]
     else:
         choice = (options.clip, 1.0)
     grid = _Grid(fmt, (choice,), factor)
-    rounded, work, losses = _round(exact, grid, options)
+    rounded, work, losses = _round(exact, grid, options, kept)
     loss, spread = losses.sum(dim=1).tolist()
 
     back = torch.argsort(factor.order)
     own = output_energy(work[:, rows][back].T, factor.hessian).sum().item()
-    other = output_energy(sample - grid.nearest(sample), factor.hessian).sum().item()
+    nearest = grid.nearest(sample if kept is None else sample * kept[rows])
+    other = output_energy(sample - nearest, factor.hessian).sum().item()
     noise = loss - factor.ridge * spread
     if count <= SAMPLE:
         noise = own
@@ -204,7 +230,9 @@ class _Grid:
         return QuantizedWeight(self.fmt.encode(weight, scales, zeros), scales, zeros, self.fmt).dequantize()
 
 
-def _round(exact: torch.Tensor, grid: _Grid, options: Gptq) -> tuple[QuantizedWeight, torch.Tensor, torch.Tensor]:
+def _round(
+    exact: torch.Tensor, grid: _Grid, options: Gptq, kept: torch.Tensor | None = None
+) -> tuple[QuantizedWeight, torch.Tensor, torch.Tensor]:
     """Round `exact` [N, K]: the result; the errors W - Ŵ [K, N], transposed and reversed; the damped losses and ‖E‖² [2, N]."""
     fmt, order, upper, pivots = grid.fmt, grid.factor.order, grid.factor.upper, grid.factor.pivots
     width = len(order)
@@ -217,7 +245,8 @@ def _round(exact: torch.Tensor, grid: _Grid, options: Gptq) -> tuple[QuantizedWe
     codes = torch.empty_like(work, dtype=torch.uint8)
     losses = torch.zeros(2, len(exact), dtype=torch.float64, device=work.device)
     largest = pivots.max()
-    chosen = [grid.parameters(exact)] if static else []
+    held = None if kept is None else kept.T.index_select(0, order).to(work.dtype)
+    chosen = [grid.parameters(exact if kept is None else exact * kept)] if static else []
     table = _table(chosen[0], work.dtype) if static else None
     for stop in range(width, 0, -block):
         start = max(0, stop - block)
@@ -234,12 +263,14 @@ def _round(exact: torch.Tensor, grid: _Grid, options: Gptq) -> tuple[QuantizedWe
             if table is None:
                 # The correction X of the whole group cancels what the errors so far add to (W-Ŵ)R there: near·X = t - w.
                 correction = torch.linalg.solve_triangular(near, aim - work[rows], upper=True, unitriangular=True)
-                corrected = (work[rows] + correction).flip(0).T
+                corrected = work[rows] + correction
+                corrected = (corrected if held is None else corrected * held[rows]).flip(0).T
                 chosen.append(grid.parameters(corrected, slice(width - rows.stop, width - rows.start)))
                 own, index = _table(chosen[-1], work.dtype), torch.zeros_like(order[rows])
             else:
                 own, index = table, order[rows] // group
-            columns = _Columns(aim, work[rows], codes[rows], near, own, index, share[part])
+            masks = None if held is None else held[rows]
+            columns = _Columns(aim, work[rows], codes[rows], near, own, index, share[part], masks)
             columns.round(fmt, losses)
     codes = codes[torch.argsort(order)].T.contiguous()
     losses[0] *= largest.square()
@@ -268,6 +299,7 @@ class _Columns:
         near: [B, B], unit upper triangular: how errors of later rows enter earlier ones.
         table, group: scales and zero points [G, N], and the row of them that each column takes, [B].
         share: [B], weights of the squared residuals in the loss.
+        kept: [B, N], 0 where the weight is pruned and 1 elsewhere; None if none is.
     """
 
     target: torch.Tensor
@@ -277,11 +309,12 @@ class _Columns:
     table: Parameters
     group: torch.Tensor
     share: torch.Tensor
+    kept: torch.Tensor | None = None
 
     def round(self, fmt: IntFormat, losses: torch.Tensor) -> None:
         """Round, and add Σ share·(t - ŵ)² and Σ (w - ŵ)² to `losses` [2, N]."""
         operands = (self.target, self.work, self.codes, self.near, *self.table, self.group)
-        if not intround.round_block(*operands, fmt.midpoint, fmt.top, self.share, losses):
+        if self.kept is not None or not intround.round_block(*operands, fmt.midpoint, fmt.top, self.share, losses):
             self._round_plainly(fmt, losses)
 
     def _round_plainly(self, fmt: IntFormat, losses: torch.Tensor) -> None:
@@ -298,6 +331,8 @@ class _Columns:
                 aim = target[row].addmv_(work[row + 1 : stop].T, near[row, row + 1 : stop])
                 level = torch.div(aim, scale[row], out=levels[row]).round_()
                 level.clamp_(low[row], high[row])
+                if self.kept is not None:
+                    level.mul_(self.kept[row])
                 work[row].addcmul_(level, scale[row], value=-1)
         self.codes.copy_(levels + offset)
         losses[0] += self.share @ target.addcmul_(levels, scale, value=-1).square_()

@@ -4,8 +4,9 @@ Each row (or group) of W is a set of numbers w_i with masses f_i; its table c_1 
 
     Σ_i f_i·(w_i - nearest(w_i))².
 
-f is the sensitivity: the statistic "fisher" [N, K], E[g²] of the loss gradients, if there is one; else the diagonal of
-the Hessian [K], for which the sum is the output error with H taken as diagonal. Masses below FLOOR of their row's mean are
+f is the `sensitivity`: "fisher", SqueezeLLM's, the statistic of that name [N, K], E[g²] of the gradients of the masked loss
+(`dlqc.fisher`); or "hessian", the diagonal of the Hessian [K], for which the sum is the output error with H taken as diagonal,
+and which needs no backward sweep. Masses below FLOOR of their row's mean are
 raised to it, so that no weight is left without a say.
 
 In one dimension clusters are intervals of the sorted numbers, and all sums over an interval are differences of prefix
@@ -22,7 +23,7 @@ Outliers, where the format is sparse: the share `sensitive` of all weights with 
 format's share. They take no part in the tables.
 
 With `feedback` columns are rounded one after the other against the errors already made (`dlqc.rounding.vector` with
-d = 1: GPTQ on tables); without a "fisher", a column's mass is then its share R_kk² of the loss, as in
+d = 1: GPTQ on tables); with sensitivity="hessian", a column's mass is then its share R_kk² of the loss, as in
 `dlqc.rounding.gptq`. An outlier absorbs the error that reaches it.
 """
 
@@ -30,7 +31,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -59,6 +60,7 @@ class Kmeans(Rounding):
     """Weighted k-means.
 
     Attributes:
+        sensitivity: what masses are: "fisher" or "hessian".
         iterations: Lloyd's steps at most.
         sensitive: share of all weights that become outliers for their sensitivity, if the format is sparse.
         feedback: round columns against earlier errors, as GPTQ does; needs "hessian".
@@ -69,16 +71,23 @@ class Kmeans(Rounding):
     """
 
     name: ClassVar[str] = "kmeans"
-    statistics: ClassVar[frozenset[str]] = frozenset({"hessian"})
     takes: ClassVar[tuple[type[Any], ...]] = (CodebookFormat,)
 
+    sensitivity: Literal["fisher", "hessian"] = "hessian"
     iterations: int = 50
     sensitive: float = 0.0005
     feedback: bool = False
     act_order: bool = True
     damp: float = 0.01
 
+    @property
+    def statistics(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset({"hessian", "fisher"} if self.sensitivity == "fisher" else {"hessian"})
+
     def __post_init__(self) -> None:
+        if self.sensitivity not in ("fisher", "hessian"):
+            what = f"unknown sensitivity {self.sensitivity!r}"
+            raise RecipeError(what, where="sensitivity", remedy="Use 'fisher' or 'hessian'")
         if self.iterations < 0:
             what = f"{self.iterations} steps are impossible"
             raise RecipeError(what, where="iterations", remedy="Use 50, or 0 for the initial tables")
@@ -112,7 +121,11 @@ class Kmeans(Rounding):
         exact = weight.float()
         if not bool(torch.isfinite(exact).all()):
             raise _not_finite(weight)
-        mass = sensitivity(exact, stats.get("fisher"), hessian)
+        fisher = stats.get("fisher") if self.sensitivity == "fisher" else None
+        if fisher is None and self.sensitivity == "fisher":
+            remedy = "Collect it, or use sensitivity='hessian'"
+            raise CalibrationError("kmeans needs the statistic 'fisher'", remedy=remedy)
+        mass = sensitivity(exact, fisher, hessian)
         outlier = choose_outliers(exact, mass, fmt, self.sensitive) if fmt.sparse else None
         kept = mass if outlier is None else mass.expand_as(exact).masked_fill(outlier, 0)
         parts = exact.reshape(-1, exact.shape[1] // groups)

@@ -20,6 +20,7 @@ from dlqc.formats.microscaling import MicroscalingFormat
 from dlqc.formats.nf4 import Nf4Format
 from dlqc.formats.offset import OffsetFormat
 from dlqc.formats.planes import PlanesFormat
+from dlqc.formats.sparse import SparseFormat
 from dlqc.rounding.contract import Rounded, Rounding
 from dlqc.rounding.hessian import output_energy, sqnr_db
 
@@ -43,6 +44,7 @@ class Rtn(Rounding):
         LatticeFormat,
         PlanesFormat,
         OffsetFormat,
+        SparseFormat,
     )
 
     clip: Clip = "minmax"

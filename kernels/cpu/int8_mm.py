@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dlqc.backend import LinearSpec, Lowered
 from dlqc.formats.activation import ActFormat
+from dlqc.formats.integer import QuantizedWeight
 from dlqc.kernels.cpu import selfcheck
 from dlqc.kernels.reference.layout import blank, canonical, misfit, outcome, rows
 
@@ -48,23 +49,14 @@ class Int8MM:
     def supports(self, spec: LinearSpec) -> str | None:
         if (reason := misfit(spec)) is not None:
             return reason
-        weight, act, k = spec.integers, spec.act, spec.in_features
+        act = spec.act
         if act is None:
             return "activations are not quantized"
-        if act.group_size not in (None, k):
+        if act.group_size not in (None, spec.in_features):
             return f"activations have a scale per group of {act.group_size}, it needs one per token"
         if not act.symmetric:
             return "activations are asymmetric, it needs symmetric ones"
-        if weight.group_size not in (None, k):
-            return f"weights have a scale per group of {weight.group_size}, it needs one per output channel"
-        if weight.bits == 8 and not weight.symmetric:
-            return "8-bit codes minus their zero point do not fit in int8, it needs symmetric 8-bit weights"
-        if k == 1:
-            return "torch._int_mm does not compute products over 1 input feature"
-        reach = weight.midpoint if weight.symmetric else weight.top
-        if k * reach * ((1 << (act.bits - 1)) - 1) >= 1 << 31:
-            return f"sums over {k} input features can overflow int32"
-        return selfcheck.int_mm(reach)
+        return unfit(spec, (1 << (act.bits - 1)) - 1)
 
     def note(self, spec: LinearSpec) -> str:
         held = "" if spec.integers.bits == 8 else f"; {spec.integers.bits}-bit codes are held in 8 bits"
@@ -74,8 +66,27 @@ class Int8MM:
         self, spec: LinearSpec, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None
     ) -> Lowered:
         weight = canonical(spec, packed, scales, zeros, bias)
-        zero = weight.format.midpoint if weight.zeros is None else weight.zeros.to(torch.int16)
-        centred = (weight.codes.to(torch.int16) - zero).to(torch.int8)
         assert spec.act is not None
-        tensors = {"weight": centred, "scale": weight.scales[:, 0].to(torch.float32), "bias": bias}
+        tensors = {"weight": centred(weight), "scale": weight.scales[:, 0].to(torch.float32), "bias": bias}
         return Lowered(torch.ops.dlqc_cpu.int8_mm.default, tensors, (spec.act.bits,))
+
+
+def unfit(spec: LinearSpec, largest: int) -> str | None:
+    """Why `torch._int_mm` cannot multiply a weight with activation codes of at most `largest`, zero point included, if so."""
+    weight, k = spec.integers, spec.in_features
+    if weight.group_size not in (None, k):
+        return f"weights have a scale per group of {weight.group_size}, it needs one per output channel"
+    if weight.bits == 8 and not weight.symmetric:
+        return "8-bit codes minus their zero point do not fit in int8, it needs symmetric 8-bit weights"
+    if k == 1:
+        return "torch._int_mm does not compute products over 1 input feature"
+    reach = weight.midpoint if weight.symmetric else weight.top
+    if k * reach * largest >= 1 << 31:
+        return f"sums over {k} input features can overflow int32"
+    return selfcheck.int_mm(reach)
+
+
+def centred(weight: QuantizedWeight) -> Tensor:
+    """code - zero, int8 [N, K]."""
+    zero = weight.format.midpoint if weight.zeros is None else weight.zeros.to(torch.int16)
+    return (weight.codes.to(torch.int16) - zero).to(torch.int8)

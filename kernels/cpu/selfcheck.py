@@ -26,7 +26,7 @@ TOKENS = (1, 5, 64)
 
 @cache
 def int_mm(reach: int) -> str | None:
-    """`torch._int_mm` on int8 [M, K] by [K, N] must be exact for |x| ≤ 127 and |w| ≤ reach (128 stands for -128)."""
+    """`torch._int_mm` on int8 [M, K] by [K, N] must be exact for -128 ≤ x ≤ 127 and |w| ≤ reach (128 stands for -128)."""
 
     def exact() -> bool:
         k, n = 68, 20
@@ -36,7 +36,7 @@ def int_mm(reach: int) -> str | None:
         w = torch.stack([ends[:1].expand(k), ends[1:].expand(k), ends.repeat(k // 2), _ramp(k, high)]).repeat(n // 4, 1)
         for tokens in TOKENS:
             x = torch.full((tokens, k), 127, dtype=torch.int8)
-            x[1::3] = -127
+            x[1::3] = -128
             x[2::3] = _ramp(k, 127)
             if not torch.equal(torch._int_mm(x, w.T).double(), x.double() @ w.double().T):
                 return False

@@ -16,19 +16,26 @@ import dlqc
 from dlqc.check import check
 from dlqc.contract import Declined
 from dlqc.errors import ContractError, FeasibilityError, RecipeError
+from dlqc.formats.codebook import CodebookFormat
 from dlqc.formats.integer import IntFormat
 from dlqc.formats.nf4 import Nf4Format
+from dlqc.formats.sparse import SparseFormat
 from dlqc.graph import fingerprint
 from dlqc.manager import PassManager
 from dlqc.passes.assign_bits import AssignBits
 from dlqc.passes.correct_bias import CorrectBias
 from dlqc.passes.lower import Lower
 from dlqc.passes.pack import Pack
+from dlqc.passes.quantize_attention import QuantizeAttention
+from dlqc.passes.quantize_embedding import QuantizeEmbedding
 from dlqc.passes.quantize_weights import QuantizeWeights
+from dlqc.passes.sparsify import Sparsify
+from dlqc.pruning import Magnitude
 from dlqc.report import measure_storage
 from dlqc.rounding.daq import Daq
 from dlqc.rounding.gptaq import Gptaq
 from dlqc.rounding.gptq import Gptq
+from dlqc.rounding.kmeans import Kmeans
 from dlqc.rounding.rtn import Rtn
 from dlqc.rounding.signround import SignRound
 from dlqc.schemes import Override, Scheme, Variant
@@ -164,22 +171,32 @@ def test_skip_must_be_the_same(case: CaseMaker) -> None:
     report = run(k, assigning(skip=skip), QuantizeWeights(method=Rtn(), skip=skip))
     assert report.declined == [Declined(f"{BLOCK}.{i}.ff_out", "named by skip=") for i in range(2)]
     assert len(k.ctx.assignment) == 12
+    odd = "(give both passes the same skip=)"
     problems = plan(case("llada"), assigning(skip=skip), QUANTIZE).problems
-    assert problems[0] == f"{BLOCK}.0.ff_out: is rounded here, and not assigned (give both passes the same skip=)"
-    problems = plan(case("llada"), assigning(), QuantizeWeights(method=Rtn(), skip=skip)).problems
-    assert problems[0] == f"{BLOCK}.0.ff_out: is assigned, and skipped here (give both passes the same skip=)"
+    assert problems[0] == f"quantize_weights: {BLOCK}.0.ff_out is rounded here, and not assigned {odd}"
+    problems = plan(case("llada"), assigning(), QuantizeWeights(group_size=32, method=Rtn(), skip=skip)).problems
+    assert problems[0] == f"quantize_weights: {BLOCK}.0.ff_out is assigned, and skipped here {odd}"
 
 
-def test_what_quantize_weights_must_be_able_to_do(case: CaseMaker) -> None:
-    overrides = (Override(bits=8, sites=("*.1.ff_out",)),)
-    problems = plan(case("llada"), assigning(), QuantizeWeights(method=Rtn(), overrides=overrides)).problems
-    assert problems == [f"{BLOCK}.1.ff_out: overrides= names it, and it is assigned (name it in fixed= there)"]
-    problems = plan(case("llada"), assigning(method=Gptq()), QUANTIZE).problems
-    assert problems == ["quantize_weights: gptq is assigned and needs statistics (set method=gptq)"]
-    coded = QuantizeWeights(method=Rtn(), format=Nf4Format())
-    assert plan(case("llada"), assigning(), coded).problems == [
-        "quantize_weights: integers are assigned (leave format= out)"
-    ]
+@pytest.mark.parametrize(
+    ("assign", "quantize", "problem"),
+    [
+        (
+            {},
+            {"overrides": (Override(bits=8, sites=("*.1.ff_out",)),)},
+            "overrides= are a second word on linears that are assigned (name them in fixed= of assign_bits)",
+        ),
+        ({"method": Gptq()}, {}, "gptq is assigned and needs statistics (set method=gptq)"),
+        ({}, {"group_size": 128, "format": Nf4Format(32, None)}, "integers are assigned (leave format= out)"),
+        ({}, {"head": 8}, "head=8, and assign_bits counts on head=None (give both the same)"),
+        ({}, {"method": SignRound()}, "rtn is assigned and does not go together with the method here (set method=rtn)"),
+    ],
+)
+def test_what_quantize_weights_must_be_able_to_do(
+    case: CaseMaker, assign: dict[str, Any], quantize: dict[str, Any], problem: str
+) -> None:
+    p = QuantizeWeights(**({"group_size": 32, "method": Rtn()} | quantize))
+    assert plan(case("llada"), assigning(**assign), p).problems == [f"quantize_weights: {problem}"]
 
 
 def test_methods_that_round_a_block_at_once(case: CaseMaker) -> None:
@@ -194,8 +211,6 @@ def test_methods_that_round_a_block_at_once(case: CaseMaker) -> None:
     assert {name: scheme.format for name, scheme in k.ctx.assignment.items()} == by_nearest
     assert {scheme.method for scheme in k.ctx.assignment.values()} == {learned}
     assert set(report.choices.values()) == {f"int{b} g32 asymmetric by signround" for b in (2, 4)}
-    problems = plan(case("llada"), assigning(), quantize).problems
-    assert problems == ["quantize_weights: rtn is assigned and does not go together with the one here (set method=rtn)"]
 
 
 def test_gptaq_is_probed_without_drift(case: CaseMaker) -> None:
@@ -290,6 +305,11 @@ def test_constants_that_grew_since_the_plan(case: CaseMaker) -> None:
             r"^assign_bits\.probe: signround rounds the linears of a block together, and has no cost of one alone\. Use probe=",
         ),
         ({"probe": Daq()}, r"^assign_bits\.probe: daq does not round to int2 g32 asymmetric\. Use method="),
+        (
+            {"variants": (Variant(format=SparseFormat(4, 32)),)},
+            r"^assign_bits\.variants: what a sparse weight takes is known when it is pruned, and budgets are reckoned",
+        ),
+        ({"head": 5}, r"^bits: 5 is not a width"),
         ({"prior": 1.5}, r"^assign_bits\.prior: 1\.5 is outside \[0, 1\]\. Use 0 for none, or 0\.5$"),
         ({"rows": 0}, r"^assign_bits\.rows: 0 rows hold nothing\. Use 8$"),
         ({"ratios": (0.5, 0.0)}, r"^assign_bits\.ratios: \(0\.5, 0\.0\) are no mask ratios\. Use numbers above 0"),
@@ -336,6 +356,58 @@ def test_it_needs_states_and_float_weights() -> None:
         PassManager((QUANTIZE, assigning())).check_order({"normal-form", "float-weights", "states"})
 
 
+# Beside other formats
+
+
+@pytest.mark.parametrize("name", ["llada", "llada tied"])
+def test_embeddings_and_head_are_counted_as_they_will_be_stored(case: CaseMaker, name: str) -> None:
+    """What the plan reckons with beforehand is what the budget has when its turn comes, and what is stored in the end."""
+    k = case(name)
+    head = None if "tied" in name else 8
+    p = assigning("52kB", metric="hessian", head=head)
+    passes = (QuantizeEmbedding(), p, QuantizeWeights(group_size=32, method=Rtn(), head=head), Pack())
+    found = plan(k, *passes)
+    assert found.problems == []
+    reports = PassManager(passes).run(k.graph, k.ctx)
+    metrics = reports[1][1].metrics
+    stored = sum(c.shape.numel() * c.storage_dtype.itemsize for c in k.ctx.weights.values())
+    assert stored <= metrics["file_bytes"] <= 52_000
+    headers = metrics["file_bytes"] - stored
+    assert 0 < headers < 220 * len(k.ctx.weights)
+    assert found.limit_bits == pytest.approx(
+        8 * (52_000 - metrics["file_bytes"]) + metrics["bits_per_quantized_weight"] * 69632, abs=4000
+    )
+    plain = plan(case(name), p, QuantizeWeights(group_size=32, method=Rtn(), head=head))
+    assert plain.limit_bits < found.limit_bits  # with the embedding as it is, less is left
+
+
+def test_pruned_weights_stay_zero_while_probed(case: CaseMaker) -> None:
+    k = case("llada")
+    report = run(k, Sparsify(method=Magnitude()), assigning("4bpw", metric="hessian"), QUANTIZE)
+    assert report.sites == 14
+    for name in k.ctx.assignment:
+        codes, zeros = (k.ctx.weights.value(f"{name}.{role}") for role in ("codes", "zeros"))
+        n, width = codes.shape
+        zero = zeros.unsqueeze(-1).expand(-1, -1, width // zeros.shape[1]).reshape(n, width)
+        assert float((codes == zero).float().mean()) >= 0.5
+    coded = Variant(format=CodebookFormat(3, 32), method=Kmeans())
+    both = (
+        Sparsify(method=Magnitude()),
+        assigning("4bpw", variants=(coded,)),
+        QuantizeWeights(group_size=32, method=Gptq()),
+    )
+    problems = plan(case("llada"), *both).problems
+    assert problems[0].endswith("has no zero (use another format)")
+
+
+def test_gradients_do_not_pass_rounded_attention() -> None:
+    passes = (QuantizeAttention(), assigning(metric="fisher"))
+    holding = {"normal-form", "float-weights", "float-attention", "states"}
+    with pytest.raises(ContractError, match=r"pass 'assign_bits' needs 'float-attention'"):
+        PassManager(passes).check_order(holding)
+    PassManager((QuantizeAttention(), assigning())).check_order(holding)
+
+
 # Through the whole compiler
 
 
@@ -360,7 +432,7 @@ def test_the_files_keep_within_a_budget_in_bytes(case: CaseMaker, tmp_path: Path
     text = compiled.explain()
     assert re.search(r"note: 5\d\.\d{3}kB of 54kB used: \d\.\d{3} bits per quantized weight", text)
     assert "assign_bits chose int" in text
-    assert re.search(r"int2 g32 asymmetric: \d+ linears, [\d,]+ parameters at 2\.\d{3} bits each", text)
+    assert re.search(r"int2 g32 asymmetric: \d+ matrices, [\d,]+ parameters at 2\.\d{3} bits each", text)
     assert dlqc.load(tmp_path / "a").report.storage == compiled.report.storage
     found = dlqc.artifact.verify(tmp_path / "a", backend="reference")
     assert found["deviation"] < 1e-5
