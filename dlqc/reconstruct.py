@@ -45,16 +45,19 @@ def round_block(
     ctx: Context,
     groups: Sequence[Sequence[Sequence[Linear]]],
     method: Rounding,
-    fmt: Any,
+    formats: Mapping[str, Any],
     report: PassReport,
 ) -> Mapping[str, Rounded]:
-    """What a method that rounds a block at once makes of the weights of `groups`, by name; {} for other methods."""
+    """What a method that rounds a block at once makes of the weights of `groups`, by name; {} for other methods.
+
+    `formats` has what each is rounded to.
+    """
     sites = [site for group in groups for calls in group for site in calls]
     if not isinstance(method, BlockRounding) or not sites:
         return {}
-    exact = {site.weight: ctx.weights.value(site.weight, torch.float64) for site in sites}
+    exact = {site.weight: ctx.weights.value(site.weight, torch.float64).float() for site in sites}
     objective = Reconstruction(graph, ctx, sites, method.act)
-    found, numbers = method.round_block(exact, fmt, objective, ctx.seed)
+    found, numbers = method.round_block(exact, formats, objective, ctx.seed)
     report.metrics |= numbers
     return found
 
@@ -72,12 +75,14 @@ class Reconstruction:
         if block is None or not ctx.inputs:
             what = "a block is to be reconstructed, and there are no states to do it on"
             raise ContractError(what, where="method", remedy="Run the pass by a PassManager, behind calibrate")
-        source, self._end = block.input(graph), block.output(graph)
-        self._run = Executor(graph, ctx.weights, [placeholder(graph), source], [self._end], keep_weights=True)
+        inputs, self._end = [placeholder(graph), block.input(graph)], block.output(graph)
+        # Two executors: what this one evaluates for y*, the weights before rounding, can go then.
+        exact = Executor(graph, ctx.weights, inputs, [self._end], keep_weights=True)
+        self._run = Executor(graph, ctx.weights, inputs, [self._end], keep_weights=True)
         enter: Callable[[Tensor], Tensor] = partial(quantized_activations, fmt=act)
         self._entering = {site.node: enter for site in sites} if act is not None else {}
         self._inputs = ctx.inputs
-        self._targets = [self._run(part.ids, part.exact)[0] for part in ctx.inputs]
+        self._targets = [exact(part.ids, part.exact)[0] for part in ctx.inputs]
         self._name = f"block {block.index}"
         self._unit = sum(float(self._weights(i).sum(dtype=torch.float64)) for i in range(self.parts))
 

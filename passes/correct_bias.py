@@ -79,7 +79,9 @@ class CorrectBias(Pass):
         return "paired" if self.against == "stream" else "original"
 
     def plan(self, graph: fx.Graph, ctx: Context, plan: Plan) -> None:
-        for name, spec in plan.sites.items():
+        inside = {site.name for block in ctx.blocks for site in linears(block.nodes(graph), ctx.weights)}
+        for name in inside & plan.sites.keys():
+            spec = plan.sites[name]
             if not spec.has_bias:
                 plan.beside[name] = plan.beside.get(name, 0) + 32 * spec.out_features
             plan.sites[name] = replace(spec, has_bias=True)

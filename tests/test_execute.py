@@ -225,3 +225,30 @@ def test_integers_keep_their_dtype(steps: Captured) -> None:
     assert compute_dtype(node, torch.float64) is None
     value: Any = Executor(steps.graph, steps.weights, [], [node], dtype=torch.float64)()[0]
     assert value.tolist() == [3, 4]
+
+
+def test_differentiable_runs_compute_with_what_is_given(steps: Captured) -> None:
+    """The same numbers as without, gradients of what is given alone, and what goes into a call can be changed."""
+    source, target = placeholder(steps.graph), logits_node(steps.graph)
+    run = Executor(steps.graph, steps.weights, [source], [target])
+    ids = torch.arange(6).reshape(2, 3)
+    plain = run(ids)[0]
+    torch.testing.assert_close(run.differentiable(ids, constants={})[0], plain, rtol=0, atol=0)
+    name = "steps.2.weight"
+    weight = (steps.weights.value(name) * 2).requires_grad_()
+    out = run.differentiable(ids, constants={name: weight})[0]
+    changed = Weights({**steps.weights})
+    changed.put(name, weight.detach())
+    torch.testing.assert_close(out, forward(steps.graph, changed, ids))
+    (gradient,) = torch.autograd.grad(out.square().sum(), [weight])
+    h = 1e-2 * gradient / gradient.norm()
+    with torch.no_grad():
+        up, down = (run.differentiable(ids, constants={name: weight + s * h})[0].square().sum() for s in (1, -1))
+        assert not run.differentiable(ids, constants={name: weight})[0].requires_grad
+    assert float((up - down) / 2e-2) == pytest.approx(float(gradient.norm()), rel=1e-2)
+    first = next(n for n in run.nodes if is_call(n, LINEAR) and str(n.args[1].target) == name)  # type: ignore[union-attr]
+    silent = run.differentiable(ids, constants={}, entering={first: torch.zeros_like})[0]
+    bias = Weights({**steps.weights})
+    bias.put(name, torch.zeros_like(weight))
+    torch.testing.assert_close(silent, forward(steps.graph, bias, ids))
+    torch.testing.assert_close(run(ids)[0], plain, rtol=0, atol=0)

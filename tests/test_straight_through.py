@@ -7,7 +7,7 @@ import torch
 
 from dlqc.formats.activation import ActFormat
 from dlqc.formats.integer import IntFormat
-from dlqc.straight_through import quantized_activations, quantized_weight
+from dlqc.straight_through import quantized_activations, quantized_weight, straight_through
 
 SHAPE = (6, 32)
 
@@ -63,3 +63,11 @@ def test_zeros_stay_finite() -> None:
     x = torch.zeros(SHAPE, requires_grad=True)
     (g,) = torch.autograd.grad(quantized_activations(x, ActFormat(4)).sum(), x)
     assert torch.equal(g, torch.ones(SHAPE))
+
+
+def test_a_rounding_keeps_its_value_to_the_last_bit() -> None:
+    x = (torch.randn(1000) * 37).requires_grad_()
+    y = straight_through(x, torch.round)
+    assert torch.equal(y, x.detach().round())
+    (g,) = torch.autograd.grad((y * torch.arange(1000.0)).sum(), x)
+    assert torch.equal(g, torch.arange(1000.0))

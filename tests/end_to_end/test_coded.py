@@ -40,6 +40,8 @@ PRESETS = {
     "w4a16-nf4": 4.0,
     "w4a16-mxfp4": 4.0,
     "w4a16-nvfp4": 4.0,
+    "w4a16-squeezellm": 4.0,
+    "w2a16-hqq": 2.0,
     "w3a16-squeezellm": 3.0,
     "w2a16-daq": 2.0,
     "w2a16-quant-dllm": 2.0,
@@ -53,6 +55,7 @@ OTHERS = (
     "quantize_weights(format=fp8(unit='block'), method=rtn), lower",
     "quantize_weights(format=lattice(group_size=64), method=rtn), quantize_activations(bits=8), lower",
     "quantize_weights(format=microscaling(rounding='even'), method=rtn), pack(required=False), lower",
+    "quantize_weights(format=offset(bits=4, group_size=32, scale_dtype='bfloat16'), method=hqq), quantize_activations, lower",
 )
 
 
@@ -197,8 +200,8 @@ def test_activations_are_quantized_in_front() -> None:
     [
         ({"format": Nf4Format()}, r"^method: gptq does not round to nf4 g64 double\. Use method=rtn$"),
         ({"format": Nf4Format(), "method": Daq()}, r"^method: daq does not round to nf4 g64 double\. Use method=rtn$"),
-        ({"method": Daq()}, r"^method: daq does not round to int4 .*\. Use method=rtn or gptq$"),
-        ({"method": Kmeans()}, r"^method: kmeans does not round to int4 .*\. Use method=rtn or gptq$"),
+        ({"method": Daq()}, r"^method: daq does not round to int4 .*\. Use method=rtn or gptq( or \w+)*$"),
+        ({"method": Kmeans()}, r"^method: kmeans does not round to int4 .*\. Use method=rtn or gptq( or \w+)*$"),
         (
             {"format": PlanesFormat(), "method": Gptq()},
             r"^method: gptq does not round to planes2 g128\. Use method=rtn or daq$",
@@ -211,7 +214,7 @@ def test_activations_are_quantized_in_front() -> None:
             {"format": CodebookFormat(3), "method": Rtn()},
             r"^method: rtn does not round to codebook3 channel\. Use method=kmeans$",
         ),
-        ({"method": Ldlq()}, r"^method: ldlq does not round to int4 .*\. Use method=rtn or gptq$"),
+        ({"method": Ldlq()}, r"^method: ldlq does not round to int4 .*\. Use method=rtn or gptq( or \w+)*$"),
         (
             {"format": Nf4Format(), "method": Rtn(clip="mse")},
             r"^method: rtn\(clip='mse'\) does not round to nf4 g64 double, whose ranges are not clipped\. Use method=rtn$",
@@ -265,7 +268,11 @@ def test_a_method_that_gives_other_parts_is_blamed(monkeypatch: pytest.MonkeyPat
 
 def test_the_default_is_integers() -> None:
     assert QuantizeWeights().target == IntFormat(4, 128, False)
-    assert QuantizeWeights().given_facts() == {"quantized-weights"}
-    assert QuantizeWeights(format=Nf4Format(), method=Rtn()).given_facts() == {"quantized-weights", "packed"}
+    assert QuantizeWeights().given_facts() == {"quantized-weights", "original"}
+    assert QuantizeWeights(format=Nf4Format(), method=Rtn()).given_facts() == {
+        "quantized-weights",
+        "original",
+        "packed",
+    }
     assert Pack.gives == {"packed"}
     assert issubclass(RecipeError, DlqcError)

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 import dlqc
 from dlqc.artifact import save
+from dlqc.calibration import Certainty
 from dlqc.check import check
 from dlqc.compile import plan
 from dlqc.contract import PassReport
@@ -19,9 +20,17 @@ from dlqc.errors import CalibrationError, ContractError, ExportError, RecipeErro
 from dlqc.execute import Executor, placeholder
 from dlqc.export import export
 from dlqc.formats.nf4 import Nf4Format
-from dlqc.graph import ADDED_BIAS, QUANTIZED_LINEARS, args_of, corrected, is_call, linears, site_name
+from dlqc.graph import (
+    ADDED_BIAS,
+    QUANTIZED_LINEARS,
+    activation_quantizer,
+    args_of,
+    corrected,
+    is_call,
+    linears,
+    site_name,
+)
 from dlqc.manager import PassManager
-from dlqc.ops import QUANTIZE_ACT
 from dlqc.passes.calibrate import Calibrate
 from dlqc.passes.correct_bias import CorrectBias
 from dlqc.passes.fold_norm_scale import FoldNormScale
@@ -30,11 +39,12 @@ from dlqc.passes.quantize_activations import QuantizeActivations
 from dlqc.passes.quantize_weights import QuantizeWeights
 from dlqc.passes.smooth import Smooth
 from dlqc.planning import plan_report
+from dlqc.ranges import Percentile
 from dlqc.rounding.low_rank import LowRank
 from dlqc.rounding.rtn import Rtn
 
 CaseMaker = Callable[..., Any]
-CALIBRATE = Calibrate(sequences=8, length=16)
+CALIBRATE = Calibrate(sequences=8, length=16, weight=Certainty())
 ROUGH = QuantizeWeights(2, 32, method=Rtn())
 
 
@@ -57,8 +67,7 @@ def errors(graph: fx.Graph, ctx: Any, against: str) -> list[Tensor]:
     calls = [n for n in ctx.block.nodes(graph) if is_call(n, *QUANTIZED_LINEARS)]
     sites = list(linears(ctx.block.nodes(before), constants))
     assert [s.name for s in sites] == [site_name(n) for n in calls]
-    read = [args_of(n)[0] for n in calls]
-    read = [args_of(x)[0] if is_call(x, QUANTIZE_ACT) else x for x in read]
+    read = [args_of(activation_quantizer(n) or n)[0] for n in calls]
     inputs, place = [placeholder(before), ctx.block.input(before)], [placeholder(graph), ctx.block.input(graph)]
     exact = Executor(before, constants, inputs, [s.x for s in sites])
     now = Executor(graph, ctx.weights, place, [*read, *map(corrected, calls)])
@@ -86,6 +95,7 @@ def zero_means(k: Any, *passes: Any) -> PassReport:
     reports = PassManager((CALIBRATE, *passes)).run(k.graph, k.ctx)
     report = next(r for p, r in reports if isinstance(p, Spied))
     assert len(SEEN) == len(k.ctx.blocks)
+    assert float(k.ctx.states.weights.std()) > 0.05
     assert report.sites == sum(len(before) for before, _ in SEEN) > 0
     for before, after in SEEN:
         for old, new in zip(before, after, strict=True):
@@ -100,8 +110,6 @@ def zero_means(k: Any, *passes: Any) -> PassReport:
 @pytest.mark.parametrize("name", ["llada", "dream", "shared", "post norm"])
 def test_the_means_of_the_errors_are_zero(case: CaseMaker, name: str, against: Any) -> None:
     k = case(name)
-    weights = torch.rand(k.ctx.states.weights.shape, generator=torch.Generator().manual_seed(0))
-    weights[:, ::3] = 0
     report = zero_means(k, ROUGH, Spied(against=against))
     assert all(numbers["shift"] > 0 for numbers in report.details.values())
     if name == "shared":  # three calls of each linear, with a bias of their own
@@ -121,9 +129,16 @@ def test_the_means_of_the_errors_are_zero(case: CaseMaker, name: str, against: A
             QuantizeActivations(bits=4),
             Spied(),
         ),
+        (ROUGH, QuantizeActivations(bits=4, ranges=Percentile(), buckets=2), Spied()),
         (Smooth(), ROUGH, QuantizeActivations(bits=4), Pack(), Spied(against="stream")),
     ],
-    ids=["activations", "low rank, packed", "coded, low rank, activations", "smooth, activations, packed"],
+    ids=[
+        "activations",
+        "low rank, packed",
+        "coded, low rank, activations",
+        "fixed ranges",
+        "smooth, activations, packed",
+    ],
 )
 def test_whatever_the_linears_have_become(case: CaseMaker, passes: tuple[Any, ...]) -> None:
     zero_means(case("llada"), *passes)
@@ -141,11 +156,12 @@ def test_the_variance_stays_and_the_error_falls_by_the_mean(case: CaseMaker) -> 
 def test_the_correction_is_that_of_the_paper(case: CaseMaker) -> None:
     """b += (W - Ŵ)·E[x] for the linears that read the block's norm, E[x] written out with the token weights."""
     k = case("dream")
-    PassManager((Calibrate(sequences=8, length=16), ROUGH, CorrectBias())).run(k.graph, k.ctx)
+    PassManager((CALIBRATE, ROUGH, CorrectBias())).run(k.graph, k.ctx)
     clean = case("dream")
     name = "model.layers.0.self_attn.k_proj"
     site = next(s for s in linears(clean.graph.nodes, clean.ctx.weights) if s.name == name)
     states = k.ctx.states
+    assert float(states.weights.std()) > 0.05
     x = Executor(clean.graph, clean.ctx.weights, [placeholder(clean.graph)], [site.x])(states.ids)[0].double()
     mean = (states.weights[..., None] * x).sum((0, 1)) / states.weights.sum()
     weight, bias = (clean.ctx.weights.value(n, torch.float64) for n in (site.weight, str(site.bias)))
@@ -199,6 +215,17 @@ def test_it_comes_behind_rounding_without_a_pass_on_the_graph_between(case: Case
         k.apply(CorrectBias())
 
 
+def test_what_lies_behind_the_blocks_gets_no_bias(case: CaseMaker) -> None:
+    k = case("llada")
+    passes = (CALIBRATE, QuantizeWeights(4, 32, method=Rtn(), head=8), CorrectBias())
+    sites = PassManager(passes).plan(k.graph, k.ctx).sites
+    head = "model.transformer.ff_out"
+    assert {name for name, spec in sites.items() if not spec.has_bias} == {head}
+    report = PassManager(passes).run(k.graph, k.ctx)[-1][1]
+    assert report.sites == len(sites) - 1
+    assert report.details.keys() == sites.keys() - {head}
+
+
 def test_another_target_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"^against: there are no means of a 'model'\. Use 'layer' or 'stream'$"):
         CorrectBias(against="model")  # type: ignore[arg-type]
@@ -215,7 +242,7 @@ def test_a_mean_that_is_not_finite(case: CaseMaker, monkeypatch: pytest.MonkeyPa
     with pytest.raises(
         CalibrationError, match=r"^%\w+: its mean over the calibration states is not finite\. Check the weig"
     ):
-        PassManager((CALIBRATE, ROUGH, CorrectBias())).run(k.graph, k.ctx)
+        PassManager((Calibrate(sequences=4, length=16), ROUGH, CorrectBias())).run(k.graph, k.ctx)
 
 
 RECIPE = "calibrate(sequences=4), quantize_weights(bits=3, group_size=32, symmetric=True, method=rtn), {}pack, lower"

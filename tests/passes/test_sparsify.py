@@ -23,6 +23,7 @@ from dlqc.formats.integer import IntFormat, QuantizedWeight
 from dlqc.formats.lattice import LatticeFormat
 from dlqc.formats.microscaling import MicroscalingFormat
 from dlqc.formats.nf4 import Nf4Format
+from dlqc.formats.offset import OffsetFormat
 from dlqc.formats.packing import unpack
 from dlqc.formats.planes import PlanesFormat
 from dlqc.formats.sparse import SparseFormat
@@ -41,8 +42,10 @@ from dlqc.passes.split_outliers import SplitOutliers
 from dlqc.planning import plan_report
 from dlqc.pruning import Magnitude, Pattern, SparseGpt, Wanda
 from dlqc.rounding.daq import Daq
+from dlqc.rounding.hqq import Hqq
 from dlqc.rounding.kmeans import Kmeans
 from dlqc.rounding.rtn import Rtn
+from dlqc.rounding.signround import SignRound
 from dlqc.rounding.vector import Ldlq
 
 CaseMaker = Callable[..., Any]
@@ -141,6 +144,7 @@ def test_sparsegpt_loses_least_at_the_logits(case: CaseMaker) -> None:
         (QuantizeWeights(4, 32), METHODS),
         (QuantizeWeights(3, None, True), METHODS[2:]),
         (QuantizeWeights(4, 32, True, Rtn()), METHODS[2:]),
+        (QuantizeWeights(3, 32, method=SignRound(steps=8, lr=0.1)), METHODS[:1]),
         (QuantizeWeights(format=SparseFormat(4, 32)), METHODS[1:]),
         (QuantizeWeights(format=SparseFormat(16), method=Rtn()), METHODS[2:]),
         (QuantizeWeights(format=Nf4Format(32), method=Rtn()), METHODS[:1]),
@@ -181,7 +185,12 @@ class Masks:
 
 @pytest.mark.parametrize(
     ("fmt", "method"),
-    [(PlanesFormat(group_size=32), Daq()), (CodebookFormat(3), Kmeans()), (LatticeFormat(), Ldlq())],
+    [
+        (PlanesFormat(group_size=32), Daq()),
+        (CodebookFormat(3), Kmeans()),
+        (LatticeFormat(), Ldlq()),
+        (OffsetFormat(3, 32), Hqq()),
+    ],
     ids=lambda x: getattr(x, "label", ""),
 )
 def test_formats_without_a_zero_are_refused_before_any_work(case: CaseMaker, fmt: Any, method: Any) -> None:

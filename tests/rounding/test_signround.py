@@ -55,7 +55,7 @@ def problem(rows: int, columns: int, parts: int = 1, seed: int = 0) -> Layer:
 
 
 def run(layer: Layer, fmt: IntFormat, options: SignRound, seed: int = 0) -> tuple[QuantizedWeight, dict[str, float]]:
-    found, numbers = options.round_block({"w": layer.weight}, fmt, layer, seed)
+    found, numbers = options.round_block({"w": layer.weight}, {"w": fmt}, layer, seed)
     weight = found["w"].weight
     assert isinstance(weight, QuantizedWeight)
     assert numbers["block_loss"] == pytest.approx(layer.total({"w": weight.dequantize()}), rel=1e-4, abs=1e-7)
@@ -193,6 +193,15 @@ def test_never_worse_than_its_start(
     assert layer.total({"w": found.dequantize()}) <= first * (1 + 1e-4) + 1e-6
     if kind == "zero":
         assert not bool(found.dequantize().any())
+
+
+def test_a_weight_of_zero_stays_zero() -> None:
+    layer = problem(8, 32)
+    layer.weight[torch.rand(8, 32, generator=torch.Generator().manual_seed(1)) < 0.5] = 0
+    for symmetric in (False, True):
+        found, _ = run(layer, IntFormat(3, 16, symmetric), SignRound(steps=40, lr=0.05))
+        assert not bool(found.dequantize()[layer.weight == 0].any())
+        assert bool(found.dequantize()[layer.weight != 0].any())
 
 
 def test_the_same_seed_gives_the_same_codes() -> None:
