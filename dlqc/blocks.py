@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from dlqc.execute import logits_node, needed
-from dlqc.graph import EMBEDDING, LINEAR, is_call
+from dlqc.graph import EMBEDDINGS, LINEAR, is_call
 
 _TAG = "block_boundary"
 
@@ -90,7 +90,7 @@ def _separators(graph: fx.Graph) -> list[fx.Node]:
         for source in node.all_input_nodes:
             if source.op == "call_function" and _is_float(source):
                 flow.add_edge(source, node)
-    start = next((node for node in graph.nodes if is_call(node, EMBEDDING)), None)
+    start = next((node for node in graph.nodes if is_call(node, *EMBEDDINGS)), None)
     end = logits_node(graph)
     if start is None or start not in flow or end not in flow:
         return []

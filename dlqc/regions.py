@@ -23,7 +23,7 @@ import torch
 from torch import fx
 
 from dlqc.errors import ContractError
-from dlqc.graph import EMBEDDING, LINEAR, SDPA, args_of, aten, call_before, constant_name, is_call, linears, read, uses
+from dlqc.graph import EMBEDDINGS, LINEAR, SDPA, args_of, aten, call_before, constant_name, is_call, linears, read, uses
 from dlqc.motion import Absorb, Carry, Choice, Kind, Site, Ties, rule_for, shape
 from dlqc.ops import TRANSFORM
 from dlqc.routers import is_router
@@ -321,7 +321,7 @@ def transform_of(node: fx.Node, weights: Weights) -> Transform:
 def residual_stream(graph: fx.Graph, weights: Weights, kind: Kind = "orthogonal") -> Region | Refused:
     """The region that begins at the token embedding."""
     for node in graph.nodes:
-        if is_call(node, EMBEDDING):
+        if is_call(node, *EMBEDDINGS):
             return grow(graph, weights, node, kind)
     output = next(node for node in graph.nodes if node.op == "output")
     return Refused(output, "the graph has no embedding")

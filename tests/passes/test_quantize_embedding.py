@@ -132,6 +132,13 @@ def test_a_tied_head_reads_quantized_activations_where_all_do(case: CaseMaker) -
     assert sum(is_call(n, LINEAR_PACKED) for n in k.graph.nodes) == 15
 
 
+def test_transforms_that_come_later_are_stuck_at_it(case: CaseMaker) -> None:
+    k = case("llada")
+    message = r"stuck at %embedding_packed_default \(dlqc\.embedding_packed\): no rule moves a transform"
+    with pytest.raises(ContractError, match=message):
+        PassManager((FoldNormScale(), QuantizeEmbedding(), RotateHidden())).run(k.graph, k.ctx)
+
+
 # Declines
 
 
