@@ -127,7 +127,7 @@ class Ours:
         self.phases = phases = Phases()
         IntFormat.parameters = phases.timed(IntFormat.parameters, lambda *_, **__: "scales")  # type: ignore[method-assign]
         implementation._round = phases.timed(
-            implementation._round, lambda _, grid, __: "trial" if len(grid.choices) > 1 else "round"
+            implementation._round, lambda _, grid, *__: "trial" if len(grid.choices) > 1 else "round"
         )
         for name in ("output_energy", "energy"):
             setattr(implementation, name, phases.timed(getattr(implementation, name), lambda *_: "measure"))

@@ -22,11 +22,12 @@ than w: scales with the least error on w then clamp t, and the clamped errors fe
 cost more than it saves by far, at 4 bits hardly). So clip="trial" rounds up to 128 evenly spaced rows with each choice
 in TRIALS and keeps the one with the least loss; rows are independent, which makes the sample a fair one.
 
-Pruned weights (`kept`). First the kept weights move to V, the best on their mask: REFINE steps of conjugate gradients from
-W (`dlqc.pruning.refine`). Then V is rounded; where a weight is pruned to 0, whatever t says, and the error t - 0 goes on to the
+Pruned weights (`kept`). First the kept weights move to V, the best on their mask: REFINE steps of conjugate gradients from W
+(`dlqc.pruning.refine`). Then V is rounded; where a weight is pruned to 0, whatever t says, and the error t - 0 goes on to the
 columns after it like any other. Nothing is lost by taking V for W: (W - V)(H + λI) = 0 on the mask, so for every Ŵ on it the
 objective of W is that of V plus a constant. SparseGPT (arXiv 2301.00774, section 3.5) sets to zero and rounds in one sweep from W
-instead; there the scales, chosen from weights that have not moved yet, clamp those that have to take over from others.
+instead; then the groups' scales, which are chosen from weights that have not moved yet, clamp those that have to take over from
+others.
 
 The feedback is float32 (`dtype`), between blocks of columns a product of matrices, inside a block native code where there
 is a compiler (`dlqc.intround`). So is the factor, if H is far enough from singular (`factorize`). Peak memory: H, one
