@@ -19,6 +19,7 @@ from dlqc.diffusion.spec import DiffusionSpec
 from dlqc.errors import DlqcError
 from dlqc.export import export
 from dlqc.models.load import load_model, load_tokenizer
+from dlqc.recommend import recommend
 
 __all__ = [
     "Compiled",
@@ -36,5 +37,6 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "plan",
+    "recommend",
     "stream",
 ]

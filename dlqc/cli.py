@@ -1,4 +1,4 @@
-"""The command line: compile, plan, generate, eval, bisect, report, explain, export, verify, doctor.
+"""The command line: compile, plan, recommend, generate, eval, bisect, report, explain, export, verify, doctor.
 
 Every verb takes `--json` and then prints one JSON object and nothing else. An error is one line on the error stream and exit
 status 2; it says what, where, why and what to do.
@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from torch import nn
 
-from dlqc.errors import DlqcError, FeasibilityError, ModelError
+from dlqc.errors import DlqcError, FeasibilityError, ModelError, RecipeError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 screen = Console(soft_wrap=True)
@@ -271,12 +271,21 @@ def bisect_command(
 def report(
     model: Original,
     outliers: Annotated[
-        bool, typer.Option("--outliers", help="measure outliers at the inputs of linears; needed")
+        bool, typer.Option("--outliers", help="measure outliers at the inputs of linears; this or --pareto is needed")
+    ] = False,
+    pareto: Annotated[
+        bool, typer.Option("--pareto", help="bits against quality: the best assignments of widths, for every budget")
     ] = False,
     recipe: Annotated[
         str | None,
-        typer.Option("--recipe", "-r", help="measure again after each of its transforms, before it quantizes"),
+        typer.Option(
+            "--recipe",
+            "-r",
+            help="outliers: measure again after each of its transforms, before it quantizes; "
+            "pareto: a recipe with assign_bits, w3.2a16-mixed-gptq where absent",
+        ),
     ] = None,
+    measure: Annotated[int, typer.Option(min=0, help="pareto: so many assignments are rounded and measured")] = 0,
     text: Annotated[str | None, typer.Option(help="calibration text file, for recipes that calibrate")] = None,
     data: Annotated[
         Path | None, typer.Option(help="text to measure on; the bundled evaluation tales where absent")
@@ -291,15 +300,18 @@ def report(
     bidirectional: Bidirectional = False,
     as_json: Json = False,
 ) -> None:
-    """Measure a model, before and after the transforms of a recipe. What was done to a saved one, `explain` tells."""
+    """Measure a model: outliers before and after the transforms of a recipe, or bits against quality.
+
+    What was done to a saved one, `explain` tells.
+    """
     from dlqc.models.describe import spec_of
     from dlqc.models.load import load_tokenizer
 
-    if not outliers:
+    if outliers == pareto:
         raise FeasibilityError(
-            "nothing to measure was named",
+            "two things to measure were named" if outliers else "nothing to measure was named",
             where="report",
-            remedy="Add --outliers; for what the passes did to a saved model, use dlqc explain",
+            remedy="Add --outliers or --pareto; for what the passes did to a saved model, use dlqc explain",
         )
     if (Path(model) / "manifest.json").is_file():
         raise ModelError(
@@ -308,33 +320,75 @@ def report(
             remedy="Give the original model, and the recipe with --recipe",
         )
     from dlqc.evaluate import bundled_text, rows_to_measure
-    from dlqc.figures import need_matplotlib, save_figures
+    from dlqc.figures import need_matplotlib, save_figures, save_pareto
     from dlqc.outlier_study import study
+    from dlqc.pareto import pareto as find_pareto
 
     levels = _numbers(ratios, "--ratios")
     if figures is not None:
         need_matplotlib()
     loaded = _model(model, trust_remote_code, bidirectional)
     ids = rows_to_measure(load_tokenizer(loaded), spec_of(loaded, mask_id=mask_id), data, length=length)[:rows]
+    same: dict[str, Any] = {"calibration": Path(text) if text else None, "mask_id": mask_id, "seed": seed}
+    if pareto:
+        frontier = find_pareto(loaded, recipe or "w3.2a16-mixed-gptq", measure=measure, rows=ids, **same)
+        paths = [] if figures is None else save_pareto(frontier, figures)
+        _print_report(frontier, paths, as_json)
+        return
     found = study(
         loaded,
         ids,
         recipe=recipe,
-        calibration=Path(text) if text else None,
         ratios=levels,
         surfaces=0 if figures is None else 2,
         source=(data or bundled_text("eval")).name,
-        mask_id=mask_id,
         backend="reference",
-        seed=seed,
+        **same,
     )
-    drawn = [] if figures is None else [str(path) for path in save_figures(found, figures)]
+    _print_report(found, [] if figures is None else save_figures(found, figures), as_json)
+
+
+def _print_report(found: Any, drawn: list[Path], as_json: bool) -> None:
+    """A report as text or as JSON, with the figures that were drawn."""
     if as_json:
-        _print_json(found.to_plain() | {"figures": drawn})
+        _print_json(found.to_plain() | {"figures": [str(path) for path in drawn]})
         return
     screen.print(found.render(), highlight=False, markup=False)
     for path in drawn:
         screen.print(f"wrote {path}", highlight=False, markup=False)
+
+
+@app.command("recommend")
+def recommend_command(
+    model: Original,
+    scenario: Annotated[str, typer.Option(help="general, quality, math-code, extreme or edge")] = "general",
+    text: Annotated[str | None, typer.Option(help="text file to try on; without it the model's own rollouts")] = None,
+    tolerance: Annotated[float | None, typer.Option(help="largest KL, nats per masked token")] = None,
+    probe: Annotated[str, typer.Option(help="compile, sites (an estimate, for large models) or auto")] = "auto",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="recipe file to write, .yaml")] = None,
+    seed: Annotated[int, typer.Option(help="of everything random")] = 0,
+    mask_id: MaskId = None,
+    trust_remote_code: Trust = False,
+    bidirectional: Bidirectional = False,
+    as_json: Json = False,
+) -> None:
+    """Print the recipe for a purpose, tried on the model, with its reasons; `compile --recipe` takes what is printed."""
+    from dlqc.recommend import recommend
+
+    if out is not None and (out.suffix not in (".yaml", ".yml") or not out.parent.is_dir()):
+        raise RecipeError("cannot hold a recipe", where=str(out), remedy="Name a .yaml file in a folder that exists")
+    loaded = _model(model, trust_remote_code, bidirectional)
+    calibration = Path(text) if text else None
+    options: Any = {"tolerance": tolerance, "probe": probe, "mask_id": mask_id, "seed": seed}
+    if sys.stderr.isatty():
+        options["progress"] = lambda name: typer.echo(f"trying {name}", err=True)
+    found = recommend(loaded, scenario, calibration=calibration, **options)
+    if out is not None:
+        out.write_text(found.render(), encoding="utf-8")
+    if as_json:
+        _print_json(found.to_plain())
+    else:
+        typer.echo(found.render())
 
 
 @app.command()

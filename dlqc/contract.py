@@ -11,6 +11,7 @@ checks the whole order before any work and never sorts it.
     float-activations      no input of a linear is quantized yet (holds after capture)
     float-attention        no query, key, value or attention probability is quantized yet (holds after capture)
     states                 denoising states for calibration exist
+    assignment             each linear to quantize has a scheme of its own, in `Context.assignment`
     unit-gain              every norm that feeds only linears has gain one
     original               the block as it was before its weights were rounded is at hand; a graph-scoped pass ends this
     quantized-weights      the linears that were asked for are linear_q
@@ -23,8 +24,9 @@ checks the whole order before any work and never sorts it.
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -40,7 +42,10 @@ if TYPE_CHECKING:
     from dlqc.calibration import States, TokenRows
     from dlqc.formats.integer import IntFormat
     from dlqc.observers import Observer
+    from dlqc.schemes import Scheme
 
+#: Facts that are about the context: giving one changes no graph.
+FACTS_OF_CONTEXT = frozenset({"states", "assignment"})
 #: Statistics of the inputs of linears: weight name → statistic → tensor.
 Statistics = Mapping[str, Mapping[str, torch.Tensor]]
 
@@ -107,7 +112,9 @@ class Plan:
     `sites` maps the module name to its planned spec; passes fill it in order. `beside` has bits that are stored beside the
     weight of a site; `tables` are embeddings that are stored in few bits and are no head, with rows and width; `pruned` are
     linears with zeros, and the share of weights that is kept. `problems` lists everything that would fail, so that all
-    offenders are named at once.
+    offenders are named at once. `kept` are linears that stay, with the reason. `assigned` are the sites whose scheme is found
+    while compiling, with the candidates; of these `sites` has the last, and together they are stored in no more than
+    `limit_bits`, where what comes behind the blocks has `assigned_head` bits. `notes` are sentences for the reader.
     """
 
     sites: dict[str, LinearSpec] = field(default_factory=dict)
@@ -116,6 +123,17 @@ class Plan:
     pruned: dict[str, float] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
+    assigned: dict[str, tuple[Scheme, ...]] = field(default_factory=dict)
+    limit_bits: int = 0
+    assigned_head: int | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def specs(self) -> Iterator[tuple[str, LinearSpec]]:
+        """Every spec that a site may come to have: one, or one for each candidate format."""
+        for name, spec in self.sites.items():
+            formats = dict.fromkeys(scheme.format for scheme in self.assigned.get(name, ()))
+            for weight in formats or (spec.weight,):
+                yield name, dataclasses.replace(spec, weight=weight)
 
 
 @dataclass(frozen=True)
@@ -155,6 +173,7 @@ class Context:
         observed: the observers that the pass at hand asked for, by its names for them, after they saw the states.
         facts: what holds now.
         blocks: the stack of blocks, in order.
+        assignment: by module name, the scheme that a pass chose for a linear; `quantize_weights` follows it.
     """
 
     weights: Weights
@@ -171,6 +190,7 @@ class Context:
     observed: Mapping[str, Observer] = field(default_factory=dict)
     facts: set[str] = field(default_factory=lambda: set(FACTS_OF_CAPTURE))
     blocks: Sequence[Block] = ()
+    assignment: Mapping[str, Scheme] = field(default_factory=dict)
 
     def nodes(self, graph: fx.Graph) -> list[fx.Node]:
         """The nodes a pass may rewrite: the block's in block scope, else all."""

@@ -1,8 +1,9 @@
-"""Figures of an outlier study, as PNG files. Needs matplotlib: `pip install 'dlqc[plots]'`.
+"""Figures of an outlier study and of a frontier, as PNG files. Needs matplotlib: `pip install 'dlqc[plots]'`.
 
 layers-<measure>.png   layer by mask ratio, a panel for each kind of site, masked and visible rows apart; stage by stage
 stages-crest.png       crest by kind of site, before and after each pass, with the range over layers and mask ratios
 surface-<n>.png        |x| of one row of tokens, token by channel, for the worst sites; stage by stage, on one scale
+pareto.png             bits per weight against cost: all assignments that no other one beats, and what was measured of some
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from dlqc.outlier_study import OutlierStudy
+    from dlqc.pareto import Pareto, Point
 
 _DPI = 130
 #: More layers than this, and the numbers are not written into the cells.
@@ -54,7 +56,6 @@ def save_figures(study: OutlierStudy, folder: str | Path) -> list[Path]:
         ArtifactError: the folder cannot be written.
     """
     need_matplotlib()
-    target = Path(folder)
     figures = {"stages-crest": crest_by_stage(study.stages)}
     for name, (_, value, _) in MEASURES.items():
         if any(value(cell) for stage in study.stages for cell in stage.cells):
@@ -62,6 +63,16 @@ def save_figures(study: OutlierStudy, folder: str | Path) -> list[Path]:
     sites = dict.fromkeys(s.site for s in study.surfaces)
     for number, site in enumerate(sites, 1):
         figures[f"surface-{number}"] = surfaces_of([s for s in study.surfaces if s.site == site])
+    return _save(figures, Path(folder))
+
+
+def save_pareto(found: Pareto, folder: str | Path) -> list[Path]:
+    """Draw a frontier into a folder, as `save_figures` does."""
+    need_matplotlib()
+    return _save({"pareto": frontier_figure(found)}, Path(folder))
+
+
+def _save(figures: dict[str, Figure], target: Path) -> list[Path]:
     paths = []
     try:
         target.mkdir(parents=True, exist_ok=True)
@@ -201,6 +212,59 @@ def surfaces_of(panels: Sequence[Surface]) -> Figure:
     first = panels[0]
     figure.suptitle(f"Input of {first.site}, mask ratio {first.ratio:g}", fontsize=11)
     return figure
+
+
+#: Metrics of a frontier that are in the unit of the measured divergence, so that both go on one axis.
+_IN_NATS = ("kl", "fisher")
+
+
+def frontier_figure(found: Pareto) -> Figure:
+    """Bits per quantized weight against what an assignment costs, predicted and measured; the uniform ones by name."""
+    alone = found.metric in _IN_NATS or not found.measured
+    figure = _figure(8.0 if alone else 12.0, 5.0)
+    axes = figure.subplots(1, 1 if alone else 2, squeeze=False)[0]
+    predicted, measured = axes[0], axes[-1]
+    positive = [p for p in found.points if p.predicted > 0]
+    label = f"predicted, all {len(found.points)} assignments that no other one beats"
+    predicted.plot(
+        [p.bits for p in positive],
+        [p.predicted for p in positive],
+        color="C0",
+        lw=1.2,
+        drawstyle="steps-post",
+        label=label,
+    )
+    uniform = list(found.uniform.values())
+    if found.measured:
+        _with_intervals(measured, found.measured, "o", "C1", "mixed, measured")
+        _with_intervals(measured, uniform, "s", "C3", "one scheme for all, measured")
+    if not alone or not found.measured:
+        shown = [p for p in uniform if p.predicted > 0]
+        marks = ([p.bits for p in shown], [p.predicted for p in shown])
+        predicted.plot(*marks, "s", color="C3", mfc="none", label="one scheme for all, predicted")
+    for name, point in found.uniform.items():
+        height = point.kl.mean if point.kl is not None else point.predicted
+        place = {"xytext": (6, 5), "textcoords": "offset points", "fontsize": 8}
+        if height > 0:
+            measured.annotate(name.split(" ")[0], (point.bits, height), **place)
+    units = "nats per masked token" if found.metric in _IN_NATS else "sum over units"
+    predicted.set_ylabel(f"predicted {found.metric}, {units}" if not alone or not found.measured else f"KL, {units}")
+    if not alone:
+        measured.set_ylabel("measured KL, nats per masked token")
+    for ax in dict.fromkeys(axes):
+        ax.set_yscale("log")
+        ax.set_xlabel("stored bits per quantized weight, scales and zero points counted")
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=8, frameon=False)
+    figure.suptitle(f"{found.model}: bits against quality (sensitivities by {found.metric})", fontsize=11)
+    return figure
+
+
+def _with_intervals(ax: Any, points: Sequence[Point], mark: str, color: str, label: str) -> None:
+    known = [(p.bits, p.kl) for p in points if p.kl is not None and p.kl.low > 0]
+    spread = [[kl.mean - kl.low for _, kl in known], [kl.high - kl.mean for _, kl in known]]
+    where = ([bits for bits, _ in known], [kl.mean for _, kl in known])
+    ax.errorbar(*where, yerr=spread, fmt=mark, color=color, capsize=2, ms=5, label=f"{label} (95 % intervals)")
 
 
 def _figure(width: float, height: float) -> Figure:

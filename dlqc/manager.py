@@ -22,7 +22,7 @@ from torch import fx
 from dlqc.blocks import Block, find_blocks, tail
 from dlqc.certificate import certified
 from dlqc.check import check
-from dlqc.contract import FACTS_OF_CAPTURE, Context, Pass, PassReport, Plan
+from dlqc.contract import FACTS_OF_CAPTURE, FACTS_OF_CONTEXT, Context, Pass, PassReport, Plan
 from dlqc.errors import ContractError, FeasibilityError
 from dlqc.graph import fingerprint
 from dlqc.states import StateFlow, needs_exact, needs_original, needs_states
@@ -103,6 +103,9 @@ class PassManager:
         plan = Plan()
         for p in self.passes:
             p.plan(graph, ctx, plan)
+        if plan.assigned and plan.beside and not plan.problems:
+            what = f"{sum(plan.beside.values()) / 8e6:.3f} MB are stored beside the weights (low_rank, correct_bias)"
+            plan.problems.append(f"assign_bits: {what}, which its budget does not count")
         return plan
 
     def check_feasibility(self, graph: fx.Graph, ctx: Context) -> Plan:
@@ -150,7 +153,7 @@ class PassManager:
                 f"apply() of pass {p.name!r} returned {type(report).__name__}", remedy="Return a dlqc.PassReport"
             )
         changed = fingerprint(graph, ctx.weights) != before
-        if report.sites and not changed and p.given_facts() - {"states"}:
+        if report.sites and not changed and p.given_facts() - FACTS_OF_CONTEXT:
             raise ContractError(
                 f"pass {p.name!r} reports {report.sites} sites, but nothing changed",
                 remedy=f"This is a fault of {p.name!r}: count only what it rewrites",

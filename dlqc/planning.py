@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from dlqc.backend import choose_kernel, load_backend
+from dlqc.backend import LinearSpec, choose_kernel, load_backend
 from dlqc.blocks import find_blocks
 from dlqc.compile import plan
 from dlqc.graph import Linear, linears
@@ -28,7 +28,10 @@ class PlanReport:
         parameters: of the model. bits: to be stored. peak_bytes: of the largest block while it is rounded: its Hessians, the
             factor of one, and one weight in float64 with its working copies.
         seconds: of rounding by GPTQ: K³/3 flops an input and N·K² a linear; GPTAQ's correction on top.
+        formats: how many sites each number format gets, where that is known beforehand. notes: sentences of the passes.
         problems: what would fail. kept: linears that stay, and why.
+
+    Where widths are assigned while compiling, `bits` is the most that the budget allows.
     """
 
     recipe: str
@@ -40,6 +43,8 @@ class PlanReport:
     bits: float
     peak_bytes: int
     seconds: float
+    formats: dict[str, int]
+    notes: list[str]
     problems: list[str]
     kept: dict[str, str]
 
@@ -54,6 +59,8 @@ class PlanReport:
             f"peak memory beside the model and the calibration states: about {self.peak_bytes / 1e6:,.0f} MB",
             f"rounding time: about {self.seconds:,.0f} s at {_FLOPS_PER_SECOND / 1e9:.0f} GFLOP/s, forward passes not counted",
         ]
+        lines += [f"{label}: {count} sites" for label, count in self.formats.items() if len(self.formats) > 1]
+        lines += self.notes
         lines += [f"kernel {name}: {count} sites" for name, count in self.kernels.items()]
         lines += [f"stays: {name} ({why})" for name, why in self.kept.items()]
         lines += [f"problem: {problem}" for problem in self.problems]
@@ -75,11 +82,20 @@ def plan_report(model: nn.Module, recipe: str, *, backend: str = "auto", mask_id
         parameters += constant.leaf.numel()
         if name not in names:
             bits += constant.leaf.numel() * constant.leaf.element_size() * 8
-    for name, site in found.sites.items():
-        n, k = site.out_features, site.in_features
-        bits += n * k * site.weight.bits_per_weight(n, k) + found.beside.get(name, 0)
-        kernel, _ = choose_kernel(target, site)
-        kernels[kernel.name if kernel else "none"] += 1
+    formats: Counter[str] = Counter()
+    specs: dict[str, list[LinearSpec]] = {}
+    for name, spec in found.specs():
+        specs.setdefault(name, []).append(spec)
+    for name, candidates in specs.items():
+        chosen_by = [choose_kernel(target, spec)[0] for spec in candidates]
+        kernels[" or ".join(dict.fromkeys(kernel.name if kernel else "none" for kernel in chosen_by))] += 1
+        bits += found.beside.get(name, 0)
+        if name not in found.assigned:
+            (spec,) = candidates
+            n, k = spec.out_features, spec.in_features
+            bits += n * k * spec.weight.bits_per_weight(n, k)
+            formats[spec.weight.label] += 1
+    bits += found.limit_bits
     bits += sum(rows * width * fmt.bits_per_weight(rows, width) for fmt, rows, width in found.tables.values())
     wanted = frozenset[str]().union(*(p.statistics() for p in chosen.passes))
     blocks = find_blocks(captured.graph)
@@ -94,6 +110,8 @@ def plan_report(model: nn.Module, recipe: str, *, backend: str = "auto", mask_id
         bits=bits,
         peak_bytes=max((peak for peak, _ in costs), default=0),
         seconds=sum(flops for _, flops in costs) / _FLOPS_PER_SECOND,
+        formats=dict(formats),
+        notes=found.notes,
         problems=found.problems,
         kept=found.kept,
     )

@@ -1,12 +1,15 @@
 """Presets: recipes whose name says what they make.
 
-    w<bits>a<bits>[-g<size>|-channel][-sym][-<activations>]-<method>[-<variant>][-e<bits>h<bits>]
+    w<bits>a<bits>[-g<size>|-channel][-sym][-mixed][-<activations>]-<method>[-<variant>][-e<bits>h<bits>]
 
 `w4a16-gptq` is 4-bit weights in groups of 128 with zero points, 16-bit activations, GPTQ on masked states. Weights of 8 bits, and
 weights next to activations of fewer than 8 bits, have one scale per channel and no zero points unless the name says
 otherwise. Activations are quantized per token, and queries, keys, values and attention probabilities stay as they are, unless
 the name says otherwise: see `dlqc.activation_presets`. Embeddings and head stay as they are without the last part: `-e8h8` stores
 both in 8 bits, `-e4`, `-h8` and so on one of them; 8 bits have one scale for each row.
+
+With -mixed the number is a budget: no more stored bits per quantized weight of the blocks than that, scales and zero points
+counted, on average over linears of 2, 3, 4 and 8 bits (`w3.2a16-mixed-gptq`). Elsewhere it is the width of a code.
 
 DLLMQuant (arXiv 2508.14090) is TMAS, IA-AQ and CGQ behind the rotations of QuaRot, or (`-awq`) behind AWQ: the model is
 transformed first, its rollouts are drawn then, values get the fixed scales of IA-AQ, and weights are rounded last, by GPTQ on
@@ -24,6 +27,7 @@ from typing import Any
 from dlqc.activation_presets import WORDS, Activations
 from dlqc.contract import Pass
 from dlqc.errors import RecipeError
+from dlqc.pruning import Wanda
 
 PRESETS = {
     "w8a16-rtn": "8-bit weights per channel, nearest rounding, no calibration",
@@ -31,7 +35,7 @@ PRESETS = {
     "w8a8-rtn": "8-bit weights per channel, 8-bit activations per token, nearest rounding",
     "w4a4-rtn": "4-bit weights per channel, 4-bit activations per token, nearest rounding",
     "w8a8-smoothquant": "as w8a8-rtn after SmoothQuant on masked states",
-    "w8a8-llmint8": "as w8a8-rtn, columns with activations above 6 on masked states in 16 bits (LLM.int8())",
+    "w8a8-llmint8": "as w8a8-rtn with outlier columns of activations in 16 bits, by LLM.int8() on masked states",
     "w8a8-gptq": "8-bit weights per channel by GPTQ, 8-bit activations per token",
     "w4a8-gptq": "4-bit weights g128 by GPTQ, 8-bit activations per token",
     "w4a16-gptq": "4-bit weights g128 by GPTQ on masked states",
@@ -46,6 +50,8 @@ PRESETS = {
     "w4a16-gptaq-cgq": "as w4a16-gptaq with certainty-weighted statistics",
     "w4a16-gptaq-tmas": "as w4a16-gptaq on snapshots of the model's own denoising",
     "w4a16-gptaq-tmas-cgq": "as w4a16-gptaq-tmas with certainty-weighted statistics",
+    "w4a16-sparsegpt": "4-bit weights g128 by GPTQ, half of them zero by SparseGPT on masked states",
+    "w4a16-wanda": "4-bit weights g128 by GPTQ, half of them zero by Wanda on masked states",
     "w4a16-smooth": "4-bit weights g128 after smoothing on masked states, nearest rounding",
     "w4a16-awq": "4-bit weights g128 after AWQ's scaling and clipping on masked states, nearest rounding",
     "w4a4-smoothquant": "as w4a4-rtn after SmoothQuant on masked states",
@@ -78,6 +84,9 @@ PRESETS = {
     "w4a16-icqbc": "as w4a16-rtn with biases that give outputs the means of full precision on masked states",
     "w3a16-icqbc": "as w4a16-icqbc with 3-bit weights",
     "w4a4-icqbc": "as w4a4-rtn with biases that give outputs the means of full precision on masked states",
+    "w4a16-mixed-gptq": "2, 3, 4 and 8-bit weights g128 by GPTQ on masked states, 4 bits per weight on average, all counted",
+    "w3.2a16-mixed-gptq": "as w4a16-mixed-gptq at 3.2 bits",
+    "w2.5a16-mixed-gptq": "as w4a16-mixed-gptq at 2.5 bits",
     "w8a16-fp8": "fp8 (E4M3) weights, a scale per channel, nearest rounding, no calibration",
     "w4a16-nf4": "nf4 weights in blocks of 64 with doubly quantized scales, nearest rounding, no calibration",
     "w4a16-mxfp4": "mxfp4 weights, blocks of 32, nearest rounding, no calibration",
@@ -86,7 +95,8 @@ PRESETS = {
     "w3a16-hqq": "3-bit weights g128 with real zero points by HQQ, no calibration",
     "w2a16-hqq": "2-bit weights g128 with real zero points by HQQ, no calibration",
     "w2a16-g128-kmeans": "2-bit tables g128 (2.5 bits in all) by k-means with GPTQ's feedback on masked states",
-    "w3a16-squeezellm": "3-bit tables per channel by k-means weighted with diag(H) on masked states, 0.45 % of weights sparse",
+    "w4a16-squeezellm": "4-bit tables per channel by k-means weighted with the loss's Fisher on masked states, 0.45 % sparse",
+    "w3a16-squeezellm": "as w4a16-squeezellm with 3-bit tables",
     "w2a16-daq": "two sign planes g128 by DAQ on masked states, with the steps beyond the paper",
     "w2a16-quant-dllm": "two sign planes g128 on average by DAQ and ABMP as the paper has them, on masked states",
     "w2a16-e8p": "2-bit E8P lattice per channel by LDLQ and descent on masked states, without rotations",
@@ -94,10 +104,13 @@ PRESETS = {
 }
 
 GRAMMAR = re.compile(
-    r"w(?P<w>[2348])a(?P<a>4|6|8|16)(?:-(?:g(?P<g>\d+)|(?P<channel>channel)))?(?P<sym>-sym)?"
+    r"w(?P<w>\d(?:\.\d+)?)a(?P<a>4|6|8|16)(?:-(?:g(?P<g>\d+)|(?P<channel>channel)))?(?P<sym>-sym)?(?P<mixed>-mixed)?"
     rf"(?P<acts>{WORDS})-(?P<method>[a-z]+8?)(?:-(?P<variant>clean|cgq|tmas|tmas-cgq|rtn|gptq|gptaq|autoround|lqer|awq))?"
     r"(?:-(?=[eh])(?:e(?P<e>[48]))?(?:h(?P<h>[48]))?)?"
 )
+
+#: Widths of a code, as names spell them.
+WIDTHS = ("2", "3", "4", "8")
 
 #: Roundings of integers that take statistics.
 CALIBRATED = ("gptq", "gptaq", "autoround", "lqer")
@@ -116,6 +129,11 @@ def preset(name: str, pass_class: Callable[[str], Any]) -> tuple[Pass, ...] | No
     found = GRAMMAR.fullmatch(name)
     if found is None or found["method"] not in METHODS:
         return None
+    if not found["mixed"] and found["w"] not in WIDTHS:
+        if "." not in found["w"]:
+            return None
+        what, remedy = f"no code has {found['w']} bits", f"For an average use {name.replace('-', '-mixed-', 1)!r}"
+        raise RecipeError(what, where=name, remedy=remedy)
     before, needs_states, rounding = METHODS[found["method"]]
     variant, without = found["variant"], name.replace(f"-{found['variant']}", "", 1)
     activations = Activations.of(found["acts"], int(found["a"]), name)
@@ -130,12 +148,14 @@ def preset(name: str, pass_class: Callable[[str], Any]) -> tuple[Pass, ...] | No
         if not before:
             raise RecipeError(f"-{variant} goes with transforms only", where=name, remedy=f"Use {without!r}")
         rounding = variant
+    if found["mixed"] and any(step in ROUNDED for step, _ in before):
+        what = f"-mixed does not go with {found['method']}, which has to know the width of each weight beforehand"
+        raise RecipeError(what, where=name, remedy="Use -mixed with gptq, rtn or quarot")
     weights = _format(found, activations)
-    drawn = needs_states or rounding in CALIBRATED or activations.static
+    drawn = needs_states or rounding in CALIBRATED or activations.static or found["mixed"]
     steps = [_calibrate(pass_class, variant, everywhere=activations.static)] if drawn else []
     steps += _transforms(pass_class, found["method"], weights, activations)
-    head = int(found["h"]) if found["h"] else None
-    steps.append(_quantize(pass_class, weights, rounding, act=activations.bits, head=head))
+    steps += _quantize(pass_class, weights, rounding, activations.bits, found)
     steps += activations.of_linears(pass_class)
     steps += activations.of_attention(pass_class, "token" if found["method"] == "quarot" else "head")
     steps += [pass_class(step)(**options) for step, options in AFTER.get(found["method"], ())]
@@ -146,8 +166,9 @@ def _finished(pass_class: Callable[[str], Any], steps: list[Pass], found: re.Mat
     """The embedding, if the name asks for it, and what ends every recipe of integers."""
     if found["e"]:
         # Behind the transforms of the whole graph, before what goes block by block: its states come from the rounded table.
-        place = next((i for i, step in enumerate(steps) if step.scope == "block"), len(steps))
-        steps.insert(place, pass_class("quantize_embedding")(**_table(int(found["e"]))))
+        # And before budgets are reckoned.
+        first = [i for i, step in enumerate(steps) if step.scope == "block" or step.name == "assign_bits"]
+        steps.insert(min(first, default=len(steps)), pass_class("quantize_embedding")(**_table(int(found["e"]))))
     return (*steps, pass_class("pack")(), pass_class("lower")())
 
 
@@ -155,7 +176,7 @@ def _transforms(
     pass_class: Callable[[str], Any], method: str, weights: dict[str, Any], activations: Activations
 ) -> list[Pass]:
     """The transforms of a method. Rotations include that of queries and keys where keys are quantized."""
-    widths = {**weights, "weight_bits": weights["bits"], "act_bits": activations.bits}
+    widths = {**weights, "weight_bits": weights.get("bits"), "act_bits": activations.bits}
     steps = [
         pass_class(step)(**{option: widths[option] for option in ROUNDED.get(step, ())}, **options)
         for step, options in METHODS[method][0]
@@ -176,6 +197,8 @@ def _dllmquant(
         raise RecipeError(
             f"dllmquant brings its own states and rounding, there is no -{variant}", where=name, remedy=remedy
         )
+    if found["mixed"]:
+        raise RecipeError("-mixed does not go with dllmquant", where=name, remedy="Use -mixed with gptq, rtn or quarot")
     if activations.bits is None:
         what = "DLLMQuant is about activations of fewer than 16 bits"
         raise RecipeError(what, where=name, remedy="Use w8a8-dllmquant, or w4a16-gptq-tmas-cgq")
@@ -187,7 +210,7 @@ def _dllmquant(
         *steps,
         _calibrate(pass_class, "tmas-cgq"),
         *dataclasses.replace(activations, attention=heads).of_attention(pass_class, "token", IaAq()),
-        _quantize(pass_class, weights, "gptq", act=None, head=int(found["h"]) if found["h"] else None),
+        *_quantize(pass_class, weights, "gptq", activations.bits, found),
         *activations.of_linears(pass_class),
     ]
     return _finished(pass_class, steps, found)
@@ -227,11 +250,14 @@ def _data_free(fmt: Callable[[Any], Any]) -> Callable[[], tuple[Any, Any]]:
     return made
 
 
-def _squeezellm() -> tuple[Any, Any]:
-    from dlqc.formats.codebook import CodebookFormat
-    from dlqc.rounding.kmeans import Kmeans
+def _squeezellm(bits: int) -> Callable[[], tuple[Any, Any]]:
+    def made() -> tuple[Any, Any]:
+        from dlqc.formats.codebook import CodebookFormat
+        from dlqc.rounding.kmeans import Kmeans
 
-    return CodebookFormat(3, sparse=0.0045), Kmeans()
+        return CodebookFormat(bits, sparse=0.0045), Kmeans(sensitivity="fisher")
+
+    return made
 
 
 def _daq() -> tuple[Any, Any]:
@@ -269,7 +295,8 @@ CODED: dict[str, Callable[[], tuple[Any, ...]]] = {
     "w3a16-hqq": _hqq(3),
     "w2a16-hqq": _hqq(2),
     "w2a16-g128-kmeans": _kmeans,
-    "w3a16-squeezellm": _squeezellm,
+    "w4a16-squeezellm": _squeezellm(4),
+    "w3a16-squeezellm": _squeezellm(3),
     "w2a16-daq": _daq,
     "w2a16-quant-dllm": _quant_dllm,
     "w2a16-e8p": _e8p,
@@ -291,11 +318,11 @@ def _calibrate(pass_class: Callable[[str], Any], variant: str | None, *, everywh
 
 def _format(found: re.Match[str], activations: Activations) -> dict[str, Any]:
     """The weight format that a name spells, as options of the passes that round."""
-    bits = int(found["w"])
-    wide = bits == 8 or found["a"] in ("4", "6")
+    wide = (found["w"] == "8" and not found["mixed"]) or found["a"] in ("4", "6")
     group = None if found["channel"] or (wide and not found["g"]) else int(found["g"] or 128)
     symmetric = found["sym"] is not None or (wide and activations.symmetric)
-    return {"bits": bits, "group_size": group, "symmetric": symmetric}
+    width = {} if found["mixed"] else {"bits": int(found["w"])}
+    return width | {"group_size": group, "symmetric": symmetric}
 
 
 def _table(bits: int) -> dict[str, Any]:
@@ -304,8 +331,9 @@ def _table(bits: int) -> dict[str, Any]:
 
 
 def _quantize(
-    pass_class: Callable[[str], Any], weights: dict[str, Any], rounding: str, *, act: int | None, head: int | None
-) -> Pass:
+    pass_class: Callable[[str], Any], weights: dict[str, Any], rounding: str, act: int | None, found: re.Match[str]
+) -> list[Pass]:
+    """The passes that round weights, and where the name asks for it, before them the one that chooses their widths."""
     from dlqc.rounding.gptaq import Gptaq
     from dlqc.rounding.gptq import Gptq
     from dlqc.rounding.low_rank import LowRank
@@ -320,10 +348,10 @@ def _quantize(
         "autoround": partial(SignRound, act_bits=act),
     }
     # GPTAQ lives on seeing all that rounding has done to an input, within the block, too; its authors have it so.
-    options: dict[str, dict[str, Any]] = {"gptaq": {"sequential": "layer"}, "lqer": {"low_rank": LowRank()}}
-    how = options.get(rounding, {})
-    made: Pass = pass_class("quantize_weights")(**weights, method=methods[rounding](), head=head, **how)
-    return made
+    hows: dict[str, dict[str, Any]] = {"gptaq": {"sequential": "layer"}, "lqer": {"low_rank": LowRank()}}
+    options = {**weights, "method": methods[rounding](), "head": int(found["h"]) if found["h"] else None}
+    assigned = [pass_class("assign_bits")(budget=f"{found['w']}bpw", **options)] if found["mixed"] else []
+    return [*assigned, pass_class("quantize_weights")(**options, **hows.get(rounding, {}))]
 
 
 Step = tuple[str, dict[str, Any]]
@@ -350,6 +378,8 @@ METHODS: dict[str, tuple[tuple[Step, ...], bool, str]] = {
     "smooth": ((("smooth", {}),), True, "rtn"),
     "smoothquant": ((("smooth", {}),), True, "rtn"),
     "llmint8": ((("split_outliers", {"required": False}),), True, "rtn"),
+    "sparsegpt": ((("sparsify", {}),), True, "gptq"),
+    "wanda": ((("sparsify", {"method": Wanda()}),), True, "gptq"),
     "awq": ((("awq_scale", {"relative": True}), ("awq_clip", {})), True, "rtn"),
     "quarot": (
         (

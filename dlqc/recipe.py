@@ -49,6 +49,7 @@ PASSES = {
     "split_outliers": "SplitOutliers",
     "sparsify": "Sparsify",
     "quantize_embedding": "QuantizeEmbedding",
+    "assign_bits": "AssignBits",
     "quantize_weights": "QuantizeWeights",
     "quantize_activations": "QuantizeActivations",
     "correct_bias": "CorrectBias",
@@ -168,6 +169,8 @@ def _from_ast(node: ast.expr, text: str) -> Any:
         return node.id
     if isinstance(node, ast.Attribute):
         return f"{_from_ast(node.value, text)}.{node.attr}"
+    if isinstance(node, ast.Tuple | ast.List):
+        return tuple(_from_ast(element, text) for element in node.elts)
     try:
         return ast.literal_eval(node)
     except (ValueError, TypeError) as error:
@@ -282,6 +285,11 @@ def _option(hint: Any, value: Any, where: str) -> Any:
         if name not in choices:
             raise RecipeError(f"unknown choice {name!r}", where=where, remedy=nearest(name, choices))
         return _build(typing.cast(Any, choices[name]), options, where)
+    item: Any = typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else None
+    if dataclasses.is_dataclass(item):
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            raise RecipeError(f"{value!r} is no list", where=where, remedy="Write a list, in brackets")
+        return tuple(_option(item, one, f"{where}[{i}]") for i, one in enumerate(value))
     try:
         if isinstance(value, bool) and bool not in members and hint is not Any:
             raise TypeError(f"{value} is no number or text")  # pydantic would take True for 1
@@ -308,7 +316,7 @@ def _spelling(options: Any) -> str:
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return _encode(value)
-    return list(value) if isinstance(value, tuple) else value
+    return [_plain(one) for one in value] if isinstance(value, tuple) else value
 
 
 def _line(options: Any) -> str:
@@ -320,6 +328,13 @@ def _line(options: Any) -> str:
         value = getattr(options, f.name)
         default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
         if value != default:
-            parts.append(f"{f.name}={_line(value) if dataclasses.is_dataclass(value) else repr(value)}")
+            parts.append(f"{f.name}={_literal(value)}")
     name = _spelling(options)
     return f"{name}({', '.join(parts)})" if parts else name
+
+
+def _literal(value: Any) -> str:
+    """The value of an option as the line spells it."""
+    if isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
+        return f"({', '.join(map(_line, value))},)"
+    return _line(value) if dataclasses.is_dataclass(value) else repr(value)

@@ -45,16 +45,19 @@ def round_block(
     ctx: Context,
     groups: Sequence[Sequence[Sequence[Linear]]],
     method: Rounding,
-    fmt: Any,
+    formats: Mapping[str, Any],
     report: PassReport,
 ) -> Mapping[str, Rounded]:
-    """What a method that rounds a block at once makes of the weights of `groups`, by name; {} for other methods."""
+    """What a method that rounds a block at once makes of the weights of `groups`, by name; {} for other methods.
+
+    `formats` has what each is rounded to.
+    """
     sites = [site for group in groups for calls in group for site in calls]
     if not isinstance(method, BlockRounding) or not sites:
         return {}
     exact = {site.weight: ctx.weights.value(site.weight, torch.float64).float() for site in sites}
     objective = Reconstruction(graph, ctx, sites, method.act)
-    found, numbers = method.round_block(exact, fmt, objective, ctx.seed)
+    found, numbers = method.round_block(exact, formats, objective, ctx.seed)
     report.metrics |= numbers
     return found
 

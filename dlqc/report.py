@@ -19,6 +19,10 @@ from rich.table import Table
 from torch import fx
 
 from dlqc.contract import Pass, PassReport
+from dlqc.formats.coded import decode
+from dlqc.formats.contract import WeightFormat
+from dlqc.formats.integer import IntFormat
+from dlqc.formats.sparse import SparseFormat
 from dlqc.graph import ADDED_BIAS, LINEAR, QUANTIZED_LINEARS, args_of, constant_name, is_call, uses, width
 from dlqc.instruments import Record
 from dlqc.kept import OUTLIERS, picks_columns
@@ -71,6 +75,7 @@ class Storage:
             added are included.
         original_bits: bits of the checkpoint.
         kept: matrices that stay as they are → (parameters, reason).
+        formats: number format → (matrices, their parameters, their stored bits without corrections of low rank).
     """
 
     parameters: int
@@ -79,6 +84,7 @@ class Storage:
     bits_quantized: int
     original_bits: int
     kept: dict[str, tuple[int, str]]
+    formats: dict[str, tuple[int, int, int]] = field(default_factory=dict)
 
     @property
     def bits_per_weight(self) -> float:
@@ -151,8 +157,8 @@ class Report:
                 f"on {int(cost['rows'])} calibration rows, {float(ratio):.0%} masked: KL {cost['kl']:.4f} nats, "
                 f"top-1 agreement {cost['agreement']:.1%}"
             )
-        for kernel, names in self._kernels().items():
-            console.print(f"kernel {kernel}: {len(names)} sites ({names[0]}{', …' if len(names) > 1 else ''})")
+        for choice, names in self._choices().items():
+            console.print(f"{choice}: {len(names)} sites ({names[0]}{', …' if len(names) > 1 else ''})")
         for note in [n for s in self.steps for n in s.notes] + self.notes:
             console.print(f"note: {note}")
         output = console.file
@@ -197,6 +203,8 @@ class Report:
             f"whole model: {s.bits / 8e6:.2f} MB, {s.bits_per_weight:.3f} bits per weight "
             f"(checkpoint {s.original_bits / 8e6:.2f} MB)",
         ]
+        for label, (sites, parameters, bits) in sorted(s.formats.items()) if len(s.formats) > 1 else ():
+            lines.append(f"{label}: {sites} matrices, {parameters:,} parameters at {bits / parameters:.3f} bits each")
         reasons: dict[str, list[str]] = {}
         for name, (_, reason) in s.kept.items():
             reasons.setdefault(reason, []).append(name)
@@ -206,34 +214,38 @@ class Report:
             lines.append(f"not quantized, {reason}: {shown} ({count:,} parameters)")
         return "\n".join(lines)
 
-    def _kernels(self) -> dict[str, list[str]]:
+    def _choices(self) -> dict[str, list[str]]:
         found: dict[str, list[str]] = {}
         for step in self.steps:
             for site, choice in step.choices.items():
-                found.setdefault(choice, []).append(site)
+                said = f"kernel {choice}" if step.name == "lower" else f"{step.name} chose {choice}"
+                found.setdefault(said, []).append(site)
         return found
 
 
 def measure_storage(original: Weights, graph: fx.Graph, weights: Weights, kept: dict[str, str]) -> Storage:
     """Count what the graph stores against what the checkpoint stored."""
-    quantized = bits_quantized = 0
     seen: set[str] = set()
+    bits_quantized = 0
+    formats: dict[str, tuple[int, int, int]] = {}
     for node in graph.nodes:
         if is_call(node, QUANTIZE_ACT_STATIC, QUANTIZE_HEADS_STATIC):
             seen |= {str(constant_name(part)) for part in args_of(node)[1:3]}  # counted in the whole, but no weights
         if not is_call(node, *QUANTIZED_LINEARS, LOW_RANK, EMBEDDING_PACKED):
             continue
         parts = _parts(node)
-        for part in parts:
-            name = constant_name(part)
-            if name is None or name in seen:
-                continue
-            seen.add(name)
-            leaf = weights[name].leaf
-            bits_quantized += leaf.numel() * leaf.element_size() * 8
-            if part is parts[0] and not is_call(node, LOW_RANK):
-                rows = args_of(node)[4] if is_call(node, LINEAR_CODED) else leaf.shape[0]
-                quantized += int(rows) * width(node if is_call(node, EMBEDDING_PACKED) else args_of(node)[0])
+        fresh = [name for name in map(constant_name, parts) if name is not None and name not in seen]
+        seen.update(fresh)
+        bits = sum(_bits(weights[name].leaf) for name in fresh)
+        bits_quantized += bits
+        if is_call(node, LOW_RANK) or constant_name(parts[0]) not in fresh:
+            continue
+        first = weights[str(constant_name(parts[0]))].leaf
+        rows = args_of(node)[4] if is_call(node, LINEAR_CODED) else first.shape[0]
+        label = _format_of(node).label
+        sites, parameters, before = formats.get(label, (0, 0, 0))
+        inner = width(node if is_call(node, EMBEDDING_PACKED) else args_of(node)[0])
+        formats[label] = (sites + 1, parameters + int(rows) * inner, before + bits)
     # What is stored, not the leaf it comes from: a part of a fused projection is smaller, a folded gain is wider.
     total = sum(c.shape.numel() * c.storage_dtype.itemsize * 8 for c in weights.values())
     matrices = {
@@ -241,15 +253,25 @@ def measure_storage(original: Weights, graph: fx.Graph, weights: Weights, kept: 
         for name, constant in weights.items()
         if name not in seen and len(constant.shape) > 1 and constant.leaf.is_floating_point()
     }
-    leaves = _distinct(original)
+    distinct = _distinct(original)
     return Storage(
-        parameters=sum(c.leaf.numel() for c in leaves),
-        quantized=quantized,
+        parameters=sum(c.leaf.numel() for c in distinct),
+        quantized=sum(parameters for _, parameters, _ in formats.values()),
         bits=total,
         bits_quantized=bits_quantized,
-        original_bits=sum(_bits(c.leaf) for c in leaves),
+        original_bits=sum(_bits(c.leaf) for c in distinct),
         kept=matrices,
+        formats=formats,
     )
+
+
+def _format_of(node: fx.Node) -> IntFormat | WeightFormat:
+    """The number format of a quantized linear or table."""
+    if is_call(node, LINEAR_CODED):
+        fmt = decode(args_of(node)[3])
+        return dataclasses.replace(fmt, density=None) if isinstance(fmt, SparseFormat) else fmt
+    bits, group = args_of(node)[4:6] if is_call(node, EMBEDDING_PACKED) else args_of(node)[5:7]
+    return IntFormat(bits, group or None, args_of(node)[3] is None)
 
 
 def _parts(node: fx.Node) -> list[Any]:

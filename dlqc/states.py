@@ -27,7 +27,7 @@ from dlqc.execute import Executor, placeholder
 from dlqc.fisher import fisher
 from dlqc.graph import Linear, by_call, copy_graph, linears
 from dlqc.observers import Batch, Observer
-from dlqc.stats import PAIRED, Collector
+from dlqc.stats import OWN, PAIRED, Collector
 from dlqc.weights import Weights
 
 
@@ -116,7 +116,7 @@ class StateFlow:
         ends = [block.output(graph)] if weights is None else [site.x for site in sites]
         run = _runner(block, graph, constants, ends)
         pair = self._pair(block, sites) if wanted & PAIRED else None
-        collector = Collector(wanted - {"fisher"}, sites)
+        collector = Collector(wanted - OWN, sites)
         for i, s in enumerate(self._slices):
             ids = self._states.ids[s]
             before = dict(zip(pair[0], pair[1](ids, self._stream(True)[i]), strict=True)) if pair else {}
@@ -124,7 +124,6 @@ class StateFlow:
             run(ids, self._stream(exact)[i], taps=taps)
         found = collector.result()
         if "fisher" in wanted:
-            # Linears that read the same value share the other statistics; this one is the weight's own.
             found = {weight: {**stats, "fisher": self._fisher[weight]} for weight, stats in found.items()}
         return found
 

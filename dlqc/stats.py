@@ -31,6 +31,8 @@ STATISTICS = ("absmax", "count", "drift", "energy", "hessian", "masked", "mean",
 
 #: Statistics that compare with the model before weights were rounded: its states run through the blocks, too.
 PAIRED = frozenset({"drift"})
+#: Statistics of a weight, which linears that read the same value do not share.
+OWN = frozenset({"fisher"})
 SAMPLE = 512
 
 _MEANS = frozenset({"mean", "meanabs"})

@@ -47,7 +47,7 @@ class Lower(Pass):
     gives: ClassVar[frozenset[str]] = frozenset({"lowered"})
 
     def plan(self, graph: fx.Graph, ctx: Context, plan: Plan) -> None:
-        for name, spec in plan.sites.items():
+        for name, spec in plan.specs():
             kernel, refusals = choose_kernel(ctx.backend, spec)
             if kernel is None:
                 reasons = "; ".join(f"{k}: {why}" for k, why in refusals.items())

@@ -11,6 +11,9 @@ gets the weight with all folds evaluated in float64 and the statistics of the la
 arrive through the blocks that are quantized already. `signround` looks at the output of the block instead (`dlqc.reconstruct`).
 Lossy; the report gives each site's output signal-to-noise ratio.
 
+All linears get the same format and method but those that `overrides` names, and those that a pass before this one assigned a
+scheme of their own (`assign_bits`). A site that both name is refused.
+
 Declines:
     - a linear that `skip` names
     - a router: its output goes into a topk, where a small error is another expert (`dlqc.routers`)
@@ -38,7 +41,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -47,7 +50,7 @@ from torch import fx
 
 from dlqc.backend import LinearSpec
 from dlqc.blocks import tail
-from dlqc.contract import Context, Pass, PassReport, Plan, Reads, Sequential, matches
+from dlqc.contract import Context, Pass, PassReport, Plan, Reads, Sequential, Statistics, matches
 from dlqc.errors import ContractError, RecipeError, nearest
 from dlqc.formats.codebook import CodebookFormat
 from dlqc.formats.coded import CodedFormat, encode, fault
@@ -61,22 +64,15 @@ from dlqc.kept import reason_to_keep, to_round
 from dlqc.ops import LINEAR_CODED, LINEAR_Q
 from dlqc.reconstruct import round_block
 from dlqc.rounding.contract import BlockRounding, Rounded
-from dlqc.rounding.daq import Daq
-from dlqc.rounding.gptaq import Gptaq
 from dlqc.rounding.gptq import Gptq
 from dlqc.rounding.hessian import sqnr_db
-from dlqc.rounding.hqq import Hqq
-from dlqc.rounding.kmeans import Kmeans
 from dlqc.rounding.low_rank import LowRank, add_low_rank
 from dlqc.rounding.rtn import Rtn
-from dlqc.rounding.signround import SignRound
-from dlqc.rounding.vector import Ldlq
-from dlqc.stats import PAIRED, Moments
+from dlqc.schemes import Method, Override, Scheme, at_odds, head_format, operands, overridden
+from dlqc.stats import OWN, PAIRED, Moments
 
 #: Formats without an exact zero: a pruned weight would come back.
 NO_ZERO = (PlanesFormat, CodebookFormat, LatticeFormat, OffsetFormat)
-
-Method = Rtn | Gptq | Gptaq | Daq | Kmeans | Ldlq | Hqq | SignRound
 
 
 @dataclass(frozen=True)
@@ -92,6 +88,7 @@ class QuantizeWeights(Pass):
         head: bits of the linears between the last block and the logits; None leaves them alone.
         sequential: what statistics are taken of, "block", "layer" or "none"; see the module's text.
         low_rank: a correction of low rank for what rounding leaves (`dlqc.rounding.low_rank`); None for none.
+        overrides: variants for some linears, such as override(sites=('*.ff_out',), bits=4); the last that names one counts.
     """
 
     name: ClassVar[str] = "quantize_weights"
@@ -109,28 +106,38 @@ class QuantizeWeights(Pass):
     head: int | None = None
     sequential: Sequential = "block"
     low_rank: LowRank | None = None
+    overrides: tuple[Override, ...] = ()
 
     @property
     def target(self) -> IntFormat | CodedFormat:
-        """The format that weights are rounded to."""
+        """The format of the blocks' linears that nothing else names."""
         return self.format or IntFormat(self.bits, self.group_size, self.symmetric)
 
     @property
-    def head_target(self) -> IntFormat | None:
-        """The format of what comes after the last block."""
-        if self.head is None:
-            return None
-        if self.head == 8:
-            return IntFormat(8, None, True)
-        fmt = self.target if isinstance(self.target, IntFormat) else IntFormat(4, 128, False)
-        return dataclasses.replace(fmt, bits=self.head)
+    def scheme(self) -> Scheme:
+        """That format and the method."""
+        return Scheme(self.target, self.method)
+
+    @property
+    def head_scheme(self) -> Scheme:
+        """What the linears behind the last block get."""
+        fmt = head_format(self.head, self.target) or self.target
+        unfit = self.method.refusal(fmt) is not None or isinstance(self.method, BlockRounding)
+        return Scheme(fmt, Rtn() if unfit else self.method)
+
+    @property
+    def schemes(self) -> tuple[Scheme, ...]:
+        """All that this pass may round by, without those that are assigned."""
+        own = (self.scheme, self.head_scheme) if self.head is not None else (self.scheme,)
+        return (*own, *(override.of(self.scheme) for override in self.overrides))
 
     def __post_init__(self) -> None:
-        self.head_target  # noqa: B018  a wrong width is refused here
-        reason = self.method.refusal(self.target)  # a wrong width or group is refused here, with the option's name
-        if reason is not None:
-            fitting = [m.name for m in typing.get_args(Method) if isinstance(self.target, m.takes)]
-            raise RecipeError(reason, where="method", remedy=f"Use method={' or '.join(fitting)}")
+        self.scheme.checked()
+        schemes = self.schemes  # a wrong width or method is refused here, with the option's name
+        together = [s.method.name for s in schemes if isinstance(s.method, BlockRounding)]
+        if together and any(override.of(self.scheme).method != self.method for override in self.overrides):
+            what = f"{together[0]} rounds the linears of a block together, so all of them must have it"
+            raise RecipeError(what, where="override.method", remedy="Leave it out, or use method=gptq")
         for option in ("bits", "group_size", "symmetric") if self.format is not None else ():
             if getattr(self, option) != getattr(type(self), option):
                 what = f"{option}={getattr(self, option)} is for integers, weights become {self.target.label}"
@@ -147,19 +154,22 @@ class QuantizeWeights(Pass):
         if self.sequential != "block" and not self.statistics():
             what = f"{self.method.name} takes no statistics, so sequential={self.sequential!r} has no say"
             raise RecipeError(what, where="sequential", remedy="Leave it out, or use method=gptq")
-        if self.sequential == "none" and self.method.statistics & PAIRED:
-            what = f"{self.method.name} corrects inputs that rounding has changed, and sequential='none' shows it none"
+        paired = [scheme.method.name for scheme in self.schemes if scheme.method.statistics & PAIRED]
+        if self.sequential == "none" and paired:
+            what = f"{paired[0]} corrects inputs that rounding has changed, and sequential='none' shows it none"
             raise RecipeError(what, where="sequential", remedy="Use 'block' or 'layer', or method=gptq")
 
     def needed_facts(self) -> frozenset[str]:
         return self.needs | ({"states"} if self.statistics() or self.reads() != "nothing" else set())
 
     def given_facts(self) -> frozenset[str]:
-        return self.gives | ({"packed"} if self.format is not None and self.head is None else set())
+        coded = all(not isinstance(scheme.format, IntFormat) for scheme in self.schemes)
+        return self.gives | ({"packed"} if coded else set())
 
     def statistics(self) -> frozenset[str]:
         # With a second moment, how many rows it was summed over, for the note on too few.
-        wanted = self.method.statistics | (self.low_rank.statistics if self.low_rank is not None else frozenset())
+        wanted = frozenset[str]().union(*(scheme.method.statistics for scheme in self.schemes))
+        wanted |= self.low_rank.statistics if self.low_rank is not None else frozenset()
         return wanted | ({"count"} if "hessian" in wanted else set())
 
     def reaches_tail(self) -> bool:
@@ -173,8 +183,11 @@ class QuantizeWeights(Pass):
 
     def plan(self, graph: fx.Graph, ctx: Context, plan: Plan) -> None:
         names = [site.name for site in linears(graph.nodes, ctx.weights)]
-        for pattern in (p for p in self.skip if not any(matches(name, [p]) for name in names)):
-            plan.problems.append(f"skip pattern {pattern!r} matches no linear; {nearest(pattern, names[:8])}, …")
+        patterns = [("skip", p) for p in self.skip] + [("override", p) for o in self.overrides for p in o.sites]
+        for option, pattern in patterns:
+            if not any(matches(name, [pattern]) for name in names):
+                hint = nearest(pattern, names[:8])
+                plan.problems.append(f"{option} pattern {pattern!r} matches no linear; {hint}, …")
         inside = {node for block in ctx.blocks for node in block.nodes(graph)}
         last = tail(graph, ctx.blocks) if self.head is not None else None
         behind = set(last.nodes(graph)) if last is not None else set()
@@ -188,22 +201,31 @@ class QuantizeWeights(Pass):
             elif (reason := reason_to_keep(site)) is not None:
                 plan.kept[site.name] = reason
             else:
-                self._plan_site(site, plan, self.scheme(behind=site.node in behind)[0])
-
+                named = self.scheme_of(site.name, behind=site.node in behind)
+                self._plan_site(site, plan, plan.assigned.get(site.name) or (named,))
+        if plan.assigned and not plan.problems:
+            mine = {site.name for site in linears(inside, ctx.weights)} & plan.sites.keys()
+            plan.problems += [f"quantize_weights: {odd}" for odd in at_odds(plan, self.schemes, mine, self.head)]
         if self.required and not plan.sites and not plan.problems:
             plan.problems.append(
                 "quantize_weights: the repeated blocks hold no linear on a constant weight that is not skipped"
             )
 
-    def _plan_site(self, site: Linear, plan: Plan, target: IntFormat | CodedFormat) -> None:
-        reason = target.check(site.in_features)
-        if reason is not None:
-            grouped = isinstance(target, IntFormat)
-            groups = ", ".join(map(str, IntFormat.suggest_groups(site.in_features))) if grouped else ""
-            remedy = f"use {groups}, or exclude it with skip=" if groups else "use group_size=None, or skip="
-            remedy = remedy if grouped else "set it in format=, or exclude it with skip="
-            plan.problems.append(f"{site.name}: {reason} ({remedy})")
-            return
+    def _plan_site(self, site: Linear, plan: Plan, schemes: Sequence[Scheme]) -> None:
+        """Fill the plan of a site, given its scheme or those that it may come to have."""
+        for target in dict.fromkeys(scheme.format for scheme in schemes):
+            reason = target.check(site.in_features)
+            if reason is not None:
+                grouped = isinstance(target, IntFormat)
+                groups = ", ".join(map(str, IntFormat.suggest_groups(site.in_features))) if grouped else ""
+                remedy = f"use {groups}, or exclude it with skip=" if groups else "use group_size=None, or skip="
+                remedy = remedy if grouped else "set it in format=, or exclude it with skip="
+                plan.problems.append(f"{site.name}: {reason} ({remedy})")
+                return
+            if site.name in plan.pruned and isinstance(target, NO_ZERO):
+                plan.problems.append(
+                    f"{site.name}: pruned weights are zero, and {target.label} has no zero (use another format)"
+                )
         if self.low_rank is not None:
             shape = (site.out_features, site.in_features)
             reason = self.low_rank.format.check(*shape)
@@ -211,41 +233,47 @@ class QuantizeWeights(Pass):
                 plan.problems.append(f"{site.name}: {reason} (use a lower rank in low_rank=, or exclude it with skip=)")
                 return
             plan.beside[site.name] = self.low_rank.format.bits(*shape)
-        if site.name in plan.pruned and isinstance(target, NO_ZERO):
-            plan.problems.append(
-                f"{site.name}: pruned weights are zero, and {target.label} has no zero (use another format)"
-            )
+        if site.name in plan.pruned and isinstance(self.method, BlockRounding):
+            what = f"pruned weights are zero, and {self.method.name} does not leave them so"
+            plan.problems.append(f"{site.name}: {what} (use method=gptq or rtn)")
+        target = schemes[-1].format
         if isinstance(target, SparseFormat):
             if site.name not in plan.pruned:
                 plan.problems.append(f"{site.name}: {target.label} stores what pruning left (put sparsify before)")
             target = dataclasses.replace(target, density=plan.pruned.get(site.name))
         plan.sites[site.name] = LinearSpec(site.in_features, site.out_features, target, None, site.bias is not None)
 
-    def scheme(self, *, behind: bool) -> tuple[IntFormat | CodedFormat, Method]:
-        """Format and method of the blocks' linears, or of those behind them."""
-        fmt = self.head_target if behind else None
-        if fmt is None:
-            return self.target, self.method
-        return fmt, Rtn() if self.method.refusal(fmt) or isinstance(self.method, BlockRounding) else self.method
+    def scheme_of(self, name: str, *, behind: bool) -> Scheme:
+        """The scheme of a linear of the blocks, or of one behind them, by name."""
+        base = self.head_scheme if behind else self.scheme
+        return overridden(name, base, self.overrides)
 
     def apply(self, graph: fx.Graph, ctx: Context) -> PassReport:
         report, moments = PassReport(), Moments()
-        target, method = self.scheme(behind=ctx.block is not None and ctx.block not in ctx.blocks)
+        behind = ctx.block is not None and ctx.block not in ctx.blocks
         groups = self._groups(graph, ctx, report)
-        together = round_block(graph, ctx, groups, method, target, report)
+        firsts = [sites[0] for group in groups for sites in group]
+        schemes = {s.weight: ctx.assignment.get(s.name) or self.scheme_of(s.name, behind=behind) for s in firsts}
+        formats = {weight: scheme.format for weight, scheme in schemes.items()}
+        together = round_block(graph, ctx, groups, self.head_scheme.method if behind else self.method, formats, report)
         for group in groups:
-            stats = self._statistics(group[0], ctx)
-            moments.add(stats, len(group))
-            prepared = self._noted(group[0], method.prepare, stats)
+            stats = self._statistics([sites[0].weight for sites in group], ctx)
+            shared = stats.get(group[0][0].weight, {})
+            moments.add(shared, len(group))
+            prepared: dict[Method, Mapping[str, Any]] = {}
             for sites in group:
-                exact, given = self._given(sites[0].weight, ctx, method, prepared)
-                rounded = together.get(sites[0].weight) or self._noted(sites, method.round, exact, target, given)
+                weight, (fmt, method) = sites[0].weight, schemes[sites[0].weight].parts
+                if method not in prepared:
+                    prepared = {method: self._noted(sites, method.prepare, shared)}
+                own = {name: s for name, s in stats.get(weight, {}).items() if name in OWN}
+                exact, known = operands(ctx.weights, weight, method, {**prepared[method], **own})
+                rounded = together.get(weight) or self._noted(sites, method.round, exact, fmt, known)
                 self._check_zeros(sites[0], rounded, ctx)
                 rewrite = self._rewrite if isinstance(rounded.weight, QuantizedWeight) else self._rewrite_coded
                 cost = rewrite(graph, ctx, rounded.weight, sites) | rounded.metrics
                 error = exact - rounded.weight.dequantize()
                 if self.low_rank is not None:
-                    fit = self._noted(sites, self.low_rank.fit, exact, error, stats.get("hessian"))
+                    fit = self._noted(sites, self.low_rank.fit, exact, error, shared.get("hessian"))
                     add_low_rank(graph, ctx.weights, ctx.nodes(graph), sites[0].name, self.low_rank.format, fit.parts)
                     cost |= fit.metrics | {"bits_per_weight": cost["bits_per_weight"] + fit.bits_per_weight}
                     error = fit.rest
@@ -268,24 +296,14 @@ class QuantizeWeights(Pass):
             groups.setdefault(tuple(site.x for site in sites), []).append(sites)
         return list(groups.values())
 
-    def _statistics(self, sites: list[Linear], ctx: Context) -> Mapping[str, Any]:
-        """Statistics of what the calls of a weight read."""
-        weight = sites[0].weight
+    def _statistics(self, weights: list[str], ctx: Context) -> Statistics:
+        """Statistics of the one value that weights read, by the first of them, and what is each weight's own."""
         if self.sequential != "layer":
-            return ctx.stats.get(weight, {})
+            return ctx.stats
         if ctx.collect is None:
             what = "sequential='layer' takes statistics anew, and there is nothing to take them with"
             raise ContractError(what, where="sequential", remedy="Run the pass by a PassManager, with blocks")
-        return ctx.collect([weight])[weight]
-
-    def _given(
-        self, weight: str, ctx: Context, method: Method, stats: Mapping[str, Any]
-    ) -> tuple[torch.Tensor, Mapping[str, Any]]:
-        """A weight and its statistics as a method takes them: with the mask, if it makes up for pruning itself."""
-        kept = ctx.weights[weight].kept() if method.compensates else None
-        if kept is None:
-            return ctx.weights.value(weight, torch.float64), stats
-        return ctx.weights[weight].unpruned.exact(), {**stats, "kept": kept}
+        return ctx.collect(weights if self.statistics() & OWN else weights[:1])
 
     def _check_zeros(self, site: Linear, rounded: Rounded, ctx: Context) -> None:
         kept = ctx.weights[site.weight].kept()
@@ -321,7 +339,7 @@ class QuantizeWeights(Pass):
         stored = sorted(weight.pack().items())
         wrong = fault(spec, [part for _, part in stored], first.out_features, first.in_features)
         if wrong is not None:
-            raise ContractError(wrong, where=first.name, remedy=f"This is a fault of {self.method.name!r}, report it")
+            raise ContractError(wrong, where=first.name, remedy="This is a fault of the rounding method, report it")
         for role, part in stored:
             ctx.weights.put(f"{first.name}.{role}", part)
         for site in sites:

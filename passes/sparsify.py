@@ -13,8 +13,8 @@ says little of the states to come. `calibrate(weight=sink_aware)` counts them le
 
 Sparse and quantized. Put quantize_weights behind. The mask goes along, and pruned weights stay zero: integers, nf4, fp8 and
 microscaling have an exact zero; planes, codebooks and lattices have none and are refused. GPTQ (and GPTAQ) get the mask and, from
-magnitude and Wanda, the weight as it was before: in one sweep they make up for pruning and rounding together. What SparseGPT
-moved is made up for already, and all methods round that.
+magnitude and Wanda, the weight as it was before: they make up for pruning and rounding. What SparseGPT moved is made up for
+already, and all methods round that.
 
 What it saves. As a dense matrix nothing: zeros are stored like other numbers. `quantize_weights(format=sparse(bits=4))` stores a
 bit a weight and the kept weights, `sparse(bits=16)` without quantizing them. No kernel here multiplies faster for it.

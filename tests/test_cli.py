@@ -56,6 +56,23 @@ def test_plan_counts_sites_and_sizes(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert plan["bits_per_weight"] == pytest.approx((quantized * (3 + 19 / 128) + rest * 16) / 4458752)
 
 
+def test_plan_of_a_budget(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "plan", "tiny-llada", "-r", "w3.2a16-mixed-gptq", "--json") == 0
+    plan = output(capsys)
+    assert (plan["sites"], plan["formats"], plan["problems"]) == (28, {}, [])
+    # No more than the budget for what is quantized, and the rest at 16 bit.
+    assert plan["bits"] == int(3.2 * 3407872) + 16 * (4458752 - 3407872)
+    assert plan["kernels"] == {"int4pack or dequant": 28}
+    assert plan["notes"] == [
+        "assigned while compiling: 28 linears in 16 units among int2 g128 asymmetric by gptq, int3 g128 asymmetric by gptq, "
+        "int4 g128 asymmetric by gptq, int8 g128 asymmetric by gptq, within 3.2bpw (2.231bpw to 8.241bpw can be reached)"
+    ]
+    overrides = "quantize_weights(method=rtn, bits=3, overrides=(override(bits=8, sites=('*.ff_out',)),)), pack, lower"
+    assert run(monkeypatch, "plan", "tiny-llada", "-r", overrides) == 0
+    text = capsys.readouterr().out
+    assert "int3 g128 asymmetric: 24 sites\nint8 g128 asymmetric: 4 sites\n" in text
+
+
 def test_plan_lists_every_problem_and_fails(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -166,6 +183,56 @@ def test_report_of_outliers_before_and_after(
     assert (folder / "stages-crest.png").is_file()
 
 
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """Text for a few rows of 128 tokens."""
+    path = tmp_path / "mine.txt"
+    tale = "Once upon a time there was a fox who lived in a wood, and every morning he went to the river to fish. "
+    path.write_text("\n<|doc|>\n".join(tale * 6 for _ in range(6)))
+    return path
+
+
+def test_report_of_a_frontier(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, text: Path
+) -> None:
+    steps = (
+        "calibrate(sequences=4), assign_bits(budget='3bpw', bits=(2, 8), method=rtn, metric=fisher, rows=2), "
+        "quantize_weights(method=rtn), pack, lower"
+    )
+    arguments = ("report", "tiny-llada", "--pareto", "-r", steps, "--text", str(text), "--rows", "3", "--length", "32")
+    assert run(monkeypatch, *arguments, "--json") == 0
+    found = output(capsys)
+    bits = [point["bits"] for point in found["points"]]
+    assert bits == sorted(bits)
+    assert (bits[0], bits[-1]) == pytest.approx((2.2308, 8.2404), abs=1e-4)
+    assert found["slack"] == 0
+    assert {label: point["choice"] for label, point in found["uniform"].items()} == {
+        "int2 g128 asymmetric by rtn": [0] * 16,
+        "int8 g128 asymmetric by rtn": [1] * 16,
+    }
+    assert run(monkeypatch, *arguments, "--measure", "2", "--figures", str(tmp_path / "f")) == 0
+    printed = capsys.readouterr().out
+    assert "assignments of 16 units that no other one beats (exact)" in printed
+    assert "predicted fisher" in printed
+    assert f"wrote {tmp_path / 'f' / 'pareto.png'}" in printed
+
+
+def test_recommend_prints_a_recipe_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, text: Path
+) -> None:
+    path = tmp_path / "r.yaml"
+    assert (
+        run(monkeypatch, "recommend", "tiny-llada", "--scenario", "math-code", "--text", str(text), "-o", str(path))
+        == 0
+    )
+    printed = capsys.readouterr().out
+    assert printed.startswith("# w8a16-gptq for tiny-llada, scenario math-code\n# Mathematics and code lose first")
+    assert "\n# w8a16-gptq: KL " in printed
+    assert path.read_text() == printed.rstrip("\n") + "\n"
+    assert run(monkeypatch, "plan", "tiny-llada", "-r", str(path), "--json") == 0
+    assert output(capsys)["recipe"].startswith("w8a16-gptq: calibrate, quantize_weights(bits=8, group_size=None")
+
+
 def test_report_refuses_an_artifact(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], artifact: Path
 ) -> None:
@@ -198,7 +265,10 @@ def test_doctor_names_the_kernels(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         ),
         (("compile", "tiny-llada", "-o", "x", "--backend", "cuda"), "unknown backend 'cuda'"),
         (("compile", "tiny-llada", "-o", "x", "--text", "missing.txt"), "missing.txt: there is no such file"),
-        (("report", "tiny-llada"), "report: nothing to measure was named. Add --outliers; for what the passes did"),
+        (
+            ("report", "tiny-llada"),
+            "report: nothing to measure was named. Add --outliers or --pareto; for what the passes did",
+        ),
         (
             ("report", "tiny-llada", "--outliers", "--ratios", "0,half"),
             "--ratios: cannot read '0,half'. Write numbers with commas, such as 0,0.5,1",
@@ -209,8 +279,25 @@ def test_doctor_names_the_kernels(monkeypatch: pytest.MonkeyPatch, capsys: pytes
             ("report", "tiny-llada", "--outliers", "-r", "w4a16-gptq"),
             "recipe: recipe 'w4a16-gptq' transforms nothing before it quantizes",
         ),
+        (
+            ("report", "tiny-llada", "--outliers", "--pareto"),
+            "report: two things to measure were named. Add --outliers or",
+        ),
+        (
+            ("report", "tiny-llada", "--pareto", "-r", "w4a16-gptq"),
+            "recipe: recipe 'w4a16-gptq' has 0 passes 'assign_bits', must have one. Use w3.2a16-mixed-gptq, or add",
+        ),
+        (
+            ("recommend", "tiny-llada", "--scenario", "genral"),
+            "scenario: unknown 'genral'. Did you mean 'general'?",
+        ),
+        (("recommend", "tiny-llada", "-o", "r.txt"), "r.txt: cannot hold a recipe. Name a .yaml file in a folder that"),
+        (
+            ("compile", "tiny-llada", "-o", "x", "-r", "calibrate, assign_bits(budget='3MB'), quantize_weights, pack"),
+            "assign_bits: budget='3MB': no assignment is that small, the nearest budget is '3.0",
+        ),
     ],
-    ids="recipe model artifact mask backend text report numbers ratio data transforms".split(),
+    ids="recipe model artifact mask backend text report numbers ratio data transforms both pareto scenario file budget".split(),
 )
 def test_errors_are_one_line(
     monkeypatch: pytest.MonkeyPatch,

@@ -9,7 +9,7 @@ from dlqc.errors import ContractError
 from dlqc.formats.activation import ActFormat
 from dlqc.formats.integer import IntFormat
 from dlqc.formats.packing import pack
-from dlqc.ops import LINEAR_PACKED, LINEAR_Q, QUANTIZE_ACT, ROPE, TRANSFORM
+from dlqc.ops import EMBEDDING_PACKED, LINEAR_PACKED, LINEAR_Q, QUANTIZE_ACT, ROPE, TRANSFORM
 
 FORMATS = [
     pytest.param(IntFormat(bits, group, symmetric, scale), id=f"{bits}-{group}-{symmetric}-{scale}")
@@ -117,6 +117,10 @@ def cases() -> list[tuple[object, tuple[object, ...]]]:
         (LINEAR_Q, (x, codes, scales, zeros, b, 4, 8)),
         (LINEAR_Q, (x.to(torch.bfloat16), codes, scales, None, None, 4, 8)),
         (LINEAR_PACKED, (x, pack(codes, 4), scales, pack(zeros, 4), b, 4, 8)),
+        (
+            EMBEDDING_PACKED,
+            (torch.tensor([[0, 2], [1, 1]]), pack(codes, 4), scales, pack(zeros, 4), 4, 8, 24, torch.bfloat16),
+        ),
         (QUANTIZE_ACT, (x, 8, 0, True)),
         (QUANTIZE_ACT, (x.transpose(0, 1), 4, 8, False)),
         (ROPE, (q, table, table)),
@@ -134,7 +138,7 @@ def cases() -> list[tuple[object, tuple[object, ...]]]:
     ]
 
 
-@pytest.mark.parametrize("index", range(10))
+@pytest.mark.parametrize("index", range(11))
 def test_fake_and_real_agree(index: int) -> None:
     op, args = cases()[index]
     outcome = torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))

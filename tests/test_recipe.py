@@ -23,7 +23,9 @@ from hypothesis import strategies as st
 from dlqc.calibration import SAMPLERS, WEIGHTS, Certainty, Clean, MaskedSimulation, Rollout, Uniform
 from dlqc.contract import Pass
 from dlqc.errors import DlqcError, RecipeError
+from dlqc.formats.planes import PlanesFormat
 from dlqc.manager import PassManager
+from dlqc.passes.assign_bits import AssignBits
 from dlqc.passes.calibrate import Calibrate
 from dlqc.passes.lower import Lower
 from dlqc.passes.pack import Pack
@@ -32,17 +34,23 @@ from dlqc.passes.quantize_weights import QuantizeWeights
 from dlqc.passes.smooth import Smooth
 from dlqc.presets import CODED
 from dlqc.recipe import PASSES, PRESETS, ForeignPass, Recipe, as_recipe, from_plain, parse_line, pass_class
+from dlqc.rounding.daq import Daq
 from dlqc.rounding.gptaq import Gptaq
 from dlqc.rounding.gptq import Gptq
 from dlqc.rounding.low_rank import LowRank
 from dlqc.rounding.rtn import Rtn
 from dlqc.rounding.signround import SignRound
+from dlqc.schemes import Override
 
 ROOT = Path(__file__).parent.parent
 
 # ---- any pass with any options -------------------------------------------------------------------------------------
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=12)
+
+
+#: Options whose text has a grammar of its own.
+SPELLED = {"budget": st.sampled_from(["3.2bpw", "4.5GB", "800 MiB"])}
 
 
 def options_of(hint: Any) -> st.SearchStrategy[Any]:
@@ -74,12 +82,17 @@ def built(draw: st.DrawFn, cls: type[Any]) -> Any:
     missing = dataclasses.MISSING
     needed = {f.name for f in dataclasses.fields(cls) if f.default is missing and f.default_factory is missing}
     chosen = draw(st.sets(st.sampled_from(names))) if names else set()
+
+    def some(wanted: set[str]) -> dict[str, Any]:
+        strategies = {name: SPELLED[name] if name in SPELLED else options_of(hints[name]) for name in sorted(wanted)}
+        return {name: draw(strategy) for name, strategy in strategies.items()}
+
     for _ in range(20):
         try:
-            return cls(**{name: draw(options_of(hints[name])) for name in sorted(chosen | needed)})
+            return cls(**some(chosen | needed))
         except DlqcError:
             continue
-    return cls(**dict.fromkeys(needed, 3))
+    return cls(**some(needed))
 
 
 def passes() -> st.SearchStrategy[tuple[Pass, ...]]:
@@ -162,6 +175,7 @@ def test_yaml_spells_every_option_out() -> None:
         "head": None,
         "sequential": "block",
         "low_rank": None,
+        "overrides": [],
     }
 
 
@@ -182,10 +196,16 @@ ACTIVATIONS = {"static", "static4", "ag128", "asym", "kv4", "qkv4", "qkv8", "p8"
         "w3a16-channel-sym-rtn",
         "w4a4-quarot-rtn",
         "w4a4-quarot-gptaq",
+        "w4a16-awq-e4h8",
+        "w4a4-quarot-e8",
+        "w8a8-smoothquant-gptq-h8",
+        "w4a16-wanda-rtn",
         "w4a4-quarot-autoround",
         "w3a16-awq-lqer",
         "w2a16-autoround-tmas-cgq",
         "w4a8-icqbc",
+        "w6a8-g64-sym-mixed-rtn",
+        "w2.75a16-mixed-quarot",
     ],
 )
 def test_a_preset_s_name_tells_the_truth(name: str) -> None:
@@ -195,18 +215,30 @@ def test_a_preset_s_name_tells_the_truth(name: str) -> None:
     by_name = {p.name: p for p in recipe.passes}
     assert len(by_name) == len(recipe.passes)
     words = name.split("-")
-    bits, act = map(int, re.fullmatch(r"w(\d)a(\d+)", words[0]).groups())  # type: ignore[union-attr]
+    ends = re.fullmatch(r"(?:e(\d))?(?:h(\d))?", words[-1])
+    table, head = ends.groups() if ends else (None, None)
+    number, spelled_act = re.fullmatch(r"w(\d|\d\.\d+)a(\d+)", words[0]).groups()  # type: ignore[union-attr]
+    mixed, act = "mixed" in words, int(spelled_act)
+    bits = None if mixed else int(number)
 
     weights = by_name["quantize_weights"]
     assert isinstance(weights, QuantizeWeights)
-    assert weights.bits == bits
+    assert mixed or weights.bits == bits
+    assert ("assign_bits" in by_name) == mixed
+    if mixed:
+        assign = by_name["assign_bits"]
+        assert isinstance(assign, AssignBits)
+        assert assign.budget == f"{number}bpw"
+        options = ("group_size", "symmetric", "method")
+        assert [getattr(assign, o) for o in options] == [getattr(weights, o) for o in options]
     groups = {None} if "channel" in words else {int(w[1:]) for w in words if re.fullmatch(r"g\d+", w)}
     assert weights.group_size == (groups.pop() if groups else None if bits == 8 or act < 8 else 128)
     assert weights.symmetric == (bits == 8 or act < 8 or "sym" in words)
     assert weights.skip == ()
     assert weights.sequential == ("layer" if "gptaq" in words else "block")
     learned = "autoround" in words
-    by_gptq = bool({"gptq", "gptaq", "lqer"} & set(words)) or ("quarot" in words and not learned and "rtn" not in words)
+    over = bool({"quarot", "sparsegpt", "wanda"} & set(words)) and not learned and "rtn" not in words
+    by_gptq = bool({"gptq", "gptaq", "lqer"} & set(words)) or over
     kinds = {"gptaq": Gptaq, "autoround": SignRound}
     assert type(weights.method) is next((kinds[w] for w in words if w in kinds), Gptq if by_gptq else Rtn)
     if isinstance(weights.method, SignRound):
@@ -224,9 +256,19 @@ def test_a_preset_s_name_tells_the_truth(name: str) -> None:
     assert ("awq_scale" in by_name) == ("awq" in words)
     assert ("calibrate" in by_name) == (
         by_gptq
+        or mixed
         or learned
-        or bool({"smooth", "smoothquant", "duquant", "awq", "spinquant", "flatquant", "icqbc", "llmint8"} & set(words))
+        or bool({"smooth", "smoothquant", "duquant", "awq", "spinquant", "flatquant", "icqbc"} & set(words))
+        or bool({"llmint8", "sparsegpt", "wanda"} & set(words))
     )
+    assert ("split_outliers" in by_name) == ("llmint8" in words)
+    assert ("sparsify" in by_name) == bool({"sparsegpt", "wanda"} & set(words))
+    assert weights.head == (None if head is None else int(head))
+    assert ("quantize_embedding" in by_name) == (table is not None)
+    if table is not None:
+        order = [p.scope for p in recipe.passes]
+        assert by_name["quantize_embedding"].bits == int(table)  # type: ignore[attr-defined]
+        assert order.index("block") == [p.name for p in recipe.passes].index("quantize_embedding") + 1
     if "calibrate" in by_name:
         calibrate = by_name["calibrate"]
         assert isinstance(calibrate, Calibrate)
@@ -249,6 +291,13 @@ def test_a_preset_s_description_tells_the_truth(name: str, words: str) -> None:
         assert ("on masked states" in words) == (as_recipe(name).passes[0] == Calibrate())
         assert name.startswith(f"w{int(weights.target.bits_per_weight(4096, 4096))}a16-")
         assert as_recipe(name).passes[-1].name == "lower"
+        return
+    if "mixed" in name:
+        assert (
+            words
+            == "2, 3, 4 and 8-bit weights g128 by GPTQ on masked states, 4 bits per weight on average, all counted"
+        )
+        assert as_recipe(name).passes[1] == AssignBits("4bpw", (2, 3, 4, 8), 128, method=Gptq())
         return
     group = "per channel" if weights.group_size is None else f"g{weights.group_size}"
     assert words.startswith(f"{weights.bits}-bit weights {group}")
@@ -296,6 +345,20 @@ def test_the_examples_of_the_documentation(tmp_path: Path) -> None:
         assert as_recipe(tmp_path / f"r.{suffix}").passes == expected
     assert parse_line(block["text"].strip()) == expected
     assert str(Recipe("", expected)) == block["text"].strip()
+
+
+def test_overrides_in_the_documentation() -> None:
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    block = re.search(r"```\n(- quantize_weights:\n.*?)```", page, flags=re.DOTALL)
+    assert block is not None
+    (found,) = from_plain({"passes": yaml.safe_load(block[1])}).passes
+    assert found == QuantizeWeights(
+        bits=3,
+        overrides=(
+            Override(bits=4, group_size=64, sites=("*.ff_out",)),
+            Override(format=PlanesFormat(), method=Daq(), sites=("*.0.*",)),
+        ),
+    )
 
 
 # ---- passes of the user's own --------------------------------------------------------------------------------------
@@ -430,12 +493,23 @@ def message(call: Callable[[], object]) -> str:
         ),
         ("dlqc.contract.Past", "dlqc.contract.Past: cannot import the pass (module 'dlqc.contract' has no attribute"),
         ("json.loads", "json.loads: not a subclass of dlqc.Pass. Derive it from dlqc.Pass"),
+        ("w3.2a16-gptq", "w3.2a16-gptq: no code has 3.2 bits. For an average use 'w3.2a16-mixed-gptq'"),
+        ("w3a16-mixed-awq", "w3a16-mixed-awq: -mixed does not go with awq, which has to know the width of each weight"),
+        ("w0a16-mixed-gptq", "budget: '0bpw' leaves nothing. Write '3.2bpw' or '4.5GB'"),
+        (
+            "quantize_weights(overrides=override(bits=3))",
+            "quantize_weights.overrides: {'override': {'bits': 3}} is no list. Write a list, in brackets",
+        ),
+        (
+            "quantize_weights(overrides=(override(bits=3), pack))",
+            "quantize_weights.overrides[1]: unknown choice 'pack'. Known: override",
+        ),
         (
             "w4a16-rtn-clean",
             "w4a16-rtn-clean: -clean goes with gptq, gptaq, autoround, lqer and fixed ranges only. Use 'w4a16-rtn'",
         ),
         ("w4a16-g0-rtn", "group_size: a group of 0 input features is impossible"),
-        ("", "passes: unknown recipe ''. Known: awq_clip"),
+        ("", "passes: unknown recipe ''. Known: assign_bits"),
     ],
 )
 def test_a_text_that_is_no_recipe(text: str, expected: str) -> None:
@@ -465,8 +539,8 @@ def test_code_in_a_line_is_not_executed(tmp_path: Path, monkeypatch: pytest.Monk
         ({"passes": [{"pack": {}, "lower": {}}]}, "recipe: {'pack': {}, 'lower': {}} is neither a name nor"),
         ({"passes": [{"pack": [1]}]}, "recipe: {'pack': [1]} is neither a name nor"),
         ({"passes": [{"pack": {1: 2}}]}, "pack: unknown option 1. Known: required"),
-        ({"passes": ["..x"]}, "passes: unknown pass '..x'. Known: awq_clip"),
-        ({"passes": [""]}, "passes: unknown pass ''. Known: awq_clip"),
+        ({"passes": ["..x"]}, "passes: unknown pass '..x'. Known: assign_bits"),
+        ({"passes": [""]}, "passes: unknown pass ''. Known: assign_bits"),
     ],
 )
 def test_data_that_is_no_recipe(data: Any, expected: str) -> None:

@@ -151,7 +151,7 @@ class TestRender:
         text = dataclasses.replace(report, notes=["[note]"]).render()
         assert "[red]m → r: skip=('[ab]*',), backend" in text
         assert "mine declined blocks[ids]: a [bold]reason[/bold] of :smile:" in text
-        assert "kernel k [x]: 1 sites (a)" in text
+        assert "mine chose k [x]: 1 sites (a)" in text
         assert "note: [note]" in text
 
     def test_width(self, smoothed: dlqc.Compiled) -> None:

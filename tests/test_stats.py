@@ -56,6 +56,7 @@ def test_equal_the_sums_written_out(case: CaseMaker, name: str, batch: int) -> N
         w = np.tile(c.reshape(-1).double().numpy(), len(parts))
         near = {"rtol": 2e-5, "atol": 2e-5}
         np.testing.assert_allclose(found[weight]["hessian"], (x * w[:, None]).T @ x, **near)
+        np.testing.assert_allclose(found[weight]["energy"], (w[:, None] * x**2).sum(0), **near)
         np.testing.assert_allclose(found[weight]["mean"], w @ x / w.sum(), **near)
         drift = (np.flip(x, -1) * 0.3 * w[:, None]).T @ x
         np.testing.assert_allclose(found[weight]["drift"], drift, **near)

@@ -76,7 +76,7 @@ class BlockRounding(Rounding):
         return None
 
     def round_block(
-        self, weights: Mapping[str, torch.Tensor], fmt: Any, objective: Objective, seed: int
+        self, weights: Mapping[str, torch.Tensor], formats: Mapping[str, Any], objective: Objective, seed: int
     ) -> tuple[dict[str, Rounded], dict[str, float]]:
-        """Round `weights` to `fmt`: the rounded ones by name, and numbers of the block as a whole. Pure, as `round` is."""
+        """Round `weights`, each to its format: the rounded ones by name, and numbers of the block as a whole. Pure."""
         raise TypeError(f"{type(self).__name__} does not define round_block()")

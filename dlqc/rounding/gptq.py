@@ -22,11 +22,11 @@ than w: scales with the least error on w then clamp t, and the clamped errors fe
 cost more than it saves by far, at 4 bits hardly). So clip="trial" rounds up to 128 evenly spaced rows with each choice
 in TRIALS and keeps the one with the least loss; rows are independent, which makes the sample a fair one.
 
-Pruned weights (`kept`). Columns are rounded to 0 where a weight is pruned, whatever t says, and the error t - 0 goes on to the
-columns after it like any other: from the weight as it was before pruning, one sweep makes up for pruning and rounding at once
-(SparseGPT, arXiv 2301.00774, section 3.5, with the mask known in advance). From weights that pruning has moved it makes up for
-rounding; where those are the best on their mask the objectives are the same, since what is left of the error then has no
-gradient there, (W - Ŵ)H = 0 on the mask. Scales are chosen from the kept weights.
+Pruned weights (`kept`). First the kept weights move to V, the best on their mask: REFINE steps of conjugate gradients from
+W (`dlqc.pruning.refine`). Then V is rounded; where a weight is pruned to 0, whatever t says, and the error t - 0 goes on to the
+columns after it like any other. Nothing is lost by taking V for W: (W - V)(H + λI) = 0 on the mask, so for every Ŵ on it the
+objective of W is that of V plus a constant. SparseGPT (arXiv 2301.00774, section 3.5) sets to zero and rounds in one sweep from W
+instead; there the scales, chosen from weights that have not moved yet, clamp those that have to take over from others.
 
 The feedback is float32 (`dtype`), between blocks of columns a product of matrices, inside a block native code where there
 is a compiler (`dlqc.intround`). So is the factor, if H is far enough from singular (`factorize`). Peak memory: H, one
@@ -45,6 +45,7 @@ from dlqc import intround
 from dlqc.errors import CalibrationError, ContractError, FeasibilityError, RecipeError
 from dlqc.formats.integer import Clip, IntFormat, QuantizedWeight
 from dlqc.formats.sparse import SparseFormat
+from dlqc.pruning import refine
 from dlqc.rounding.contract import Rounded, Rounding
 from dlqc.rounding.hessian import MAX_DAMP, Factor, energy, factorize, output_energy, sqnr_db
 
@@ -61,6 +62,9 @@ MEASURED = 256
 # Rows of a block that are rounded before their errors reach the others by a product of matrices: the rows that one
 # step reads (16 · N float32) stay in the second-level cache.
 INNER = 16
+
+# Steps towards the best weights on a mask: what they leave is well below what rounding costs.
+REFINE = 8
 
 # Below this share of the damped loss, the undamped one is not taken as a difference but computed.
 CANCELLED = 1e-3
@@ -148,7 +152,7 @@ def gptq(
     Args:
         hessian: H, or its `Factor` (then `damp` is what that was made with). Linears that read the same input can
             share a factor.
-        kept: bool [N, K], false where the weight becomes 0; None keeps all.
+        kept: bool [N, K], false where the weight becomes 0; None keeps all. Losses are then those against `weight` as given.
         dtype: arithmetic of the feedback, float32 or float64.
 
     Metrics: `sqnr_db`, whose signal is estimated on up to 256 evenly spaced rows; `loss`, tr(E H Eᵀ) without λ;
@@ -167,6 +171,8 @@ def gptq(
         what = f"the factor was made with act_order={factor.act_order}, the options say {options.act_order}"
         raise ContractError(what, where="act_order", remedy="Pass the same options to factorize() and gptq()")
     exact = weight.to(dtype)
+    if kept is not None:
+        exact = refine(exact, exact * kept, kept, factor, REFINE)
     rows = sample_rows(weight)
     sample = exact[rows]
     if options.clip == "trial":
@@ -182,15 +188,17 @@ def gptq(
 
     back = torch.argsort(factor.order)
     own = output_energy(work[:, rows][back].T, factor.hessian).sum().item()
-    nearest = grid.nearest(sample if kept is None else sample * kept[rows])
-    other = output_energy(sample - nearest, factor.hessian).sum().item()
+    other = output_energy(sample - grid.nearest(sample), factor.hessian).sum().item()
     noise = loss - factor.ridge * spread
     if count <= SAMPLE:
         noise = own
     elif noise < CANCELLED * loss:
         noise = output_energy(work[back].T, factor.hessian).sum().item()
+    if kept is not None:  # what pruning cost is there before rounding
+        lost = output_energy(weight.to(dtype) - exact, factor.hessian).sum().item()
+        noise, own, other = noise + lost, own + lost * len(rows) / count, other + lost * len(rows) / count
     metrics = {
-        "sqnr_db": sqnr_db(energy(exact, factor.hessian, sample_rows(weight, MEASURED)), noise),
+        "sqnr_db": sqnr_db(energy(weight.to(dtype), factor.hessian, sample_rows(weight, MEASURED)), noise),
         "loss": noise,
         "loss_rtn": other * (noise / own if own > 0 else count / len(rows)),
         "damp": factor.damp,
@@ -246,7 +254,7 @@ def _round(
     losses = torch.zeros(2, len(exact), dtype=torch.float64, device=work.device)
     largest = pivots.max()
     held = None if kept is None else kept.T.index_select(0, order).to(work.dtype)
-    chosen = [grid.parameters(exact if kept is None else exact * kept)] if static else []
+    chosen = [grid.parameters(exact)] if static else []
     table = _table(chosen[0], work.dtype) if static else None
     for stop in range(width, 0, -block):
         start = max(0, stop - block)

@@ -88,9 +88,9 @@ class SignRound(BlockRounding):
         return "paired" if self.against == "exact" else "current"
 
     def round_block(
-        self, weights: Mapping[str, Tensor], fmt: Any, objective: Objective, seed: int
+        self, weights: Mapping[str, Tensor], formats: Mapping[str, Any], objective: Objective, seed: int
     ) -> tuple[dict[str, Rounded], dict[str, float]]:
-        learned = {name: Learned(weight, fmt) for name, weight in weights.items()}
+        learned = {name: Learned(weight, formats[name]) for name, weight in weights.items()}
         first = best = _total(objective, learned)
         kept = {name: one.result() for name, one in learned.items()}
         parameters = [p for one in learned.values() for p in one.parameters(self.ranges)]
@@ -112,7 +112,7 @@ class SignRound(BlockRounding):
                     best, kept = now, {name: one.result() for name, one in learned.items()}
         rounded = {}
         for name, weight in kept.items():
-            nearest = fmt.encode(weights[name], weight.scales, weight.zeros)
+            nearest = formats[name].encode(weights[name], weight.scales, weight.zeros)
             changed = float((nearest != weight.codes).float().mean())
             rounded[name] = Rounded(weight, {"changed": changed})
         return rounded, {"block_loss_start": first, "block_loss": best}

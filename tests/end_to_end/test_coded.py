@@ -40,6 +40,7 @@ PRESETS = {
     "w4a16-nf4": 4.0,
     "w4a16-mxfp4": 4.0,
     "w4a16-nvfp4": 4.0,
+    "w4a16-squeezellm": 4.0,
     "w2a16-hqq": 2.0,
     "w3a16-squeezellm": 3.0,
     "w2a16-daq": 2.0,

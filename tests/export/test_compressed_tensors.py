@@ -287,6 +287,60 @@ class TestFixedRanges:
         assert roles == {"weight", "bias", "weight_scale", "input_scale", *(() if symmetric else ("input_zero_point",))}
 
 
+OVERRIDES = (
+    "(override(sites=('*.ff_out',), bits=4), override(sites=('*.0.*_proj',), bits=2), "
+    "override(sites=('*.attn_out',), bits=8, group_size=0))"
+)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export with four widths."""
+    folder = tmp_path_factory.mktemp("mixed") / "served"
+    dlqc.export(compiled(line(f"bits=3, group_size=64, symmetric=True, overrides={OVERRIDES}")), folder)
+    return folder
+
+
+class TestMixedWidths:
+    """Different widths by site: one group of the configuration for each scheme, and one format for all."""
+
+    def expected(self, site: str) -> IntFormat:
+        if "attn_out" in site:
+            return IntFormat(8, None)
+        return IntFormat(4 if "ff_out" in site else 2 if ".0." in site else 3, 64)
+
+    def test_the_library_reads_every_site_in_its_own_width(self, served: Path) -> None:
+        config = json.loads((served / "config.json").read_text())["quantization_config"]
+        read = QuantizationConfig.model_validate(config)
+        assert read.format == "pack-quantized"
+        assert len(read.config_groups) == 4
+        tensors, original = load_file(served / "model.safetensors"), llada()
+        seen = []
+        for scheme in read.config_groups.values():
+            assert isinstance(scheme, QuantizationScheme)
+            compressor = BaseCompressor.get_value_from_registry(scheme.format)
+            for site in scheme.targets:
+                fmt = self.expected(site)
+                assert scheme.weights.num_bits == fmt.bits
+                stored = {r: tensors[f"{site}.weight_{r}"] for r in ("packed", "scale", "shape")}
+                stored = {f"weight_{role}": tensor for role, tensor in stored.items()}
+                found = compressor.decompress(stored | {"weight_scale": stored["weight_scale"].float()}, scheme)[
+                    "weight"
+                ]
+                assert torch.equal(found, fmt.quantize(original.get_parameter(f"{site}.weight")).dequantize()), site
+                seen.append(site)
+        assert len(seen) == len(set(seen)) == 14
+
+    def test_transformers_loads_it(self, served: Path) -> None:
+        found = loaded_by_transformers(served)(ids()).logits
+        model = llada()
+        for name, parameter in model.named_parameters():
+            if ".blocks." in name and parameter.dim() == 2:
+                parameter.copy_(self.expected(name).quantize(parameter).dequantize())
+        by_hand = model(ids()).logits
+        assert float((found - by_hand).norm() / by_hand.norm()) < 1e-5
+
+
 class TestRefusals:
     def refused(self, model: dlqc.Compiled, folder: Path, words: str, **options: Any) -> None:
         before = sorted(folder.parent.rglob("*"))

@@ -19,6 +19,7 @@ from dlqc.formats.microscaling import MicroscalingFormat
 from dlqc.formats.nf4 import Nf4Format
 from dlqc.formats.offset import OffsetFormat
 from dlqc.formats.planes import PlanesFormat
+from dlqc.formats.sparse import SparseFormat
 
 FORMATS: dict[str, Any] = {
     encode(f): f
@@ -38,6 +39,9 @@ FORMATS: dict[str, Any] = {
         MicroscalingFormat("nvfp4"),
         LatticeFormat(),
         LatticeFormat(32, "float32"),
+        SparseFormat(4, 64, density=1.0),
+        SparseFormat(3, None, True),
+        SparseFormat(16),
         OffsetFormat(3, 64),
         OffsetFormat(8, None, "bfloat16"),
     )
@@ -58,7 +62,7 @@ def stored(fmt: Any, count: int = 40, width: int = 192, seed: int = 0) -> Any:
 
 def test_every_class_has_its_name_and_is_tried() -> None:
     assert {type(f) for f in FORMATS.values()} == set(CLASSES.values())
-    assert CLASSES.keys() == {"planes", "codebook", "nf4", "fp8", "microscaling", "lattice", "offset"}
+    assert CLASSES.keys() == {"planes", "codebook", "nf4", "fp8", "microscaling", "lattice", "offset", "sparse"}
 
 
 @every_format

@@ -18,16 +18,21 @@ from dlqc.contract import Context, Declined
 from dlqc.errors import CalibrationError, ContractError, FeasibilityError, RecipeError
 from dlqc.execute import Executor, placeholder
 from dlqc.formats.integer import IntFormat, QuantizedWeight
+from dlqc.formats.nf4 import Nf4Format
+from dlqc.formats.planes import PlanesFormat
 from dlqc.graph import LINEAR, RMS_NORM, fingerprint, is_call, linears
 from dlqc.manager import PassManager
-from dlqc.ops import LINEAR_Q, QUANTIZE_ACT
+from dlqc.ops import LINEAR_CODED, LINEAR_Q, QUANTIZE_ACT
 from dlqc.passes.calibrate import Calibrate
 from dlqc.passes.fold_norm_scale import FoldNormScale
 from dlqc.passes.quantize_activations import QuantizeActivations
 from dlqc.passes.quantize_weights import QuantizeWeights
+from dlqc.rounding.daq import Daq
 from dlqc.rounding.gptaq import Gptaq
 from dlqc.rounding.gptq import Gptq
 from dlqc.rounding.rtn import Rtn
+from dlqc.rounding.signround import SignRound
+from dlqc.schemes import Override
 
 CaseMaker = Callable[..., Any]
 CALIBRATE = Calibrate(sequences=6, length=16)
@@ -125,6 +130,93 @@ def test_gptq_is_better_than_rtn_at_the_logits(case: CaseMaker) -> None:
         quantize(k, Calibrate(sequences=64, length=16), QuantizeWeights(3, 32, method=method))
         errors.append(float((k.forward(k.ctx.rows.ids).softmax(-1) - expected).abs().mean()))
     assert errors[0] < errors[1]
+
+
+# Schemes by site
+
+
+def test_overrides_give_sites_their_own_format_and_method(case: CaseMaker) -> None:
+    k = case("llada")
+    p = QuantizeWeights(
+        4,
+        32,
+        method=Gptq(),
+        overrides=(
+            Override(bits=2, sites=("*.blocks.0.*",)),
+            Override(symmetric=True, group_size=0, method=Rtn(), sites=("*.ff_out",)),
+            Override(format=PlanesFormat(2, 32), method=Daq(), sites=("*.1.up_proj",)),
+        ),
+    )
+    plan = PassManager((CALIBRATE, p)).plan(k.graph, k.ctx)
+    expected = {
+        "0.q_proj": IntFormat(2, 32, False),
+        "0.ff_out": IntFormat(4, None, True),
+        "1.q_proj": IntFormat(4, 32, False),
+        "1.ff_out": IntFormat(4, None, True),
+        "1.up_proj": PlanesFormat(2, 32),
+    }
+    short = {name.removeprefix("model.transformer.blocks."): spec.weight for name, spec in plan.sites.items()}
+    assert {name: short[name] for name in expected} == expected
+    report = quantize(k, CALIBRATE, p)
+    check(k.graph, k.ctx.weights, k.ctx.spec, {"quantized-weights", "float-activations"}, after="quantize_weights")
+    found = {}
+    for node in k.graph.nodes:
+        if is_call(node, LINEAR_Q):
+            fmt = IntFormat(node.args[5], node.args[6] or None, node.args[3] is None)
+            found[str(node.args[1].target).removesuffix(".codes").removeprefix("model.transformer.blocks.")] = fmt
+    assert found == {name: fmt for name, fmt in short.items() if isinstance(fmt, IntFormat)}
+    assert sum(is_call(node, LINEAR_CODED) for node in k.graph.nodes) == 1
+    by_rtn = {
+        name for name, numbers in report.details.items() if "loss_rtn" not in numbers and "objective" not in numbers
+    }
+    assert {n for n in by_rtn if n.endswith("ff_out")} == {f"model.transformer.blocks.{i}.ff_out" for i in range(2)}
+    name = "model.transformer.blocks.0.ff_out"
+    exact = IntFormat(4, None, True).quantize(k.model.state_dict()[f"{name}.weight"])
+    assert torch.equal(k.ctx.weights.value(f"{name}.codes"), exact.codes)
+
+
+def test_statistics_and_facts_are_those_of_all_schemes() -> None:
+    rtn = QuantizeWeights(method=Rtn())
+    some = QuantizeWeights(method=Rtn(), overrides=(Override(method=Gptq(), sites=("*.a",)),))
+    assert (rtn.statistics(), some.statistics()) == (frozenset(), {"hessian", "count"})
+    assert "states" in some.needed_facts()
+    coded = QuantizeWeights(method=Rtn(), format=Nf4Format())
+    ints = QuantizeWeights(method=Rtn(), format=Nf4Format(), overrides=(Override(bits=4, sites=("*.a",)),))
+    assert ("packed" in coded.given_facts(), "packed" in ints.given_facts()) == (True, False)
+
+
+def test_an_override_that_names_nothing_or_does_not_fit_is_a_problem_before_any_work(case: CaseMaker) -> None:
+    k = case("llada")
+    p = QuantizeWeights(4, 32, method=Rtn(), overrides=(Override(bits=2, sites=("*.q_porj",)),))
+    with pytest.raises(FeasibilityError, match=r"override pattern '\*\.q_porj' matches no linear; "):
+        quantize(k, p)
+    p = QuantizeWeights(4, 32, method=Rtn(), overrides=(Override(group_size=64, sites=("*",)),))
+    with pytest.raises(
+        FeasibilityError, match=r"0\.ff_out: 96 input features do not divide by group 64 \(use 32, or exclude"
+    ):
+        quantize(k, p)
+    with pytest.raises(
+        RecipeError, match=r"^override\.method: gptq does not round to nf4 g64 double\. Use method=rtn$"
+    ):
+        QuantizeWeights(overrides=(Override(format=Nf4Format(), sites=("*",)),))
+
+
+def test_learned_rounding_takes_a_format_for_each_site(case: CaseMaker) -> None:
+    k = case("llada")
+    method = SignRound(steps=2, looks=1)
+    p = QuantizeWeights(4, 32, method=method, overrides=(Override(bits=2, sites=("*.ff_out",)),))
+    quantize(k, CALIBRATE, p)
+    bits = {
+        str(n.args[1].target).rpartition(".")[0].rpartition(".")[2]: n.args[5]
+        for n in k.graph.nodes
+        if is_call(n, LINEAR_Q)
+    }
+    assert bits == {"ff_out": 2} | dict.fromkeys(("q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj"), 4)
+    check(k.graph, k.ctx.weights, k.ctx.spec, {"quantized-weights", "float-activations"}, after="quantize_weights")
+    message = r"^override\.method: signround rounds the linears of a block together, so all of them must have it\. Leave it out"
+    for base, other in ((method, Gptq()), (Gptq(), method)):
+        with pytest.raises(RecipeError, match=message):
+            QuantizeWeights(method=base, overrides=(Override(method=other, sites=("*",)),))
 
 
 # Declines

@@ -132,9 +132,9 @@ def test_many_rows_equal_one_row_at_a_time() -> None:
     assert torch.equal(kmeans(values, mass, 4)[270:271], kmeans(values[270:271], mass[270:271], 4))
 
 
-def test_the_fisher_information_goes_before_the_hessian() -> None:
+def test_with_the_fisher_information() -> None:
     weight, fisher, h = torch.randn(12, 64), torch.rand(12, 64) ** 4, hessian(64)
-    found = Kmeans().round(weight, FULL, {"fisher": fisher, "hessian": h})
+    found = Kmeans("fisher").round(weight, FULL, {"fisher": fisher, "hessian": h})
     expected = FULL.quantize(weight, kmeans(weight, fisher, 8).reshape(12, 1, 8))
     torch.testing.assert_close(found.weight.dequantize(), expected.dequantize(), rtol=1e-3, atol=1e-3)
     error = weight - found.weight.dequantize()
@@ -144,7 +144,18 @@ def test_the_fisher_information_goes_before_the_hessian() -> None:
     assert found.metrics["loss"] == pytest.approx(energy(error, h), rel=1e-4)
     ratio = energy(weight, h) / energy(error, h)
     assert found.metrics["sqnr_db"] == pytest.approx(10 * torch.tensor(ratio).log10().item(), abs=1e-3)
-    assert Kmeans().round(weight, FULL, {"fisher": fisher}).metrics.keys() == {"error"}
+    assert Kmeans("fisher").round(weight, FULL, {"fisher": fisher}).metrics.keys() == {"error"}
+
+
+def test_more_steps_never_raise_the_objective_under_the_fisher_information() -> None:
+    weight, fisher = torch.randn(7, 300) ** 3, torch.rand(7, 300) ** 6
+    errors = [
+        Kmeans("fisher", iterations=steps).round(weight, CodebookFormat(3), {"fisher": fisher}).metrics["error"]
+        for steps in (0, 1, 2, 4, 8, 50)
+    ]
+    # Tables are stored in float16, which may take back a trifle.
+    assert all(after <= before * (1 + 1e-4) for before, after in pairwise(errors))
+    assert errors[-1] < errors[0]
 
 
 def test_without_it_columns_weigh_as_the_diagonal_of_the_hessian() -> None:
@@ -170,10 +181,10 @@ def test_with_feedback_columns_weigh_as_their_share_of_the_loss() -> None:
 
 def test_groups_have_tables_of_their_own() -> None:
     weight, fisher = torch.randn(5, 96), torch.rand(5, 96)
-    whole = Kmeans().round(weight, CodebookFormat(2, 32), {"fisher": fisher}).weight.dequantize()
+    whole = Kmeans("fisher").round(weight, CodebookFormat(2, 32), {"fisher": fisher}).weight.dequantize()
     for part in range(3):
         columns = slice(32 * part, 32 * part + 32)
-        own = Kmeans().round(weight[:, columns], CodebookFormat(2), {"fisher": fisher[:, columns]}).weight
+        own = Kmeans("fisher").round(weight[:, columns], CodebookFormat(2), {"fisher": fisher[:, columns]}).weight
         torch.testing.assert_close(whole[:, columns], own.dequantize())
 
 
@@ -192,11 +203,11 @@ def test_outliers_are_the_sensitive_and_the_large(feedback: bool) -> None:
     others = weight.abs().flatten().clone()
     others[sensitive] = 0
     assert torch.equal(rest.nonzero().squeeze(1), others.topk(60).indices.sort().values)
-    found = Kmeans(sensitive=0.005, feedback=feedback).round(weight, fmt, stats)
+    found = Kmeans("fisher", sensitive=0.005, feedback=feedback).round(weight, fmt, stats)
     starts, columns = found.weight.starts.long(), found.weight.columns.long()
     rows = torch.repeat_interleave(torch.arange(40), starts.diff())
     assert torch.equal(torch.stack([rows, columns], 1), mask.nonzero())
-    dense = Kmeans(feedback=feedback).round(weight, CodebookFormat(3), stats)
+    dense = Kmeans("fisher", feedback=feedback).round(weight, CodebookFormat(3), stats)
     assert found.metrics["error"] < 0.8 * dense.metrics["error"]
     assert bool((found.weight.dequantize() - weight)[7, 5].abs() < 0.02 if not feedback else True)
 
@@ -237,7 +248,7 @@ def test_feedback_beats_gptq_on_heavy_tails() -> None:
 def test_nothing_that_comes_in_is_changed() -> None:
     weight, fisher, h = torch.randn(6, 64).double(), torch.rand(6, 64), hessian(64)
     copies = [weight.clone(), fisher.clone(), h.clone()]
-    Kmeans(feedback=True).round(weight, CodebookFormat(3, None, 0.1), {"fisher": fisher, "hessian": h})
+    Kmeans("fisher", feedback=True).round(weight, CodebookFormat(3, None, 0.1), {"fisher": fisher, "hessian": h})
     assert all(torch.equal(a, b) for a, b in zip((weight, fisher, h), copies, strict=True))
     assert Kmeans().prepare({"hessian": h}) == {"hessian": h}
     assert Kmeans(feedback=True).prepare({}) == {}
@@ -249,7 +260,7 @@ def test_zero_rows_and_rows_without_sensitivity(feedback: bool) -> None:
     weight[1], fisher[2], fisher[3, 10:] = 0, 0, 0
     stats = {"fisher": fisher, "hessian": hessian(64)}
     for fmt in (CodebookFormat(3), CodebookFormat(3, 16, 0.05)):
-        found = Kmeans(feedback=feedback).round(weight, fmt, stats).weight.dequantize()
+        found = Kmeans("fisher", feedback=feedback).round(weight, fmt, stats).weight.dequantize()
         assert torch.equal(found[1], torch.zeros(64))
         assert bool(torch.isfinite(found).all())
         assert (found[2] - weight[2]).square().mean() < (0.4 if feedback else 0.05)
@@ -296,7 +307,7 @@ def test_errors() -> None:
     with pytest.raises(
         CalibrationError, match=r"^fisher: the Fisher information is \(4, 32\), the weight \(4, 64\)\. Use"
     ):
-        Kmeans().round(weight, fmt, {"fisher": torch.ones(4, 32)})
+        Kmeans("fisher").round(weight, fmt, {"fisher": torch.ones(4, 32)})
     for feedback in (False, True):
         with pytest.raises(
             CalibrationError, match=r"^hessian: the Hessian is of 32 input features, the weight of 64\. U"
@@ -306,7 +317,7 @@ def test_errors() -> None:
         with pytest.raises(
             CalibrationError, match=r"^fisher: the sensitivity has elements that are negative or not fin"
         ):
-            Kmeans().round(weight, fmt, {"fisher": torch.full((4, 64), bad)})
+            Kmeans("fisher").round(weight, fmt, {"fisher": torch.full((4, 64), bad)})
     with pytest.raises(
         ContractError, match=r"^hessian: the factor was made for blocks of 8 columns, not of 1\. Call pre"
     ):

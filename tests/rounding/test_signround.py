@@ -55,7 +55,7 @@ def problem(rows: int, columns: int, parts: int = 1, seed: int = 0) -> Layer:
 
 
 def run(layer: Layer, fmt: IntFormat, options: SignRound, seed: int = 0) -> tuple[QuantizedWeight, dict[str, float]]:
-    found, numbers = options.round_block({"w": layer.weight}, fmt, layer, seed)
+    found, numbers = options.round_block({"w": layer.weight}, {"w": fmt}, layer, seed)
     weight = found["w"].weight
     assert isinstance(weight, QuantizedWeight)
     assert numbers["block_loss"] == pytest.approx(layer.total({"w": weight.dequantize()}), rel=1e-4, abs=1e-7)
