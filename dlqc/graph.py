@@ -7,10 +7,11 @@ A dlqc graph is a `torch.fx.Graph` with one placeholder, the token ids [B, L]; `
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from dataclasses import replace as replace_fields
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import fx
@@ -31,6 +32,7 @@ from dlqc.ops import (
 from dlqc.weights import Weights
 
 aten = torch.ops.aten
+T = TypeVar("T")
 
 LINEAR = aten.linear.default
 RMS_NORM = aten.rms_norm.default
@@ -122,6 +124,16 @@ def linears(nodes: Iterable[fx.Node], weights: Weights) -> Iterator[Linear]:
         site = as_linear(node, weights)
         if site is not None:
             yield site
+
+
+def by_call(named: Iterable[tuple[str, T]]) -> dict[tuple[str, int], T]:
+    """What belongs to calls, given in their order with the name of what is called, by name and number of the call."""
+    found: dict[tuple[str, int], T] = {}
+    calls: Counter[str] = Counter()
+    for name, item in named:
+        found[name, calls[name]] = item
+        calls[name] += 1
+    return found
 
 
 def uses(graph: fx.Graph, name: str) -> list[fx.Node]:

@@ -13,7 +13,6 @@ before that change on purpose (a clipped weight) is part of it: it is the model 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -26,7 +25,7 @@ from dlqc.contract import BlockInput, Context, Pass, Reads, Statistics
 from dlqc.errors import ContractError
 from dlqc.execute import Executor, placeholder
 from dlqc.fisher import fisher
-from dlqc.graph import Linear, copy_graph, linears
+from dlqc.graph import Linear, by_call, copy_graph, linears
 from dlqc.observers import Batch, Observer
 from dlqc.stats import OWN, PAIRED, Collector
 from dlqc.weights import Weights
@@ -158,9 +157,9 @@ class StateFlow:
     def _pair(self, block: Block, sites: Sequence[Linear]) -> tuple[list[fx.Node], Executor]:
         """The values that the sites read, and what computes the same values of the exact stream."""
         graph, constants = self._source(True)
-        same = _by_call(_sites(block, graph, constants, None))
+        same = by_call((s.weight, s) for s in _sites(block, graph, constants, None))
         ends: dict[fx.Node, fx.Node] = {}
-        for key, site in _by_call(sites).items():
+        for key, site in by_call((s.weight, s) for s in sites).items():
             if key not in same:
                 raise ContractError(
                     "is not in the block as it was before weights were rounded, so its inputs cannot be compared",
@@ -174,16 +173,6 @@ class StateFlow:
 def _sites(block: Block, graph: fx.Graph, constants: Weights, weights: Sequence[str] | None) -> list[Linear]:
     found = linears(block.nodes(graph), constants)
     return [site for site in found if weights is None or site.weight in weights]
-
-
-def _by_call(sites: Iterable[Linear]) -> dict[tuple[str, int], Linear]:
-    """Linears by weight and by which of its calls they are."""
-    found: dict[tuple[str, int], Linear] = {}
-    calls: Counter[str] = Counter()
-    for site in sites:
-        found[site.weight, calls[site.weight]] = site
-        calls[site.weight] += 1
-    return found
 
 
 def _runner(block: Block, graph: fx.Graph, constants: Weights, ends: Sequence[fx.Node]) -> Executor:

@@ -7,7 +7,7 @@ E is the mean over the calibration states with their token weights; y is what th
 a correction of low rank and rounded activations where it has them; y* what it should give:
 
     against="layer"    y* = W·x + b of the x that it reads.  With x as it is, m = (W - Ŵ)·E[x]
-                       (Nagel et al. 2019, arXiv 1906.04721, section 4.2, who take E[x] from batch norms)
+                       (Nagel et al. 2019, arXiv 1906.04721, section 4, who take E[x] from batch norms)
     against="stream"   y* = W·x₀ + b of the x₀ that it would read in the model before any weight was rounded: m also makes up for
                        what the linears before have shifted (inter-layer; iterative bias correction of Finkelstein et al. 2019,
                        arXiv 1906.03193)
@@ -22,10 +22,9 @@ weights before rounding are kept for one block at a time.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, TypeVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, fx
@@ -39,6 +38,7 @@ from dlqc.graph import (
     QUANTIZED_LINEARS,
     activation_quantizer,
     args_of,
+    by_call,
     constant_name,
     corrected,
     is_call,
@@ -53,7 +53,6 @@ from dlqc.stats import weights_of_rows
 from dlqc.weights import Weights
 
 Call = tuple[str, int]  # a module, and which of its calls
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -92,9 +91,9 @@ class CorrectBias(Pass):
             raise ContractError(what, where=self.name, remedy="Run it behind quantize_weights, by a PassManager")
         report = PassReport()
         before, constants = ctx.original
-        wanted = dict(by_call((s.name, s) for s in linears(ctx.block.nodes(before), constants)))
+        wanted = by_call((s.name, s) for s in linears(ctx.block.nodes(before), constants))
         quantized = [n for n in ctx.nodes(graph) if is_call(n, *QUANTIZED_LINEARS)]
-        found = dict(by_call((site_name(n), n) for n in quantized))
+        found = by_call((site_name(n), n) for n in quantized)
         groups: dict[fx.Node, list[Call]] = {}
         for call, node in found.items():
             groups.setdefault(args_of(node)[0], []).append(call)
@@ -134,14 +133,6 @@ class CorrectBias(Pass):
         args = list(args_of(node))
         args[place] = read(graph, weights, name, node)
         node.args = tuple(args)
-
-
-def by_call(named: Iterable[tuple[str, T]]) -> Iterator[tuple[Call, T]]:
-    """What belongs to each call of a module, in the order of the calls."""
-    calls: Counter[str] = Counter()
-    for name, item in named:
-        yield (name, calls[name]), item
-        calls[name] += 1
 
 
 def source(node: fx.Node) -> fx.Node:

@@ -4,8 +4,8 @@ A group's zero point z is moved so that few weights err much rather than all a l
 error split off as an auxiliary e, whose distance from w - ŵ costs β/2·(e - (w - ŵ))², both are solved for in turn:
 
     q = clamp(round(w/s + z), 0, T),      ŵ = s·(q - z)
-    e ← shrink(w - ŵ),                    shrink(x) = sign(x)·max(0, |x| - |x|^(p-1)/β)          (their eq. 4)
-    z ← mean over the group of  q - (w - e)/s,      β ← κ·β                                      (their eq. 5)
+    e ← shrink(w - ŵ),                    shrink(x) = sign(x)·max(0, |x| - |x|^(p-1)/β)
+    z ← mean over the group of  q - (w - e)/s,      β ← κ·β
 
 Scales stay those of the range. The z of the start and of every iteration are candidates, and each group keeps the one with the
 least Σ|w - ŵ| as it is stored, so no group gets worse than nearest rounding on that measure.

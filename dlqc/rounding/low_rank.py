@@ -3,7 +3,7 @@
     minimise  tr((E - A·B) H (E - A·B)ᵀ),   E = W - Ŵ
 
 weighting   H
-"hessian"   Σ c·x·xᵀ: the error of the layer's output, minimised exactly (QERA, Zhang et al., arXiv 2410.06040, theorem 1)
+"hessian"   Σ c·x·xᵀ: the error of the layer's output, minimised exactly (QERA, Zhang et al., arXiv 2410.06040)
 "diagonal"  its diagonal, as if the features of x were uncorrelated (QERA-approx; L²QER of Zhang et al., arXiv 2402.02446, with
             mean |x| in place of the root of the mean x²)
 "none"      1: the plain SVD (ZeroQuant-V2's LoRC, Yao et al., arXiv 2303.08302; LQER)

@@ -1,6 +1,6 @@
 """SignRound: rounding learned by signed gradients on the output of the block (Cheng et al., arXiv 2309.05516; AutoRound).
 
-    Ŵ = s·(clamp(round(W/s + V) + z, 0, T) - z),     s = (β·max W - α·min W) / T,     z = round(-α·min W / s)       (their eq. 3)
+    Ŵ = s·(clamp(round(W/s + V) + z, 0, T) - z),     s = (β·max W - α·min W) / T,     z = round(-α·min W / s)
 
 with V [N, K] within ±½, which decides between the two neighbours of a weight, and α, β within 0 and 1 for each group. round
 passes gradients as if it were the identity. All linears of a block are learned together on ‖block(x; Ŵ) - y*‖²
@@ -91,7 +91,7 @@ class SignRound(BlockRounding):
         self, weights: Mapping[str, Tensor], formats: Mapping[str, Any], objective: Objective, seed: int
     ) -> tuple[dict[str, Rounded], dict[str, float]]:
         learned = {name: Learned(weight, formats[name]) for name, weight in weights.items()}
-        first = best = objective.total(_values(learned))
+        first = best = _total(objective, learned)
         kept = {name: one.result() for name, one in learned.items()}
         parameters = [p for one in learned.values() for p in one.parameters(self.ranges)]
         generator = torch.Generator().manual_seed(seed if self.seed is None else self.seed)
@@ -107,7 +107,7 @@ class SignRound(BlockRounding):
             for one in learned.values():
                 one.confine()
             if step + 1 in looks:
-                now = objective.total(_values(learned))
+                now = _total(objective, learned)
                 if now < best:
                     best, kept = now, {name: one.result() for name, one in learned.items()}
         rounded = {}
@@ -183,6 +183,11 @@ class Learned:
 
     def _code(self, scale: Tensor, zero: Tensor) -> Tensor:
         return (straight_through(self.part / scale + self.v, torch.round) + zero).clamp(0, self.fmt.top)
+
+
+@torch.no_grad()
+def _total(objective: Objective, learned: Mapping[str, Learned]) -> float:
+    return objective.total(_values(learned))
 
 
 def _values(learned: Mapping[str, Learned]) -> dict[str, Tensor]:
