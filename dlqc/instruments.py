@@ -68,8 +68,10 @@ class Dump(Instrument):
             self._last = self._write("00-capture.txt", graph)
 
     def after_block(self, p: Pass, graph: fx.Graph, ctx: Context, report: PassReport) -> None:
-        block = "" if ctx.block is None else f"# block {ctx.block.index}\n"
-        self._parts.setdefault(id(p), []).append(block + self._difference(graph))
+        difference = self._difference(graph)
+        if ctx.block is None or ctx.block in ctx.blocks or difference:  # of what follows the blocks, only what changed
+            block = "" if ctx.block is None else f"# block {ctx.block.index}\n"
+            self._parts.setdefault(id(p), []).append(block + difference)
 
     def after(self, p: Pass, graph: fx.Graph, ctx: Context, report: PassReport) -> None:
         self._count += 1

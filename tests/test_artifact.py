@@ -164,7 +164,7 @@ class TestRoundTrip:
         expected = models["w4a16"](ids())
         loaded = dlqc.load(originals / "w4a16", backend="cpu")
         deviation = float((loaded(ids()) - expected).norm() / expected.norm())
-        assert 0 < deviation < 2e-2  # bfloat16 products
+        assert deviation < 2e-2  # bfloat16 products where no compiler is, the same sums where one is
         assert loaded.report.backend == "cpu"
         lowering = [next(s for s in r.steps if s.name == "lower") for r in (loaded.report, models["w4a16"].report)]
         assert lowering[0].choices.keys() == lowering[1].choices.keys()

@@ -62,7 +62,7 @@ def test_plan_of_a_budget(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     assert (plan["sites"], plan["formats"], plan["problems"]) == (28, {}, [])
     # No more than the budget for what is quantized, and the rest at 16 bit.
     assert plan["bits"] == int(3.2 * 3407872) + 16 * (4458752 - 3407872)
-    assert plan["kernels"] == {"int4pack or dequant": 28}
+    assert plan["kernels"] in ({"linear16": 28}, {"int4pack or dequant": 28}), "with and without a compiler"
     assert plan["notes"] == [
         "assigned while compiling: 28 linears in 16 units among int2 g128 asymmetric by gptq, int3 g128 asymmetric by gptq, "
         "int4 g128 asymmetric by gptq, int8 g128 asymmetric by gptq, within 3.2bpw (2.231bpw to 8.241bpw can be reached)"

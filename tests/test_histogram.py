@@ -42,7 +42,7 @@ NUMBERS = st.floats(-1e6, 1e6, width=32) | st.sampled_from([0.0, 1.0, -1.0, 0.5,
 ITEMS = st.lists(st.tuples(NUMBERS, st.sampled_from([0.25, 1.0, 3.0])), min_size=1, max_size=30)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(ITEMS, st.integers(1, 7))
 def test_bins_and_weights(items: list[tuple[float, float]], batch: int) -> None:
     """Weights are sums of quarters, so they are compared exactly."""

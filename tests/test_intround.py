@@ -55,7 +55,7 @@ def _rest(block: _Columns) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tens
     threads=st.integers(1, 3),
     seed=st.integers(0, 999),
 )
-@settings(deadline=None, max_examples=120)
+@settings(deadline=None, max_examples=50)
 def test_a_block_is_rounded_as_in_torch(size, width, groups, bits, zeros, threads, seed) -> None:  # type: ignore[no-untyped-def]
     fmt = IntFormat(bits, None, not zeros)
     fast = columns(size, width, groups, zeros, fmt.top, torch.Generator().manual_seed(seed))
@@ -87,7 +87,7 @@ def test_a_block_is_rounded_as_in_torch(size, width, groups, bits, zeros, thread
     kind=st.sampled_from(["normal", "positive", "zero", "constant", "one large", "tiny", "huge"]),
     seed=st.integers(0, 999),
 )
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 def test_the_range_found_is_that_of_torch(  # type: ignore[no-untyped-def]
     rows, groups, size, bits, symmetric, scale_dtype, weighted, kind, seed
 ) -> None:

@@ -25,7 +25,7 @@ def least(items: list[list[Option]], limit: int) -> float:
     return min((cost for size, cost in everything(items) if size <= limit), default=math.inf)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(ITEMS)
 def test_every_limit_gets_the_cheapest_assignment(items: list[list[Option]]) -> None:
     found = frontier(items)
@@ -43,7 +43,7 @@ def test_every_limit_gets_the_cheapest_assignment(items: list[list[Option]]) -> 
         assert sum(k for _, k in chosen) == pytest.approx(cost, abs=1e-9)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(ITEMS, st.integers(1, 12))
 def test_a_thinned_frontier_keeps_its_bound(items: list[list[Option]], most: int) -> None:
     found = frontier(items, most=most)
@@ -64,7 +64,7 @@ def test_thinning_happens_and_costs_something() -> None:
     assert any(coarse.costs[coarse.at(s)] > c for s, c in zip(exact.sizes, exact.costs, strict=True))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(ITEMS)
 def test_the_hull_is_optimal_at_its_points_and_a_bound_between_them(items: list[list[Option]]) -> None:
     found = hull(items)

@@ -69,7 +69,7 @@ sides = st.builds(
     threads=st.integers(1, 3),
     seed=st.integers(0, 99),
 )
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=50)
 def test_both_sides_against_dense_matrices(row, column, dtypes, pad, threads, seed) -> None:  # type: ignore[no-untyped-def]
     generator = torch.Generator().manual_seed(seed)
     (found_row, t_row, cols), (found_column, t_column, rows) = (_made(got, generator) for got in (row, column))

@@ -34,7 +34,7 @@ def loss(error: torch.Tensor, hessian: torch.Tensor) -> float:
 # Patterns
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     st.integers(1, 6), st.integers(1, 5), st.sampled_from([(1, 2), (2, 4), (4, 8), (1, 4), (3, 5)]), st.integers(0, 999)
 )
@@ -52,7 +52,7 @@ def test_an_n_m_pattern_keeps_the_n_largest_of_every_m(
             assert float(own[chosen].min()) >= float(own[~chosen].max())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.integers(1, 7), st.integers(1, 23), st.floats(0.01, 0.99), st.integers(0, 999))
 def test_a_ratio_prunes_that_share_and_the_smallest(rows: int, columns: int, ratio: float, seed: int) -> None:
     scores = torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed))

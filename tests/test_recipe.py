@@ -100,7 +100,7 @@ def passes() -> st.SearchStrategy[tuple[Pass, ...]]:
     return st.lists(one, min_size=1, max_size=4).map(tuple)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(passes(), TEXT)
 def test_plain_and_yaml_round_trip(given_passes: tuple[Pass, ...], name: str) -> None:
     recipe = Recipe(name, given_passes)
@@ -109,13 +109,13 @@ def test_plain_and_yaml_round_trip(given_passes: tuple[Pass, ...], name: str) ->
     assert from_plain(yaml.safe_load(recipe.to_yaml())) == recipe
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(passes())
 def test_the_line_round_trips(given_passes: tuple[Pass, ...]) -> None:
     assert parse_line(str(Recipe("", given_passes))) == given_passes
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(passes(), st.from_regex(r"[a-z0-9-]{0,8}", fullmatch=True))
 def test_toml_reads_the_same(
     tmp_path_factory: pytest.TempPathFactory, given_passes: tuple[Pass, ...], name: str

@@ -110,7 +110,7 @@ def test_an_assignment_as_overrides_of_a_recipe(assignment: dict[str, Scheme], b
     assert overridden("elsewhere", read.scheme, read.overrides) == base
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.integers(1, 9), st.integers(1, 12), st.sampled_from([2, 3, 4, 8]), st.booleans(), st.booleans())
 def test_bits_that_integers_are_stored_in(n: int, groups: int, bits: int, symmetric: bool, channel: bool) -> None:
     """Those of the tensors that `pack` makes, padding included."""

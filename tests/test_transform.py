@@ -128,7 +128,7 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
 # What a transform does
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(pairs(center=True), st.sampled_from([(), (1,), (5,), (2, 3), (0,), (2, 0)]), st.integers(0, 99))
 def test_a_call_is_a_product_with_the_matrix(pair: Pair, batch: tuple[int, ...], seed: int) -> None:
     t, dense = pair
@@ -140,7 +140,7 @@ def test_a_call_is_a_product_with_the_matrix(pair: Pair, batch: tuple[int, ...],
     close(t.matrix(), dense)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(pairs(center=True), st.sampled_from([(), (1,), (5,), (3, 2)]), st.integers(0, 99))
 def test_rows_multiply_from_the_left(pair: Pair, more: tuple[int, ...], seed: int) -> None:
     t, dense = pair
@@ -148,7 +148,7 @@ def test_rows_multiply_from_the_left(pair: Pair, more: tuple[int, ...], seed: in
     close(t.rows(w), torch.tensordot(dense.T, w, dims=1))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(pairs())
 def test_inverse_transpose_and_contragredient(pair: Pair) -> None:
     t, dense = pair
@@ -160,7 +160,7 @@ def test_inverse_transpose_and_contragredient(pair: Pair) -> None:
     close(t(x) @ t.contragredient()(w).T, x @ w.T)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(pairs(center=True))
 def test_groups_tell_the_truth(pair: Pair) -> None:
     """A transform may be in more groups than it says (a product of rotations back to the identity), never in fewer."""
@@ -228,7 +228,7 @@ def test_chain_leaves_identities_out() -> None:
     assert both.members == (t, t)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(pairs(center=True), st.integers(0, 99))
 def test_strides_do_not_matter(pair: Pair, seed: int) -> None:
     t, dense = pair
@@ -242,7 +242,7 @@ def test_strides_do_not_matter(pair: Pair, seed: int) -> None:
     close(t(same), same @ dense)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(pairs(center=True), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
 def test_the_dtype_of_the_input_is_kept(pair: Pair, dtype: torch.dtype) -> None:
     t, dense = pair
@@ -257,7 +257,7 @@ def test_the_dtype_of_the_input_is_kept(pair: Pair, dtype: torch.dtype) -> None:
 # Heads
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.sampled_from(sorted(LEAVES)), st.integers(1, 4), st.sampled_from([1, 2, 4, 12]), st.integers(1, 3),
        st.integers(0, 99))  # fmt: skip
 def test_repeat_repeats_every_head(leaf: str, heads: int, size: int, times: int, seed: int) -> None:
@@ -381,7 +381,7 @@ def test_the_base_class_promises_nothing() -> None:
 # Spelling
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(pairs(center=True))
 def test_a_spelling_reads_back(pair: Pair) -> None:
     t, dense = pair

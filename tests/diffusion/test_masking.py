@@ -87,7 +87,7 @@ def test_bernoulli_mask_refuses_wrong_probabilities() -> None:
         bernoulli_mask(region.long(), torch.rand(2), generator(0))
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(rows=st.integers(1, 5), length=st.integers(1, 30), seed=st.integers(0, 99), data=st.data())
 def test_fixed_count_mask_masks_exactly_the_count_inside_the_region(
     rows: int, length: int, seed: int, data: st.DataObject

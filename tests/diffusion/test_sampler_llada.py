@@ -48,7 +48,7 @@ def naive(model: Model, prompt: Tensor, steps: int, length: int, block: int, cfg
     return x
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.integers(0, 10_000),
     batch=st.integers(1, 3),

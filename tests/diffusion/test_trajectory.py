@@ -20,7 +20,7 @@ from dlqc.errors import FeasibilityError
 Model = Callable[[Tensor], Tensor]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=7))
 def test_correlations_of_ranks_with_ties(pairs: list[tuple[int, int]]) -> None:
     """Kendall's tau-b by counting pairs, Spearman's rho as the covariance of mean ranks."""

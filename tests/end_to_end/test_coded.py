@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import nn
 
 import dlqc
-from dlqc.artifact import verify
+from dlqc.artifact import save, verify
 from dlqc.errors import ContractError, DlqcError, ExportError, FeasibilityError, RecipeError
 from dlqc.export import export
 from dlqc.formats.codebook import CodebookFormat
@@ -135,7 +135,7 @@ def test_computes_with_the_dequantized_weights(recipe: str, backend: str) -> Non
 @every_recipe
 def test_the_bits_in_the_report_are_the_bytes_in_the_file(recipe: str, tmp_path: Path) -> None:
     model = compiled(recipe)
-    model.save(tmp_path / "a")
+    save(model, tmp_path / "a", verify_reload=False)  # `verify` below is the fresh process
     again = dlqc.load(tmp_path / "a", backend="reference")
     assert torch.equal(again(ids()), model(ids()))
     verify(tmp_path / "a", backend="cpu")
@@ -154,7 +154,9 @@ def test_the_bits_in_the_report_are_the_bytes_in_the_file(recipe: str, tmp_path:
     total = sum(details[name]["bits_per_weight"] * weight.numel() for name, weight in modules.items())
     assert total == pytest.approx(size, rel=1e-9)
     if recipe in PRESETS:
-        assert PRESETS[recipe] <= storage.bits_per_quantized_weight < PRESETS[recipe] + 1.5
+        assert (
+            PRESETS[recipe] <= storage.bits_per_quantized_weight < PRESETS[recipe] + 2.5
+        )  # tables of 16 levels weigh much on 128 inputs
 
 
 @pytest.mark.parametrize("recipe", PRESETS)
@@ -262,7 +264,9 @@ def test_a_method_that_gives_other_parts_is_blamed(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(
         PlanesFormat, "quantize", lambda self, w: plain(self, w, orders=(1,) + (2,) * (w.shape[1] // 64 - 1))
     )
-    with pytest.raises(ContractError, match=r"_proj: bits is uint8\[.* must be uint8\[.* This is a fault of 'rtn'"):
+    with pytest.raises(
+        ContractError, match=r"_proj: bits is uint8\[.* must be uint8\[.* This is a fault of the rounding method"
+    ):
         compiled("quantize_weights(format=planes(group_size=64), method=rtn), lower")
 
 

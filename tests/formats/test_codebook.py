@@ -68,7 +68,7 @@ def test_sparse_weights_are_as_exact_as_their_type(table_dtype: str, group: int 
     assert torch.equal(sparse != 0, mask)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     st.sampled_from([2, 3, 4]),
     st.integers(1, 6),

@@ -71,7 +71,7 @@ def test_ties_go_to_even_and_what_is_too_large_saturates() -> None:
         assert bool(torch.isfinite(quantize_tokens(torch.tensor([size, 1.0]))[0].float()).all())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.lists(st.integers(1, 5), min_size=0, max_size=3), st.integers(1, 40), st.integers(0, 2**31))
 def test_tokens_have_a_scale_each(shape: list[int], width: int, seed: int) -> None:
     x = torch.randn(*shape, width, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
@@ -93,7 +93,7 @@ def test_tokens_of_zeros_and_denormals() -> None:
     assert torch.equal(codes[0].float(), torch.zeros(2))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.integers(1, 300), st.integers(1, 300), st.sampled_from(UNITS), st.integers(0, 2**31))
 def test_packing_returns_the_same_weight(rows: int, columns: int, unit: str, seed: int) -> None:
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))

@@ -131,7 +131,7 @@ def test_the_search_is_as_good_as_a_fine_grid(bits: int, symmetric: bool) -> Non
     assert found <= 0.99 * grid[0].mean()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     st.sampled_from([2, 3, 4, 8]), st.booleans(), st.integers(1, 9), st.integers(1, 5), st.integers(1, 4), st.integers()
 )

@@ -112,7 +112,7 @@ def test_the_error_on_gaussian_weights() -> None:
     assert errors == pytest.approx([0.0132, 0.0125, 0.0090], rel=0.03)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.integers(1, 6), st.integers(1, 5), st.sampled_from(FORMATS), st.integers(0, 2**31))
 def test_packing_returns_the_same_weight(rows: int, blocks: int, fmt: MicroscalingFormat, seed: int) -> None:
     width = fmt.block * blocks

@@ -90,7 +90,7 @@ def test_the_error_on_gaussian_weights() -> None:
     assert (double - weight).square().mean() == pytest.approx(exact.item(), rel=0.01)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     st.integers(1, 6), st.integers(1, 9), st.integers(1, 4), st.sampled_from([None, 1, 3, 256]), st.integers(0, 2**31)
 )

@@ -34,7 +34,7 @@ def test_the_grid_covers_the_range_and_not_zero() -> None:
     assert torch.equal(OffsetFormat(2, None).quantize(weight).dequantize(), weight)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.integers(1, 5), st.integers(1, 9), st.integers(1, 4), st.sampled_from([2, 3, 4, 8]), st.integers(0, 2**31))
 def test_packing_returns_the_same_weight(rows: int, group: int, groups: int, bits: int, seed: int) -> None:
     weight = torch.randn(rows, group * groups, generator=torch.Generator().manual_seed(seed))

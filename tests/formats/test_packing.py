@@ -19,7 +19,7 @@ def bits_of(codes: list[int], bits: int) -> list[int]:
     return [code >> i & 1 for code in codes for i in range(bits)]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     st.integers(1, 8), st.integers(0, 6), st.integers(0, 70), st.sampled_from(["rows", "planes"]), st.integers(0, 99)
 )

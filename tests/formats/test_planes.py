@@ -27,7 +27,7 @@ def example(rows: int, size: int, orders: tuple[int, ...], seed: int, scale_dtyp
 MIXED = st.lists(st.integers(1, 3), min_size=1, max_size=5).map(tuple)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.integers(1, 9), st.integers(1, 40), MIXED, st.integers(), st.sampled_from(["bfloat16", "float16"]))
 def test_packing_round_trips_and_takes_the_bits_it_says(
     rows: int, size: int, orders: tuple[int, ...], seed: int, scale_dtype: str
@@ -93,7 +93,7 @@ def test_bits_per_weight_at_the_sizes_of_the_paper() -> None:
     assert whole == pytest.approx(2 * (1 + 16 / 96 + 16 / 64) + 2 / (96 * 64), rel=1e-15)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.integers(1, 3), st.integers(0, 10**6), st.sampled_from([0.0, 1.0, 3.0]))
 def test_the_signs_are_the_best_of_all_patterns(order: int, seed: int, bias: float) -> None:
     target, levels = 2 * noise(50, seed=seed, dtype=torch.float64), noise(order, 50, seed=seed + 1, dtype=torch.float64)
@@ -112,7 +112,7 @@ def objective(tile: planes.Tile, target: torch.Tensor, importance: torch.Tensor)
     return float((importance * (target - tile.value()).square()).sum())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 3), st.booleans(), st.integers(0, 10**6))
 def test_no_sweep_raises_the_objective(size: int, rows: int, order: int, joint: bool, seed: int) -> None:
     target = noise(size, rows, seed=seed, dtype=torch.float64)

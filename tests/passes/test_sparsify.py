@@ -45,7 +45,6 @@ from dlqc.rounding.daq import Daq
 from dlqc.rounding.hqq import Hqq
 from dlqc.rounding.kmeans import Kmeans
 from dlqc.rounding.rtn import Rtn
-from dlqc.rounding.signround import SignRound
 from dlqc.rounding.vector import Ldlq
 
 CaseMaker = Callable[..., Any]
@@ -144,7 +143,6 @@ def test_sparsegpt_loses_least_at_the_logits(case: CaseMaker) -> None:
         (QuantizeWeights(4, 32), METHODS),
         (QuantizeWeights(3, None, True), METHODS[2:]),
         (QuantizeWeights(4, 32, True, Rtn()), METHODS[2:]),
-        (QuantizeWeights(3, 32, method=SignRound(steps=8, lr=0.1)), METHODS[:1]),
         (QuantizeWeights(format=SparseFormat(4, 32)), METHODS[1:]),
         (QuantizeWeights(format=SparseFormat(16), method=Rtn()), METHODS[2:]),
         (QuantizeWeights(format=Nf4Format(32), method=Rtn()), METHODS[:1]),

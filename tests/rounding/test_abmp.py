@@ -17,7 +17,7 @@ def test_scores_are_sums_of_saliencies() -> None:
     torch.testing.assert_close(scores(weight, spread, 3), torch.stack([p.sum() for p in saliency.split(4, dim=1)]))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=60), st.floats(0, 0.5))
 def test_as_many_go_up_as_down_and_by_rank(values: list[float], share: float) -> None:
     ranking = torch.tensor(values, dtype=torch.float64)
@@ -52,7 +52,7 @@ def test_a_model_is_ranked_by_groups_of_one_cost() -> None:
     assert list(found) == ["a", "wide", "b"]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=6), st.integers(0, 12))
 def test_spending_is_optimal_for_the_estimate(values: list[float], extra: int) -> None:
     extra = min(extra, 2 * len(values))

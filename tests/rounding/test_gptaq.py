@@ -202,7 +202,7 @@ def test_tiny_problems_against_exhaustive_search(act_order: bool) -> None:
     scale=st.sampled_from([1e-12, 1.0, 1e12]),
     seed=st.integers(0, 99),
 )
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=25)
 def test_any_shape_and_rank(rows, groups, group, samples, bits, options, dead, zero_row, scale, seed) -> None:  # type: ignore[no-untyped-def]
     width = groups * group
     problem = Problem(rows, width, samples, seed)

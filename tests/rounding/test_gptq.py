@@ -249,7 +249,7 @@ def test_babai_bound_with_fine_codes() -> None:
     dtype=st.sampled_from([torch.float32, torch.float64]),
     seed=st.integers(0, 99),
 )
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=50)
 def test_any_shape_and_rank(  # type: ignore[no-untyped-def]
     rows, groups, group, samples, bits, symmetric, clip, combination, block, dead, row, dtype, seed
 ) -> None:

@@ -91,7 +91,7 @@ def test_the_package_moves_zeros_alike() -> None:
         torch.testing.assert_close(zero[:, 0], torch.tensor(expected), rtol=0, atol=2e-5)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     st.integers(1, 5),
     st.integers(1, 9),

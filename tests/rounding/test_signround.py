@@ -166,7 +166,7 @@ def test_beats_nearest_rounding_where_errors_can_cancel() -> None:
     assert numbers["block_loss"] < 2
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     st.integers(1, 5),
     st.integers(1, 6),
