@@ -151,6 +151,9 @@ def preset(name: str, pass_class: Callable[[str], Any]) -> tuple[Pass, ...] | No
     if found["mixed"] and any(step in ROUNDED for step, _ in before):
         what = f"-mixed does not go with {found['method']}, which has to know the width of each weight beforehand"
         raise RecipeError(what, where=name, remedy="Use -mixed with gptq, rtn or quarot")
+    if found["mixed"] and (rounding == "lqer" or found["method"] in AFTER):
+        what = f"-mixed does not go with {'lqer' if rounding == 'lqer' else found['method']}, whose corrections no budget counts"
+        raise RecipeError(what, where=name, remedy="Use -mixed with gptq, rtn or quarot")
     weights = _format(found, activations)
     drawn = needs_states or rounding in CALIBRATED or activations.static or found["mixed"]
     steps = [_calibrate(pass_class, variant, everywhere=activations.static)] if drawn else []
@@ -350,7 +353,11 @@ def _quantize(
     # GPTAQ lives on seeing all that rounding has done to an input, within the block, too; its authors have it so.
     hows: dict[str, dict[str, Any]] = {"gptaq": {"sequential": "layer"}, "lqer": {"low_rank": LowRank()}}
     options = {**weights, "method": methods[rounding](), "head": int(found["h"]) if found["h"] else None}
-    assigned = [pass_class("assign_bits")(budget=f"{found['w']}bpw", **options)] if found["mixed"] else []
+    if not found["mixed"]:
+        return [pass_class("quantize_weights")(**options, **hows.get(rounding, {}))]
+    # A method that rounds a block at once has no cost of one linear: what a linear is worth, GPTQ tells.
+    probe = Gptq() if rounding == "autoround" else None
+    assigned = [pass_class("assign_bits")(budget=f"{found['w']}bpw", probe=probe, **options)]
     return [*assigned, pass_class("quantize_weights")(**options, **hows.get(rounding, {}))]
 
 

@@ -22,6 +22,7 @@ weights before rounding are kept for one block at a time.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
@@ -78,11 +79,11 @@ class CorrectBias(Pass):
         return "paired" if self.against == "stream" else "original"
 
     def plan(self, graph: fx.Graph, ctx: Context, plan: Plan) -> None:
-        inside = {site.name for block in ctx.blocks for site in linears(block.nodes(graph), ctx.weights)}
-        for name in inside & plan.sites.keys():
+        calls = Counter(s.name for block in ctx.blocks for s in linears(block.nodes(graph), ctx.weights))
+        for name in calls.keys() & plan.sites.keys():
             spec = plan.sites[name]
             if not spec.has_bias:
-                plan.beside[name] = plan.beside.get(name, 0) + 32 * spec.out_features
+                plan.beside[name] = plan.beside.get(name, 0) + 32 * spec.out_features * calls[name]
             plan.sites[name] = replace(spec, has_bias=True)
 
     def apply(self, graph: fx.Graph, ctx: Context) -> PassReport:

@@ -206,6 +206,7 @@ ACTIVATIONS = {"static", "static4", "ag128", "asym", "kv4", "qkv4", "qkv8", "p8"
         "w4a8-icqbc",
         "w6a8-g64-sym-mixed-rtn",
         "w2.75a16-mixed-quarot",
+        "w2.5a16-mixed-autoround",
     ],
 )
 def test_a_preset_s_name_tells_the_truth(name: str) -> None:
@@ -495,6 +496,11 @@ def message(call: Callable[[], object]) -> str:
         ("json.loads", "json.loads: not a subclass of dlqc.Pass. Derive it from dlqc.Pass"),
         ("w3.2a16-gptq", "w3.2a16-gptq: no code has 3.2 bits. For an average use 'w3.2a16-mixed-gptq'"),
         ("w3a16-mixed-awq", "w3a16-mixed-awq: -mixed does not go with awq, which has to know the width of each weight"),
+        ("w3a16-mixed-lqer", "w3a16-mixed-lqer: -mixed does not go with lqer, whose corrections no budget counts. Use"),
+        (
+            "w3a16-mixed-icqbc",
+            "w3a16-mixed-icqbc: -mixed does not go with icqbc, whose corrections no budget counts. Use",
+        ),
         ("w0a16-mixed-gptq", "budget: '0bpw' leaves nothing. Write '3.2bpw' or '4.5GB'"),
         (
             "quantize_weights(overrides=override(bits=3))",
