@@ -41,7 +41,8 @@ def section(name: str) -> str:
         lines += ["| option | type | default |", "|---|---|---|"]
         for f in options:
             default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-            lines.append(f"| `{f.name}` | `{str(f.type).replace('|', chr(92) + '|')}` | `{default}` |")
+            shown = "required" if default is dataclasses.MISSING else f"`{default}`"
+            lines.append(f"| `{f.name}` | `{str(f.type).replace('|', chr(92) + '|')}` | {shown} |")
         lines.append("")
     return "\n".join(lines)
 
