@@ -47,6 +47,7 @@ class CpuBackend:
         Coded16(),
         Coded(),
     )
+    merges: bool = True
 
     def available(self) -> str | None:
         """Always: torch has a CPU, and each kernel checks for itself what it needs of this one."""

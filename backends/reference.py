@@ -15,6 +15,7 @@ class ReferenceBackend:
 
     name: str = "reference"
     kernels: tuple[AnyKernel, ...] = (ReferenceLinear(), Coded())
+    merges: bool = False
 
     def available(self) -> str | None:
         return None

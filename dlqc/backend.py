@@ -139,13 +139,16 @@ AnyKernel = Kernel | CodedKernel | StaticKernel
 
 
 class Backend(Protocol):
-    """A device family: kernels in order of preference, and the dtype its unquantized ops run in."""
+    """A device family: kernels in order of preference, and whether linears that read one input run as one call."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def kernels(self) -> Sequence[AnyKernel]: ...
+
+    @property
+    def merges(self) -> bool: ...
 
     def available(self) -> str | None:
         """None if the backend can run on this machine, else the reason it cannot."""

@@ -3,6 +3,9 @@
 Before:  linear_packed(quantize_act(x), packed, scales, zeros, b), or linear_coded(quantize_act(x), parts, b)
 After:   <kernel>(x, the kernel's own layout of the weight, …)
 
+On a backend that merges, linears that read the same input and would get the same kernel become one call first
+(`dlqc.siblings`): query, key and value; gate and up.
+
 Each kernel of the backend says whether it supports the site; the first that does gets it, and the report says which kernel
 each site got and why the ones before it did not. A kernel takes the activation quantizer with it; one with fixed scales stays a
 node of its own in front of kernels that do not take such scales. Nothing falls back in silence: if no kernel supports a site, all
@@ -11,7 +14,10 @@ such sites are listed and nothing is lowered. What attentions read is quantized 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from dataclasses import replace as replace_fields
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -36,6 +42,7 @@ from dlqc.graph import (
     width,
 )
 from dlqc.ops import LINEAR_CODED, LINEAR_PACKED, QUANTIZE_ACT_STATIC
+from dlqc.siblings import merge
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,10 @@ class Lower(Pass):
                 f"no kernel of backend {ctx.backend.name!r} supports {'; '.join(failed)}",
                 remedy="Use backend='auto' or another scheme",
             )
+        merged = merge(graph, ctx.weights, partial(self._alike, ctx=ctx)) if ctx.backend.merges else {}
+        if merged:
+            sites = [node for node in graph.nodes if is_call(node, LINEAR_PACKED, LINEAR_CODED)]
+            chosen = [self._choose(node, ctx) for node in sites]
         # Calls that share a weight share its layout only if they also agree on the bias and on how x is quantized.
         made: dict[tuple[object, ...], _Made] = {}
         for node, (name, kernel, spec, refusals) in zip(sites, chosen, strict=True):
@@ -77,11 +88,20 @@ class Lower(Pass):
                 made[key] = self._lower(node, f"{name}.{same}" if same else name, kernel, spec, ctx)
                 passed = "".join(f"; not {k}: {why}" for k, why in refusals.items())
                 note = remark(kernel, spec)
-                report.choices[name] = f"{kernel.name}{f' ({note})' if note else ''}{passed}"
+                members = merged.get(name, [name])
+                for member in members:
+                    report.choices[member] = f"{kernel.name}{f' ({note})' if note else ''}{passed}"
             self._rewrite(node, kernel, made[key], graph, ctx)
-            report.sites += 1
+            report.sites += len(merged.get(name, [name]))
+        report.metrics["calls"] = len(sites)
         sweep(graph, ctx.weights)
         return report
+
+    def _alike(self, nodes: Sequence[fx.Node], ctx: Context) -> bool:
+        """Whether the kernel of all of them is also that of the merged linear, which is as wide as they are together."""
+        specs = [spec_of_node(node, ctx) for node in nodes]
+        joint = replace_fields(specs[0], out_features=sum(spec.out_features for spec in specs))
+        return len({_name(choose_kernel(ctx.backend, spec)[0]) for spec in (*specs, joint)}) == 1
 
     def _choose(self, node: fx.Node, ctx: Context) -> tuple[str, AnyKernel | None, LinearSpec, dict[str, str]]:
         spec = spec_of_node(node, ctx)
@@ -125,6 +145,10 @@ class Lower(Pass):
 
 
 _Made = tuple[Lowered, list[str | None]]
+
+
+def _name(kernel: AnyKernel | None) -> str | None:
+    return kernel and kernel.name
 
 
 def _value(part: fx.Node | None, ctx: Context) -> torch.Tensor | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import dlqc
-from dlqc.backend import LinearSpec, Lowered
+from dlqc.backend import LinearSpec, Lowered, load_backend
 from dlqc.check import check
 from dlqc.errors import ContractError, FeasibilityError, LoweringError
 from dlqc.execute import Executor, placeholder
@@ -61,6 +61,7 @@ class Picky:
 class FakeBackend:
     kernels: tuple[Any, ...]
     name: str = "fake"
+    merges: bool = False
 
     def available(self) -> str | None:
         return None
@@ -78,7 +79,7 @@ def packed(case: CaseMaker, name: str, scheme: str, backend: Any = "reference") 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("name", ["dream", "shared"])
 def test_the_lowered_graph_equals_the_logical_one(case: CaseMaker, name: str, backend: str, scheme: str) -> None:
-    k = packed(case, name, scheme, backend)
+    k = packed(case, name, scheme, replace(load_backend(backend), merges=False))
     ids = k.ids()
     logits = k.forward(ids)
     sites = [n for n in k.graph.nodes if is_call(n, LINEAR_PACKED)]
