@@ -12,6 +12,8 @@ In order of preference:
     coded16         native: normal floats, codebooks, sign planes
     coded           other formats that are not integers, by their definition
 
+Linears that read one input run as one call, and calls of linear8 take norms, gates and residual sums around them along (fused8).
+
 Of torch's ops no two in bfloat16 compete (they differ in bits); int8_mm goes before them because its sums are exact.
 """
 
@@ -19,9 +21,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import fx
+
 from dlqc.backend import AnyKernel, Backend
 from dlqc.kernels.cpu.coded16 import Coded16
 from dlqc.kernels.cpu.dequant import Dequant
+from dlqc.kernels.cpu.fused8 import fuse
 from dlqc.kernels.cpu.int4pack import Int4Pack
 from dlqc.kernels.cpu.int8_mm import Int8MM
 from dlqc.kernels.cpu.int8_mm_static import Int8MMStatic
@@ -29,6 +34,7 @@ from dlqc.kernels.cpu.int8pack import Int8Pack
 from dlqc.kernels.cpu.linear8 import Linear8
 from dlqc.kernels.cpu.linear16 import Linear16
 from dlqc.kernels.reference.coded import Coded
+from dlqc.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,10 @@ class CpuBackend:
         Coded(),
     )
     merges: bool = True
+
+    def fuse(self, graph: fx.Graph, weights: Weights) -> dict[str, int]:
+        """Norms, gates and sums around calls of linear8."""
+        return fuse(graph, weights)
 
     def available(self) -> str | None:
         """Always: torch has a CPU, and each kernel checks for itself what it needs of this one."""

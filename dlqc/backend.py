@@ -12,11 +12,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from torch import fx
 
 from dlqc.errors import ContractError, LoweringError, nearest
 from dlqc.formats.activation import ActFormat
 from dlqc.formats.contract import WeightFormat
 from dlqc.formats.integer import IntFormat
+from dlqc.weights import Weights
 
 BACKENDS = ("reference", "cpu")
 
@@ -149,6 +151,9 @@ class Backend(Protocol):
 
     @property
     def merges(self) -> bool: ...
+
+    def fuse(self, graph: fx.Graph, weights: Weights) -> Mapping[str, int]:
+        """Join calls of its kernels with their neighbours in a lowered graph; how many of each kind were joined."""
 
     def available(self) -> str | None:
         """None if the backend can run on this machine, else the reason it cannot."""

@@ -4,8 +4,8 @@ Before:  y_i = linear_packed(x, W_i, s_i, z_i, b_i)                     i = 1 �
 After:   y   = linear_packed(x, [W_1; …; W_n], [s_1; …], [z_1; …], [b_1; …])
          y_i = y[..., from_i:to_i]
 
-Each row of a weight has its own codes, scales and zero points, so the numbers are those of the n calls wherever a kernel computes an
-output feature by itself. x is quantized once and read once.
+Each row of a weight has its own codes, scales and zero points, so the numbers are those of the n calls wherever a kernel
+computes an output feature by itself. x is quantized once and read once.
 
 This is for kernels alone: artifacts and exports hold the graph before it, with the names of the model.
 """

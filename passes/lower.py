@@ -4,7 +4,8 @@ Before:  linear_packed(quantize_act(x), packed, scales, zeros, b), or linear_cod
 After:   <kernel>(x, the kernel's own layout of the weight, …)
 
 On a backend that merges, linears that read the same input and would get the same kernel become one call first
-(`dlqc.siblings`): query, key and value; gate and up.
+(`dlqc.siblings`): query, key and value; gate and up. At the end the backend may join its calls with what is around them:
+norms, gates, sums.
 
 Each kernel of the backend says whether it supports the site; the first that does gets it, and the report says which kernel
 each site got and why the ones before it did not. A kernel takes the activation quantizer with it; one with fixed scales stays a
@@ -93,8 +94,9 @@ class Lower(Pass):
                     report.choices[member] = f"{kernel.name}{f' ({note})' if note else ''}{passed}"
             self._rewrite(node, kernel, made[key], graph, ctx)
             report.sites += len(merged.get(name, [name]))
-        report.metrics["calls"] = len(sites)
         sweep(graph, ctx.weights)
+        joined = ctx.backend.fuse(graph, ctx.weights)
+        report.metrics |= {"calls": len(sites), **{f"fused_{what}": count for what, count in joined.items()}}
         return report
 
     def _alike(self, nodes: Sequence[fx.Node], ctx: Context) -> bool:
@@ -148,7 +150,7 @@ _Made = tuple[Lowered, list[str | None]]
 
 
 def _name(kernel: AnyKernel | None) -> str | None:
-    return kernel and kernel.name
+    return None if kernel is None else kernel.name
 
 
 def _value(part: fx.Node | None, ctx: Context) -> torch.Tensor | None:

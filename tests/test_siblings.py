@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 import dlqc
-from dlqc.backend import load_backend
+from dlqc.backends.cpu import CpuBackend
 from dlqc.check import check
 from dlqc.graph import aten, is_call, site_name
 from dlqc.kernels.cpu import build
@@ -31,6 +30,13 @@ SCHEMES = {
 }
 
 
+class Unfused(CpuBackend):
+    """The calls alone, so that only merging differs."""
+
+    def fuse(self, graph: Any, weights: Any) -> dict[str, int]:
+        return {}
+
+
 def packed(case: CaseMaker, name: str, backend: Any, *passes: Any) -> Any:
     k = case(name, backend)
     for p in (*passes, Pack()):
@@ -49,7 +55,7 @@ def test_merged_and_single_calls_give_the_same_bits(case: CaseMaker, scheme: str
         pytest.skip("torch's own products are not promised to be the same bits at every width")
     found, calls = {}, {}
     for merges in (False, True):
-        k = packed(case, "dream", replace(load_backend("cpu"), merges=merges), *SCHEMES[scheme])
+        k = packed(case, "dream", Unfused(merges=merges), *SCHEMES[scheme])
         sites = sum(is_call(n, LINEAR_PACKED) for n in k.graph.nodes)
         report = k.apply(Lower())
         check(k.graph, k.ctx.weights, k.ctx.spec, {"packed", "lowered"}, after="lower")
@@ -64,7 +70,7 @@ def test_merged_and_single_calls_give_the_same_bits(case: CaseMaker, scheme: str
 
 
 def test_query_key_value_and_gate_up_are_what_is_merged(case: CaseMaker) -> None:
-    k = packed(case, "dream", "cpu", *SCHEMES["w4a8 g32"])
+    k = packed(case, "dream", Unfused(), *SCHEMES["w4a8 g32"])
     layers = 2
     assert groups(k) == [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]] * layers
     assert k.apply(Lower()).metrics["calls"] == layers * 4 + 1  # and the output, the down projection, the head
@@ -72,13 +78,13 @@ def test_query_key_value_and_gate_up_are_what_is_merged(case: CaseMaker) -> None
 
 def test_other_widths_stay_alone(case: CaseMaker) -> None:
     override = Override(sites=("*.v_proj",), bits=8)
-    k = packed(case, "dream", "cpu", QuantizeWeights(4, 32, method=Rtn(), overrides=(override,)))
+    k = packed(case, "dream", Unfused(), QuantizeWeights(4, 32, method=Rtn(), overrides=(override,)))
     assert groups(k) == [["q_proj", "k_proj"], ["gate_proj", "up_proj"]] * 2
 
 
 def test_a_weight_with_other_partners_elsewhere_is_stored_once(case: CaseMaker) -> None:
     """Another call reads q's weight at another place: then q stays alone, and k and v are not merged with it either."""
-    k = packed(case, "dream", "cpu", *SCHEMES["w4a16 g32"])
+    k = packed(case, "dream", Unfused(), *SCHEMES["w4a16 g32"])
     q = next(n for n in k.graph.nodes if is_call(n, LINEAR_PACKED))
     o = next(n for n in k.graph.nodes if is_call(n, LINEAR_PACKED) and site_name(n).endswith("0.self_attn.o_proj"))
     o.args = (o.args[0], *q.args[1:])

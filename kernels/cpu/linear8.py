@@ -43,19 +43,8 @@ def linear8(
     """See the module docstring. `group` is 0 for one scale per channel, `act_group` for one per token."""
     if not x.numel():
         return blank(x, in_features, out_features)
-    flat = build.dense(rows(x, in_features))
-    y = flat.new_empty(flat.shape[0], out_features)
-    weight = build.Weight(
-        *(out_features, in_features, group or in_features, codes.data_ptr(), scales.data_ptr()),
-        *(build.address(zeros), build.address(bias), bits, int(scales.dtype == torch.bfloat16)),
-    )
-    failed = _function()(
-        *(ctypes.byref(weight), flat.data_ptr(), build.TYPES[flat.dtype], flat.shape[0], flat.stride(0)),
-        *(y.data_ptr(), out_features, act_bits, act_group, *build.threads()),
-    )
-    if failed:
-        raise MemoryError(f"no memory to quantize {list(flat.shape)} activations")
-    return y.to(x.dtype).reshape(*x.shape[:-1], out_features)
+    weight = described(codes, scales, zeros, bias, in_features, out_features, bits, group)
+    return product(x, weight, act_bits, act_group)
 
 
 @linear8.register_fake
@@ -75,11 +64,63 @@ def _(
     return blank(x, in_features, out_features)
 
 
+class Before(ctypes.Structure):
+    """`Before` of csrc/prepare.h: what is done to x ahead of the quantizer."""
+
+    _fields_ = (
+        ("kind", ctypes.c_int32),
+        ("eps", ctypes.c_float),
+        ("gain", ctypes.c_void_p),
+        ("shift", ctypes.c_void_p),
+        ("other", ctypes.c_void_p),
+        ("other_stride", ctypes.c_int64),
+    )
+
+
+def described(
+    codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, k: int, n: int, bits: int, group: int
+) -> build.Weight:
+    """The weight [N, K] as the library reads it; the tensors have to outlive it."""
+    return build.Weight(
+        *(n, k, group or k, codes.data_ptr(), scales.data_ptr(), build.address(zeros), build.address(bias)),
+        *(bits, int(scales.dtype == torch.bfloat16)),
+    )
+
+
+def product(
+    x: Tensor,
+    weight: build.Weight,
+    act_bits: int,
+    act_group: int,
+    before: Before | None = None,
+    other: Tensor | None = None,
+    added: Tensor | None = None,
+) -> Tensor:
+    """Run the library on x [..., K], with `other` [..., K] for `before` and `added` [..., N]; gives [..., N]."""
+    flat = build.dense(rows(x, weight.k))
+    y = flat.new_empty(flat.shape[0], weight.n)
+    held = []  # what the library reads has to live until it is done
+    if before is not None and other is not None:
+        held.append(build.dense(rows(other, weight.k).to(flat.dtype)))
+        before.other, before.other_stride = held[-1].data_ptr(), held[-1].stride(0)
+    if added is not None:
+        held.append(build.dense(rows(added, weight.n).to(flat.dtype)))
+    address, pitch = (None, 0) if added is None else (held[-1].data_ptr(), held[-1].stride(0))
+    failed = _function()(
+        *(ctypes.byref(weight), flat.data_ptr(), build.TYPES[flat.dtype], flat.shape[0], flat.stride(0)),
+        *(y.data_ptr(), weight.n, act_bits, act_group, None if before is None else ctypes.byref(before)),
+        *(address, pitch, *build.threads()),
+    )
+    if failed:
+        raise MemoryError(f"no memory to quantize {list(flat.shape)} activations")
+    return y.to(x.dtype).reshape(*x.shape[:-1], weight.n)
+
+
 def _function() -> ctypes._NamedFuncPointer:
     pointer, integer, length = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-    tokens, result = (pointer, integer, length, length), (pointer, length)
-    weight = ctypes.POINTER(build.Weight)
-    types = (weight, *tokens, *result, integer, length, integer, pointer)
+    tokens, result, added = (pointer, integer, length, length), (pointer, length), (pointer, length)
+    weight, before = ctypes.POINTER(build.Weight), ctypes.POINTER(Before)
+    types = (weight, *tokens, *result, integer, length, before, *added, integer, pointer)
     return build.declared(build.library("linear8"), "dlqc_linear8", *types)
 
 

@@ -141,7 +141,20 @@ def test_memory_around_the_result_is_left_alone(dtype: torch.dtype, tokens: int)
     held = {role: part for role, part in lowered.tensors.items() if part is not None}
     weight = build.Weight(53, 256, 64, held["codes"].data_ptr(), held["scales"].data_ptr(), None, None, 4, 0)
     call = build.library("linear8").dlqc_linear8
-    arguments = (x.data_ptr(), build.TYPES[dtype], tokens, 257, y.data_ptr(), pitch, 8, 0, *build.threads())
+    arguments = (
+        x.data_ptr(),
+        build.TYPES[dtype],
+        tokens,
+        257,
+        y.data_ptr(),
+        pitch,
+        8,
+        0,
+        None,
+        None,
+        0,
+        *build.threads(),
+    )
     assert call(ctypes.byref(weight), *arguments) == 0
     assert torch.equal(y, lowered.op(x, *lowered.tensors.values(), *lowered.scalars))
     outside = torch.ones_like(whole, dtype=torch.bool)

@@ -13,17 +13,23 @@ from dlqc.kernels.cpu import build
 MAIN = """
 #include <cstdio>
 #include <vector>
-#include "weights.h"
+#include "prepare.h"
 extern "C" {
-int dlqc_linear8(const Weight*, const void*, int, int64_t, int64_t, void*, int64_t, int, int64_t, int, void*);
+int dlqc_linear8(const Weight*, const void*, int, int64_t, int64_t, void*, int64_t, int, int64_t,
+                 const Before*, const void*, int64_t, int, void*);
 int dlqc_linear16(const Weight*, const void*, int, int64_t, int64_t, void*, int64_t, int, void*);
 }
 template <class X>
 bool run(const Weight& w, int type, int64_t m, int64_t act_group) {
     const int64_t pitch_x = w.k + 3, pitch_y = w.n + 1;
     std::vector<X> x((m - 1) * pitch_x + w.k, X(1)), y((m - 1) * pitch_y + w.n);
-    if (w.kind == kIntegers)
-        if (dlqc_linear8(&w, x.data(), type, m, pitch_x, y.data(), pitch_y, 8, act_group, 2, nullptr)) return false;
+    std::vector<X> other(x), added(y);
+    std::vector<float> gain(w.k, 1.0f);
+    for (int kind = 0; w.kind == kIntegers && kind < 4; ++kind) {
+        Before before{kind, 1e-5f, gain.data(), kind == 2 ? gain.data() : nullptr, other.data(), pitch_x};
+        if (dlqc_linear8(&w, x.data(), type, m, pitch_x, y.data(), pitch_y, 8, act_group, kind ? &before : nullptr,
+                         kind % 2 ? added.data() : nullptr, pitch_y, 2, nullptr)) return false;
+    }
     return dlqc_linear16(&w, x.data(), type, m, pitch_x, y.data(), pitch_y, 2, nullptr) == 0;
 }
 int main() {

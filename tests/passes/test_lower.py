@@ -63,6 +63,9 @@ class FakeBackend:
     name: str = "fake"
     merges: bool = False
 
+    def fuse(self, graph: Any, weights: Any) -> dict[str, int]:
+        return {}
+
     def available(self) -> str | None:
         return None
 

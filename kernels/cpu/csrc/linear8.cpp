@@ -9,6 +9,7 @@
 // and what follows is float32, in an order that depends on shapes alone.
 #include <atomic>
 
+#include "prepare.h"
 #include "product8.h"
 #include "quantize.h"
 #include "threads.h"
@@ -31,6 +32,7 @@ struct Call {
     Tokens x;
     Result y;
     int act_bits;
+    Before before;
     int64_t act_group = 0;  // padded K for one scale a token
     int64_t segment = 0, segments = 0, act_groups = 0, padded = 0, slice = 0;
     // Of all tokens: codes in tiles, sums [M, segments], scales [M, act_groups].
@@ -38,7 +40,7 @@ struct Call {
     int32_t* sums = nullptr;
     float* scales = nullptr;
     // Of one thread, from the start of its memory on.
-    int64_t results_at = 0, whole_at = 0, bytes = 0;
+    int64_t row_at = 0, results_at = 0, whole_at = 0, bytes = 0;
 };
 
 // Results of a tile in [kRows][kPanel], and int32 sums of a segment that is longer than a slice.
@@ -188,8 +190,15 @@ void quantize_tile(const Call& call, int64_t tile, int8_t* space) {
         int8_t* const codes = rows == 1 ? to : space + r * pitch;
         float* const scales = call.scales + (token + r) * call.act_groups;
         const auto quantize = [&](const auto* x) {
-            quantize_row(x + (token + r) * call.x.stride, call.w.k, call.padded, call.act_bits, call.act_group, call.segment,
-                         codes, scales, sums);
+            const auto finished = [&](const auto* row) {
+                quantize_row(row, call.w.k, call.padded, call.act_bits, call.act_group, call.segment, codes, scales, sums);
+            };
+            x += (token + r) * call.x.stride;
+            if (call.before.kind == kAsIs) return finished(x);
+            const auto* const other = static_cast<decltype(x)>(call.before.other);
+            float* const row = reinterpret_cast<float*>(space + call.row_at);
+            prepare(call.before, x, other ? other + (token + r) * call.before.other_stride : nullptr, call.w.k, row);
+            finished(static_cast<const float*>(row));
         };
         if (call.x.type == kFloat32)
             quantize(static_cast<const float*>(call.x.x));
@@ -212,11 +221,15 @@ int dlqc_isa() { return DLQC_ISA; }
 void dlqc_arrange(const uint8_t* codes, int64_t n, int64_t k, int bits, uint8_t* to) { arrange(codes, n, k, bits, to); }
 
 // x [m, k] and y [m, n] of type 0 (float32) or 1 (bfloat16), rows `*_stride` elements apart; act_group 0: per token.
+// `before` is done to x first, or null; `added` [m, n] of the same type goes to y, or null.
 // Returns 0, or 1 if there is no memory (then y is not written).
 int dlqc_linear8(const Weight* weight, const void* x, int type, int64_t m, int64_t x_stride, void* y, int64_t y_stride,
-                 int act_bits, int64_t act_group, int threads, Team team) {
+                 int act_bits, int64_t act_group, const Before* before, const void* added, int64_t added_stride, int threads,
+                 Team team) {
     if (m <= 0 || weight->n <= 0) return 0;
-    Call call{*weight, Place(*weight), {x, type, m, x_stride}, {y, type, y_stride}, act_bits};
+    const Before none{};
+    Call call{*weight, Place(*weight), {x, type, m, x_stride}, {y, type, y_stride, added, added_stride}, act_bits,
+              before ? *before : none};
     call.padded = call.place.blocks * kBlock;
     if (call.place.groups == 1) call.w.group = call.padded;
     call.act_group = act_group ? act_group : call.padded;
@@ -233,7 +246,8 @@ int dlqc_linear8(const Weight* weight, const void* x, int type, int64_t m, int64
     call.scales = reinterpret_cast<float*>(shared + scales_at);
 
     const int64_t chunk = std::min(m, kChunk);
-    call.results_at = std::max(rounded(call.slice * kPanel), kRows * row_pitch(call.padded) + rounded(4 * call.segments));
+    call.row_at = kRows * row_pitch(call.padded) + rounded(4 * call.segments);
+    call.results_at = std::max(rounded(call.slice * kPanel), call.row_at + (call.before.kind ? 4 * call.padded : 0));
     call.whole_at = call.results_at + rounded(4 * chunk * kPanel);
     call.bytes = call.whole_at + rounded(4 * chunk * kPanel);
     if (!of_thread.get(call.bytes)) return 1;  // so that at least this thread can do all the work

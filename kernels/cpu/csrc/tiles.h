@@ -29,6 +29,8 @@ struct Result {
     void* y;
     int type;
     int64_t stride;
+    const void* added = nullptr;  // rows like those of y, or null
+    int64_t added_stride = 0;
 };
 
 inline int64_t rounded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -88,8 +90,12 @@ DLQC_INLINE Floats values(const uint16_t* x, int64_t at, int64_t k) {
     return found;
 }
 
+DLQC_INLINE float as_float(float value) { return value; }
+DLQC_INLINE float as_float(uint16_t value) { return from_bfloat16(value); }
+
 template <class Y>
-void write(const Weight& w, Y* y, int64_t stride, int64_t rows, int64_t panel, const float* results, const float* scales) {
+void write(const Weight& w, const Result& result, int64_t token, int64_t rows, int64_t panel, const float* results,
+           const float* scales) {
     const int64_t first = panel * kPanel, count = std::min(kPanel, w.n - first);
     for (int64_t r = 0; r < rows; ++r) {
         const float* const kept = results + r * kPanel;
@@ -98,22 +104,28 @@ void write(const Weight& w, Y* y, int64_t stride, int64_t rows, int64_t panel, c
         for (int64_t i = 0; i < count; ++i) made[i] = kept[i] * scale;
         if (w.bias)
             for (int64_t i = 0; i < count; ++i) made[i] += w.bias[first + i];
+        if (result.added) {
+            const Y* const added = static_cast<const Y*>(result.added) + (token + r) * result.added_stride + first;
+            for (int64_t i = 0; i < count; ++i) made[i] += as_float(added[i]);
+        }
+        Y* const y = static_cast<Y*>(result.y) + (token + r) * result.stride + first;
         for (int64_t i = 0; i < count; ++i) {
             if constexpr (sizeof(Y) == 4)
-                y[r * stride + first + i] = made[i];
+                y[i] = made[i];
             else
-                y[r * stride + first + i] = to_bfloat16(made[i]);
+                y[i] = to_bfloat16(made[i]);
         }
     }
 }
 
-// Writes a tile of results [rows][48], times a scale for each row if there are any, plus bias, to y from row `token` on.
+// Writes a tile of results [rows][48], times a scale for each row if there are any, plus bias and what is to be added, to y from
+// row `token` on.
 inline void finish(const Weight& w, const Result& y, int64_t token, int64_t rows, int64_t panel, const float* results,
                    const float* scales) {
     if (y.type == kFloat32)
-        write(w, static_cast<float*>(y.y) + token * y.stride, y.stride, rows, panel, results, scales);
+        write<float>(w, y, token, rows, panel, results, scales);
     else
-        write(w, static_cast<uint16_t*>(y.y) + token * y.stride, y.stride, rows, panel, results, scales);
+        write<uint16_t>(w, y, token, rows, panel, results, scales);
 }
 
 }  // namespace

@@ -1,0 +1,182 @@
+"""fused8: what it takes along is what the ops before and after compute, and it takes along nothing that others read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import dlqc
+from dlqc.backend import LinearSpec
+from dlqc.formats.activation import ActFormat
+from dlqc.formats.integer import IntFormat
+from dlqc.formats.packing import pack
+from dlqc.graph import SDPA, args_of, aten, is_call
+from dlqc.kernels.cpu import build
+from dlqc.kernels.cpu.fused8 import FUSED8, KINDS
+from dlqc.kernels.cpu.linear8 import Linear8
+
+CaseMaker = Callable[..., Any]
+pytestmark = pytest.mark.skipif(
+    build.unavailable("linear8") is not None, reason=f"no native code: {build.unavailable('linear8')}"
+)
+
+
+def weight(n: int, k: int, bits: int, group: int | None, act: ActFormat) -> tuple[Any, torch.Tensor]:
+    """The tensors and scalars of a site, and its float64 weight."""
+    g = torch.Generator().manual_seed(n + k)
+    stored = IntFormat(bits, group, scale_dtype="float32").quantize(torch.randn(n, k, generator=g))
+    spec = LinearSpec(k, n, stored.format, act, True)
+    bias = torch.randn(n, generator=g)
+    return Linear8().lower(spec, pack(stored.codes, bits), stored.scales, None, bias), stored.dequantize().double()
+
+
+def before(kind: str, x: torch.Tensor, other: torch.Tensor, gain: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """The definitions, in the dtype of x."""
+    made = {
+        "as_is": lambda: x,
+        "rms_norm": lambda: F.rms_norm(x, gain.shape, gain, 1e-5),
+        "layer_norm": lambda: F.layer_norm(x, gain.shape, gain, shift, 1e-5),
+        "silu_times": lambda: F.silu(x) * other,
+    }
+    return made[kind]()
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    kind=st.sampled_from(sorted(KINDS)),
+    shape=st.tuples(st.integers(1, 20), st.integers(1, 100), st.integers(1, 130)),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    residual=st.booleans(),
+    size=st.sampled_from([1e-3, 1.0, 30.0]),
+    seed=st.integers(0, 99),
+)
+def test_by_the_definition_in_float64(
+    kind: str, shape: tuple[int, int, int], dtype: torch.dtype, residual: bool, size: float, seed: int
+) -> None:
+    """Codes may differ by one where x lies near a tie: the bound is half a step of each token, times Σ|W|, and rounding."""
+    m, n, k = shape
+    g = torch.Generator().manual_seed(seed)
+    lowered, wide = weight(n, k, 4, None, ActFormat(8))
+    bias = lowered.tensors["bias"]
+    assert bias is not None
+    x, other = ((torch.randn(m, 2 * k, generator=g) * size).to(dtype)[:, i::2] for i in (0, 1))
+    gain, shift = torch.randn(k, generator=g), torch.randn(k, generator=g)
+    added = torch.randn(m, n, generator=g).to(dtype) if residual else None
+    parts = (gain, shift) if kind.endswith("norm") else (None, None)
+    if kind == "rms_norm":
+        parts = (gain, None)
+    y = FUSED8(
+        kind,
+        x,
+        other if kind == "silu_times" else None,
+        *parts,
+        1e-5,
+        added,
+        *lowered.tensors.values(),
+        *lowered.scalars,
+    )
+    exact = before(kind, x.double(), other.double(), gain.double(), shift.double())
+    expected = exact @ wide.T + bias.double() + (0 if added is None else added.double())
+    step = exact.abs().amax(1, keepdim=True) / 127
+    rounding = {torch.float32: 2.0**-18, torch.bfloat16: 2.0**-8}[dtype] * (expected.abs() + 1)
+    reach = 0.5001 * step * wide.abs().sum(1) + 1e-5 * (exact.abs() @ wide.abs().T) + rounding
+    assert y.dtype == dtype
+    assert ((y.double() - expected).abs() <= reach).all()
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_the_largest_entry_of_a_token_is_not_rounded(kind: str) -> None:
+    """W = 1: the entry that sets the scale has the code 127, and comes back as float32 arithmetic made it."""
+    stored = IntFormat(8, None, scale_dtype="float32").quantize(torch.eye(96))
+    spec = LinearSpec(96, 96, stored.format, ActFormat(8), False)
+    lowered = Linear8().lower(spec, pack(stored.codes, 8), stored.scales, None, None)
+    g = torch.Generator().manual_seed(0)
+    x, other = 6 * torch.randn(3000, 96, generator=g), torch.randn(3000, 96, generator=g)
+    gain, shift = torch.randn(96, generator=g), torch.randn(96, generator=g)
+    parts = {"rms_norm": (None, gain, None), "layer_norm": (None, gain, shift), "silu_times": (other, None, None)}
+    given = (kind, x, *parts.get(kind, (None, None, None)), 1e-5, None)
+    y = FUSED8(*given, *lowered.tensors.values(), *lowered.scalars).double()
+    expected = before(kind, x.double(), other.double(), gain.double(), shift.double())
+    largest = expected.abs().argmax(1, keepdim=True)
+    wide = stored.dequantize().double().diagonal()[largest]
+    torch.testing.assert_close(y.gather(1, largest), expected.gather(1, largest) * wide, rtol=1e-6, atol=0)
+
+
+def test_it_is_linear8_of_the_same_input() -> None:
+    """As it is, and with a sum behind, not a bit differs from the ops one by one."""
+    lowered, _ = weight(70, 256, 3, 64, ActFormat(8, 128))
+    x, added = torch.randn(2, 9, 256), torch.randn(2, 9, 70)
+    plain = lowered.op(x, *lowered.tensors.values(), *lowered.scalars)
+    y = FUSED8("as_is", x, None, None, None, 0.0, added, *lowered.tensors.values(), *lowered.scalars)
+    assert torch.equal(y, plain + added)
+    assert FUSED8("as_is", x[:0], None, None, None, 0.0, None, *lowered.tensors.values(), *lowered.scalars).shape == (
+        0,
+        9,
+        70,
+    )
+
+
+def test_odd_rows() -> None:
+    """Zeros, infinities and NaN stay in their own row; a gate far below zero closes."""
+    lowered, _ = weight(50, 96, 4, None, ActFormat(8))
+    x, other = torch.randn(12, 96), torch.randn(12, 96)
+
+    def run(kind: str) -> torch.Tensor:
+        gain = torch.ones(96) if kind == "rms_norm" else None
+        tensors = (*lowered.tensors.values(), *lowered.scalars)
+        return FUSED8(kind, x, other if gain is None else None, gain, None, 1e-5, None, *tensors)  # type: ignore[no-any-return]
+
+    plain = {kind: run(kind) for kind in ("rms_norm", "silu_times")}
+    x[3], x[4, 7], x[5, 2], x[6] = 0.0, float("inf"), float("nan"), -1e4
+    for kind, expected in plain.items():
+        y = run(kind)
+        kept = [i for i in range(12) if i not in (3, 4, 5, 6)]
+        assert torch.equal(y[kept], expected[kept])
+        assert torch.equal(y[3], lowered.tensors["bias"])
+    torch.testing.assert_close(run("silu_times")[6], lowered.tensors["bias"])
+
+
+def test_opcheck() -> None:
+    lowered, _ = weight(48, 64, 4, 32, ActFormat(8))
+    arguments = (torch.randn(3, 64), torch.randn(3, 64), None, None, 0.0, torch.randn(3, 48))
+    torch.library.opcheck(FUSED8, ("silu_times", *arguments, *lowered.tensors.values(), *lowered.scalars))
+
+
+def test_a_block_is_six_calls() -> None:
+    """Of tiny-llada: two norms, one gate, two sums a block are in the four calls of its linears; the function stays."""
+    compiled = dlqc.compile(dlqc.load_model("tiny-llada"), "w4a8-rtn", backend="cpu", progress=False)
+    blocks = 4
+    metrics = next(s.metrics for s in compiled.report.steps if s.name == "lower")
+    found = {key.removeprefix("fused_"): n for key, n in metrics.items() if key.startswith("fused_")}
+    assert found == {"rms_norm": 2 * blocks, "silu_times": blocks, "residual": 2 * blocks}
+    nodes = list(compiled.lowered.nodes)
+    assert sum(is_call(n, aten.silu.default, aten.add.Tensor) for n in nodes) == 0
+    assert sum(is_call(n, SDPA) for n in nodes) == blocks
+    reference = dlqc.compile(dlqc.load_model("tiny-llada"), "w4a8-rtn", backend="reference", progress=False)
+    ids = torch.randint(0, 100, (2, 40), generator=torch.Generator().manual_seed(0))
+    difference = (compiled(ids) - reference(ids)).norm() / reference(ids).norm()
+    assert float(difference) < 2e-2
+
+
+def test_a_norm_that_others_read_stays(case: CaseMaker) -> None:
+    """Without merging, a norm has three readers, and a gate's silu one: only the latter goes."""
+    from dlqc.backends.cpu import CpuBackend
+    from dlqc.passes.lower import Lower
+    from dlqc.passes.pack import Pack
+    from dlqc.passes.quantize_activations import QuantizeActivations
+    from dlqc.passes.quantize_weights import QuantizeWeights
+    from dlqc.rounding.rtn import Rtn
+
+    k = case("dream", CpuBackend(merges=False))
+    for p in (QuantizeWeights(4, 32, method=Rtn()), QuantizeActivations(8), Pack()):
+        k.apply(p)
+    metrics = k.apply(Lower()).metrics
+    assert (metrics.get("fused_rms_norm", 0), metrics["fused_silu_times"]) == (1, 2)  # the last norm, before the head
+    kinds = [args_of(n)[0] for n in k.graph.nodes if is_call(n, FUSED8)]
+    assert kinds.count("silu_times") == 2
