@@ -97,7 +97,8 @@ def test_the_largest_entry_of_a_token_is_not_rounded(kind: str) -> None:
     spec = LinearSpec(96, 96, stored.format, ActFormat(8), False)
     lowered = Linear8().lower(spec, pack(stored.codes, 8), stored.scales, None, None)
     g = torch.Generator().manual_seed(0)
-    x, other = 6 * torch.randn(3000, 96, generator=g), torch.randn(3000, 96, generator=g)
+    sizes = torch.logspace(-1, 1, 3000).unsqueeze(1)  # gates near 0 and far from it
+    x, other = sizes * torch.randn(3000, 96, generator=g), torch.randn(3000, 96, generator=g)
     gain, shift = torch.randn(96, generator=g), torch.randn(96, generator=g)
     parts = {"rms_norm": (None, gain, None), "layer_norm": (None, gain, shift), "silu_times": (other, None, None)}
     given = (kind, x, *parts.get(kind, (None, None, None)), 1e-5, None)
