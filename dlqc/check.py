@@ -9,7 +9,8 @@ A legal dlqc graph is well formed, typed, and tells the truth about itself:
     L5  every value has a fake `val`, and propagating shapes again gives the same rank, static sizes and dtype
     L6  a matrix is read by one module only, unless it is a declared tie or an embedding that is the head, too
     L7  each quantized linear and embedding has codes, scales and zero points (or the parts of its format), rightly shaped; so
-        have quantizers with fixed scales, and every quantizer is read by what it quantizes for; a correction of low rank stands
+        have quantizers with fixed scales, and every quantizer is read by what it quantizes for, as are keys and values that a
+        cache stores in few bits; a correction of low rank stands
         behind a linear that reads the same value, with factors of the right shape and dtype
     L8  where the model declares full attention, no attention is causal (masks are classified by computing them)
     L9  the facts that passes claim hold
@@ -40,6 +41,7 @@ from dlqc.graph import (
     LAYER_NORM,
     NORMS,
     QUANTIZED_LINEARS,
+    SDPA,
     arg,
     args_of,
     constant_name,
@@ -48,8 +50,10 @@ from dlqc.graph import (
     uses,
     width,
 )
+from dlqc.kv_cache import check_stored
 from dlqc.ops import (
     ATTENTION,
+    CACHED,
     EMBEDDING_PACKED,
     LINEAR_CODED,
     LINEAR_PACKED,
@@ -236,8 +240,24 @@ def _quantized(graph: fx.Graph, weights: Weights) -> Iterator[str]:
                 yield f"%{node.name} quantizes activations that no quantized linear reads"
         elif is_call(node, *HEAD_QUANTIZERS) and not (node.users and all(is_call(u, *ATTENTIONS) for u in node.users)):
             yield f"%{node.name} quantizes what no attention reads"
+        elif is_call(node, CACHED):
+            yield from _stored_in_cache(node)
         if is_call(node, QUANTIZE_ACT_STATIC, QUANTIZE_HEADS_STATIC):
             yield from _fixed(node, weights)
+
+
+def _stored_in_cache(node: fx.Node) -> Iterator[str]:
+    """A mark on keys or values: read by one attention, in its place, with a format that holds them."""
+    x, offset, spec = args_of(node)
+    users = list(node.users)
+    if len(users) != 1 or not is_call(users[0], SDPA):
+        yield f"%{node.name} stores what no attention reads"
+        return
+    wrong = check_stored(spec, int(x.meta["val"].shape[-1]), args_of(users[0]).index(node))
+    if wrong is not None:
+        yield f"%{node.name}: {wrong}"
+    if offset is not None and (offset.meta["val"].dim() != 4):
+        yield f"%{node.name}: the offset is {list(offset.meta['val'].shape)}, must be [1, H, L, D]"
 
 
 def _fixed(node: fx.Node, weights: Weights) -> Iterator[str]:
@@ -407,7 +427,7 @@ def _is_kernel(node: fx.Node) -> bool:
 FACT_CHECKS: dict[str, Callable[[fx.Graph, Weights], Iterator[str]]] = {
     "float-weights": _no_call(LINEAR_Q, LINEAR_CODED),
     "float-activations": _no_call(*ACT_QUANTIZERS),
-    "float-attention": _no_call(*HEAD_QUANTIZERS, ATTENTION),
+    "float-attention": _no_call(*HEAD_QUANTIZERS, ATTENTION, CACHED),
     "unit-gain": _unit_gain,
     "quantized-weights": _some_quantized,
     "quantized-activations": _activations_quantized,

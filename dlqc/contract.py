@@ -9,7 +9,7 @@ checks the whole order before any work and never sorts it.
     normal-form            canonical spelling (holds after capture)
     float-weights          no linear is quantized yet (holds after capture)
     float-activations      no input of a linear is quantized yet (holds after capture)
-    float-attention        no query, key, value or attention probability is quantized yet (holds after capture)
+    float-attention        no query, key, value or attention probability is quantized yet, nor a cache (holds after capture)
     states                 denoising states for calibration exist
     assignment             each linear to quantize has a scheme of its own, in `Context.assignment`
     unit-gain              every norm that feeds only linears has gain one
@@ -18,6 +18,7 @@ checks the whole order before any work and never sorts it.
     quantized-embeddings   the tables of embeddings are stored in few bits
     quantized-activations  their inputs are quantized
     quantized-attention    what attentions read is quantized as asked for
+    quantized-cache        caches store keys and values in few bits
     packed                 no linear_q is left: codes are stored as bit streams
     lowered                every quantized linear is a kernel of the backend
 """

@@ -10,6 +10,7 @@ replace them by their own packed ops at lowering; results are judged against the
     mask_bucket(ids; mask id, edges)         = which set: the part of the way on which a row is, by its share of [MASK]
     quantize_heads(x; bits, sym, across)     = quantize_act of queries, keys or values, per token and head or per token
     quantize_heads_static(x, scale, zero, …) = the same with fixed scales
+    cached(x, offset; spec)                  = x; says how a cache stores keys or values (see dlqc/kv_cache.py)
     attention(q, k, v, mask; …, bits)        = scaled dot-product attention whose probabilities are rounded to `bits`
     linear_q(x, codes, scales, zeros, bias)  = x · ((codes - zeros)·scales)ᵀ + bias
     linear_packed(...)                       = linear_q on codes stored as a dense bit stream
@@ -164,6 +165,20 @@ def _(x: Tensor, scale: Tensor, zero: Tensor | None, bucket: Tensor | None, bits
     return x.new_empty(x.shape)
 
 
+@torch.library.custom_op("dlqc::cached", mutates_args=())
+def cached(x: Tensor, offset: Tensor | None, spec: str) -> Tensor:
+    """x [B, H, L, D] as it is: a mark on keys or values, stored as `spec` says and without `offset` [1, H, L, D]."""
+    return x.clone()
+
+
+@cached.register_fake
+def _(x: Tensor, offset: Tensor | None, spec: str) -> Tensor:
+    return torch.empty_like(x)
+
+
+cached.register_autograd(lambda ctx, g: (g, None, None))
+
+
 @torch.library.custom_op("dlqc::attention", mutates_args=())
 def attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None, bits: int, by_row: bool
@@ -298,6 +313,7 @@ QUANTIZE_ACT_STATIC = torch.ops.dlqc.quantize_act_static.default
 MASK_BUCKET = torch.ops.dlqc.mask_bucket.default
 QUANTIZE_HEADS = torch.ops.dlqc.quantize_heads.default
 QUANTIZE_HEADS_STATIC = torch.ops.dlqc.quantize_heads_static.default
+CACHED = torch.ops.dlqc.cached.default
 ATTENTION = torch.ops.dlqc.attention.default
 LINEAR_Q = torch.ops.dlqc.linear_q.default
 LINEAR_PACKED = torch.ops.dlqc.linear_packed.default

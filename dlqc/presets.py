@@ -66,6 +66,8 @@ PRESETS = {
     "w4a4-kv4-quarot": "as w4a4-quarot with 4-bit keys, rotated, and values, per token",
     "w4a4-asym-qkv4-smoothquant": "as w4a4-smoothquant with zero points, and 4-bit queries, keys and values per token and head",
     "w4a4-asym-qkv4-duquant": "as w4a4-duquant with zero points, and 4-bit queries, keys and values per token and head",
+    "w4a16-cache4-gptq": "as w4a16-gptq with a cache of 4-bit keys, per channel, and values, per token",
+    "w4a16-cache2-gptq": "as w4a16-cache4-gptq with 2 bits, scores corrected",
     "w8a8-qkv8-p8-smoothquant": "as w8a8-smoothquant with all that attention reads in 8 bits",
     "w4a4-dllmquant": "as w4a4-quarot by DLLMQuant: TMAS, 4-bit values with fixed scales by IA-AQ, CGQ",
     "w8a8-dllmquant": "as w4a4-dllmquant with 8 bits throughout",

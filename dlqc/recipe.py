@@ -54,6 +54,7 @@ PASSES = {
     "quantize_activations": "QuantizeActivations",
     "correct_bias": "CorrectBias",
     "quantize_attention": "QuantizeAttention",
+    "quantize_kv": "QuantizeKv",
     "pack": "Pack",
     "lower": "Lower",
 }

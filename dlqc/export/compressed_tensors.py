@@ -45,6 +45,7 @@ from dlqc.graph import (
 )
 from dlqc.ops import (
     ATTENTION,
+    CACHED,
     EMBEDDING_PACKED,
     LINEAR_CODED,
     LINEAR_PACKED,
@@ -142,6 +143,7 @@ def check_exportable(model: Compiled) -> list[Site]:
     problems += [f"{s.name} has {s.act.sets} sets of input scales" for s in sites if s.act and s.act.sets > 1]
     problems += _more_scales_than_one(model.graph)
     problems += [f"%{n.name} quantizes in an attention" for n in model.graph.nodes if is_call(n, *IN_ATTENTION)]
+    problems += [f"%{n.name} stores a cache in few bits" for n in model.graph.nodes if is_call(n, CACHED)]
     if problems:
         raise ExportError(
             "; ".join(problems[:8]), where="compressed-tensors", remedy="Use save(), which holds any graph"
