@@ -2,6 +2,7 @@
 
     full forward      ids [B, L]                                        → logits [B, L, V]
     block step        ids [B, S], start, total, K and V of each layer   → logits [B, S, V]
+    (and the whole canvas [B, L], where the graph counts its masks)
 
 Before:  y = sdpa(q, k, v, mask)                 L rows, L keys
 After:   K[start:start+S], V[start:start+S] = k, v
@@ -38,7 +39,7 @@ from dlqc.errors import FeasibilityError
 from dlqc.execute import placeholder
 from dlqc.graph import SDPA, arg, args_of, aten, is_call
 from dlqc.kv_cache import KeyValueCache, Stored, correction, decode, exchange
-from dlqc.ops import CACHED, ROPE
+from dlqc.ops import CACHED, MASK_BUCKET, ROPE
 
 #: Deviation (root mean square, relative) up to which a node of the step counts as that of the full forward. Rounding differs
 #: with the number of rows; where activations are quantized, a different rounding moves whole codes.
@@ -63,6 +64,7 @@ class CachedModel:
         self.spec = spec
         self._attentions = [node for node in module.graph.nodes if is_call(node, SDPA)]
         self.pads = _why_no_padding(module.graph)
+        self._counts = any(is_call(node, MASK_BUCKET) for node in module.graph.nodes)
         self._step = fx.GraphModule(module, block_step(module.graph), class_name="BlockStep")
         self._padded: fx.GraphModule | None = None
         _compare(self)
@@ -90,7 +92,14 @@ class CachedModel:
 
     @torch.no_grad()
     def step(
-        self, ids: Tensor, start: int, cache: KeyValueCache, *, total: int | None = None, visible: Tensor | None = None
+        self,
+        ids: Tensor,
+        start: int,
+        cache: KeyValueCache,
+        *,
+        total: int | None = None,
+        visible: Tensor | None = None,
+        canvas: Tensor | None = None,
     ) -> Tensor:
         """Logits [B, S, V] of the window; writes its keys and values into the cache.
 
@@ -100,6 +109,7 @@ class CachedModel:
             cache: read up to `total`, written in the window.
             total: number of positions that the window sees; None: all of the cache.
             visible: bool [B, L], False where a position is padding; None: none is.
+            canvas: int64 [B, L], what the window is cut from, where the graph goes by the share of [MASK]; None: the window.
         """
         total = cache.length if total is None else total
         if not 0 <= start < start + ids.shape[1] <= total <= cache.length:
@@ -111,15 +121,16 @@ class CachedModel:
         masked = ids == self.spec.mask_id
         cache.begin(masked if visible is None else masked & visible[:, start : start + ids.shape[1]], start)
         pairs = [part for pair in zip(cache.keys, cache.values, strict=True) for part in pair]
+        whole = [ids if canvas is None else canvas] if self._counts else []
         if visible is None:
-            logits: Tensor = self._step(ids, start, total, *pairs)
+            logits: Tensor = self._step(ids, start, total, *whole, *pairs)
             return logits
         if self.pads is not None:
             raise FeasibilityError(self.pads, where="visible", remedy="Run rows of one length together")
         if self._padded is None:
             graph = block_step(self.module.graph, padded=True)
             self._padded = fx.GraphModule(self.module, graph, class_name="PaddedStep")
-        padded: Tensor = self._padded(ids, start, total, visible, *pairs)
+        padded: Tensor = self._padded(ids, start, total, *whole, visible, *pairs)
         return padded
 
     def padded(self, ids: Tensor, visible: Tensor) -> Tensor:
@@ -194,7 +205,7 @@ def cached_attention(
 def block_step(graph: fx.Graph, *, padded: bool = False) -> fx.Graph:
     """The graph of the block step.
 
-    Inputs of the result: ids [B, S], start, total, `visible` where `padded`, then keys and values of each attention in order.
+    Inputs of the result: ids [B, S], start, total, the canvas where masks are counted, `visible` where `padded`, then keys and values of each attention in order.
 
     Raises:
         FeasibilityError: with the node that cannot be computed for a window.
@@ -215,6 +226,8 @@ class _Window:
         self.made = fx.Graph()
         self._ids = self.made.placeholder("input_ids")
         self._start, self._total = self.made.placeholder("start"), self.made.placeholder("total")
+        counts = any(is_call(node, MASK_BUCKET) for node in graph.nodes)
+        self._canvas = self.made.placeholder("canvas") if counts else None
         self._visible = self.made.placeholder("visible") if padded else None
         attentions = [node for node in graph.nodes if is_call(node, SDPA)]
         if not attentions:
@@ -228,7 +241,12 @@ class _Window:
         for node in graph.nodes:
             if node in self._tokens and node is not ids and not is_call(node, CACHED):
                 self._check(node)
-                self._rows[node] = self._attention(node) if node in self._caches else self._copy(node, self.row)
+                if node in self._caches:
+                    self._rows[node] = self._attention(node)
+                elif is_call(node, MASK_BUCKET):
+                    self._rows[node] = self._bucket(node)
+                else:
+                    self._rows[node] = self._copy(node, self.row)
         result = next(node for node in graph.nodes if node.op == "output").args[0]
         self.made.output(self._rows[result])
 
@@ -278,6 +296,12 @@ class _Window:
     def _narrow(self, value: fx.Node, dim: int) -> fx.Node:
         size = self.made.call_function(aten.sym_size.int, (self._ids, 1))
         return self.made.call_function(aten.narrow.default, (value, dim, self._start, size))
+
+    def _bucket(self, node: fx.Node) -> fx.Node:
+        """The mask ratio is that of the whole canvas; it is the same at all its positions."""
+        found = self.made.call_function(MASK_BUCKET, (self._canvas, *args_of(node)[1:]))
+        size = self.made.call_function(aten.sym_size.int, (self._ids, 1))
+        return self.made.call_function(aten.narrow.default, (found, 1, 0, size))
 
     def _attention(self, node: fx.Node) -> fx.Node:
         for source in args_of(node)[:3]:
@@ -408,7 +432,7 @@ def _compare(model: CachedModel) -> None:
     full, step = _Recorder(model.module), _Recorder(model._step)
     with torch.no_grad():
         full.run(ids)
-        step.run(ids[:, start:stop], start, length, *pairs)
+        step.run(ids[:, start:stop], start, length, *([ids] if model._counts else []), *pairs)
     quantized = any("act" in str(node.target) or "int8" in str(node.target) for node in model.module.graph.nodes)
     for node, expected, found in _both(model.module.graph, full.values, step.values):
         expected = expected.narrow(_position_dim(node), start, stop - start).double()

@@ -30,12 +30,14 @@ from torch import fx
 from dlqc.diffusion.spec import DiffusionSpec
 from dlqc.errors import ContractError
 from dlqc.execute import mask_class
-from dlqc.formats.coded import fault
+from dlqc.formats.coded import decode, fault
 from dlqc.formats.low_rank import low_rank_fault
+from dlqc.formats.nested import NestedFormat
 from dlqc.formats.packing import packed_shape
 from dlqc.graph import (
     ACT_QUANTIZERS,
     ATTENTIONS,
+    CODED_LINEARS,
     EMBEDDINGS,
     HEAD_QUANTIZERS,
     LAYER_NORM,
@@ -56,9 +58,11 @@ from dlqc.ops import (
     CACHED,
     EMBEDDING_PACKED,
     LINEAR_CODED,
+    LINEAR_NESTED,
     LINEAR_PACKED,
     LINEAR_Q,
     LOW_RANK,
+    MASK_BUCKET,
     QUANTIZE_ACT_STATIC,
     QUANTIZE_HEADS_STATIC,
 )
@@ -228,8 +232,9 @@ def _quantized(graph: fx.Graph, weights: Weights) -> Iterator[str]:
     for node in graph.nodes:
         if is_call(node, LINEAR_Q, LINEAR_PACKED):
             yield from _quantized_linear(node, weights)
-        elif is_call(node, LINEAR_CODED):
+        elif is_call(node, *CODED_LINEARS):
             yield from _coded_linear(node, weights)
+            yield from _widths(node) if is_call(node, LINEAR_NESTED) else ()
         elif is_call(node, LOW_RANK):
             yield from _low_rank(node, weights)
         elif is_call(node, EMBEDDING_PACKED):
@@ -326,7 +331,7 @@ def _stored(
 
 
 def _coded_linear(node: fx.Node, weights: Weights) -> Iterator[str]:
-    x, parts, bias, spec, n = args_of(node)
+    x, parts, bias, spec, n = args_of(node)[:5]
     names = [constant_name(part) for part in parts]
     if not all(name is not None and name in weights for name in names):
         yield f"%{node.name}: a part is no constant"
@@ -337,6 +342,22 @@ def _coded_linear(node: fx.Node, weights: Weights) -> Iterator[str]:
     if any(weights[str(name)].folds for name in names):
         yield f"%{node.name}: a part is not as it was rounded, something is folded into it"
     yield from _bias(node, bias, n, weights)
+
+
+def _widths(node: fx.Node) -> Iterator[str]:
+    """The widths that a nested weight is read in, one for each bucket."""
+    spec, (bucket, widths) = args_of(node)[3], args_of(node)[5:7]
+    fmt = decode(spec)
+    if not isinstance(fmt, NestedFormat) or not widths or not set(widths) <= set(fmt.widths):
+        yield f"%{node.name} is read in {list(widths)} bits, and stored as {fmt.label}"
+    source = bucket
+    while isinstance(source, fx.Node) and not is_call(source, MASK_BUCKET):
+        source = next(iter(args_of(source)), None)
+    buckets = 1 if source is None else len(args_of(source)[2]) + 1
+    if (bucket is None) != (source is None) or buckets != len(widths):
+        yield f"%{node.name} has {len(widths)} widths for {buckets} buckets of mask ratio"
+    elif bucket is not None and bucket.meta["val"].dim() != node.meta["val"].dim() - 1:
+        yield f"%{node.name}: %{bucket.name} does not say the bucket of each of its rows"
 
 
 def _low_rank(node: fx.Node, weights: Weights) -> Iterator[str]:
@@ -425,7 +446,7 @@ def _is_kernel(node: fx.Node) -> bool:
 
 
 FACT_CHECKS: dict[str, Callable[[fx.Graph, Weights], Iterator[str]]] = {
-    "float-weights": _no_call(LINEAR_Q, LINEAR_CODED),
+    "float-weights": _no_call(LINEAR_Q, *CODED_LINEARS),
     "float-activations": _no_call(*ACT_QUANTIZERS),
     "float-attention": _no_call(*HEAD_QUANTIZERS, ATTENTION, CACHED),
     "unit-gain": _unit_gain,

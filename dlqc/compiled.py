@@ -14,6 +14,7 @@ from dlqc.cached import CachedModel
 from dlqc.diffusion.spec import DiffusionSpec
 from dlqc.execute import compute_dtype
 from dlqc.graph import copy_graph
+from dlqc.precision import PrecisionSchedule
 from dlqc.recipe import Recipe
 from dlqc.report import Report
 from dlqc.weights import Weights
@@ -73,6 +74,11 @@ class Compiled(nn.Module):
             FeasibilityError: the graph cannot be computed for a window of positions, with the node in the way.
         """
         return CachedModel(self.module, self.spec)
+
+    @property
+    def schedule(self) -> PrecisionSchedule | None:
+        """Bits of the weights by mask ratio, which every forward obeys; None where they have one width."""
+        return PrecisionSchedule.of(self.graph)
 
     def explain(self) -> str:
         """What each pass did, what it declined and why, bits, error, time, memory, kernels."""

@@ -15,6 +15,7 @@ replace them by their own packed ops at lowering; results are judged against the
     linear_q(x, codes, scales, zeros, bias)  = x · ((codes - zeros)·scales)ᵀ + bias
     linear_packed(...)                       = linear_q on codes stored as a dense bit stream
     linear_coded(x, parts, bias; spec, n)    = x · Wᵀ + b, W what `parts` stand for in the format that `spec` spells
+    linear_nested(…; spec, n, set, widths)   = linear_coded in the width of each token's set, by nested codes
     low_rank(y, x, parts; spec)              = y + (x · Bᵀ) · Aᵀ, y the output of a quantized linear that reads x
     embedding_packed(ids, packed, …)         = the rows `ids` of (codes - zeros)·scales, stored as in linear_packed
 """
@@ -29,10 +30,12 @@ from torch import Tensor
 from dlqc.attention import attend, probabilities, rounded, scores
 from dlqc.errors import ContractError
 from dlqc.formats.activation import ActFormat
+from dlqc.formats.coded import decode as decode_format
 from dlqc.formats.coded import weight_of
 from dlqc.formats.contract import StoredWeight
 from dlqc.formats.integer import IntFormat, QuantizedWeight
 from dlqc.formats.low_rank import low_rank_fault, low_rank_format
+from dlqc.formats.nested import NestedFormat
 from dlqc.formats.packing import unpack
 from dlqc.transform import decode
 
@@ -249,6 +252,55 @@ def _(x: Tensor, parts: list[Tensor], bias: Tensor | None, spec: str, out_featur
     return x.new_empty((*x.shape[:-1], out_features))
 
 
+@torch.library.custom_op("dlqc::linear_nested", mutates_args=())
+def linear_nested(
+    x: Tensor,
+    parts: list[Tensor],
+    bias: Tensor | None,
+    spec: str,
+    out_features: int,
+    bucket: Tensor | None,
+    widths: list[int],
+) -> Tensor:
+    """As `linear_coded` in a nested format, read in widths[bucket] bits: x [..., K] → [..., N].
+
+    bucket int64, of the leading sizes of x (None: all rows take the first width). Planes below a width are not looked at.
+    """
+    fmt = decode_format(spec)
+    if not isinstance(fmt, NestedFormat):
+        raise ContractError(f"{spec!r} has no nested codes", where="linear_nested", remedy="Use nested(planes=...)")
+    roles = sorted(fmt.parts_of(out_features, x.shape[-1]))
+    stored = dict(zip(roles, (part.float() if part.dtype == torch.float64 else part for part in parts), strict=True))
+    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+    def product(rows: Tensor, width: int) -> Tensor:
+        weight = fmt.weight_at(stored, x.shape[-1], width).to(rows.dtype)
+        return torch.nn.functional.linear(rows, weight, None if bias is None else bias.to(rows.dtype))
+
+    used = [0] if bucket is None or not bucket.numel() else bucket.unique().tolist()
+    chosen = {widths[i] for i in used}
+    if len(chosen) == 1 or bucket is None:
+        return product(wide, widths[used[0]]).to(x.dtype)
+    found = wide.new_empty((*x.shape[:-1], out_features))
+    by_row = torch.tensor(widths, device=bucket.device)[bucket]
+    for width in chosen:
+        found[by_row == width] = product(wide[by_row == width], width)
+    return found.to(x.dtype)
+
+
+@linear_nested.register_fake
+def _(
+    x: Tensor,
+    parts: list[Tensor],
+    bias: Tensor | None,
+    spec: str,
+    out_features: int,
+    bucket: Tensor | None,
+    widths: list[int],
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
 @torch.library.custom_op("dlqc::low_rank", mutates_args=())
 def low_rank(y: Tensor, x: Tensor, parts: list[Tensor], spec: str) -> Tensor:
     """y [..., N], x [..., K] → [..., N]; parts: the stored factors, in sorted order of their roles (dlqc/formats/low_rank.py)."""
@@ -318,5 +370,6 @@ ATTENTION = torch.ops.dlqc.attention.default
 LINEAR_Q = torch.ops.dlqc.linear_q.default
 LINEAR_PACKED = torch.ops.dlqc.linear_packed.default
 LINEAR_CODED = torch.ops.dlqc.linear_coded.default
+LINEAR_NESTED = torch.ops.dlqc.linear_nested.default
 LOW_RANK = torch.ops.dlqc.low_rank.default
 EMBEDDING_PACKED = torch.ops.dlqc.embedding_packed.default

@@ -55,6 +55,7 @@ PASSES = {
     "correct_bias": "CorrectBias",
     "quantize_attention": "QuantizeAttention",
     "quantize_kv": "QuantizeKv",
+    "adapt_precision": "AdaptPrecision",
     "pack": "Pack",
     "lower": "Lower",
 }

@@ -32,6 +32,7 @@ from dlqc.contract import Context, Declined, Pass, PassReport, Plan
 from dlqc.errors import FeasibilityError, RecipeError
 from dlqc.execute import placeholder
 from dlqc.graph import (
+    CODED_LINEARS,
     LINEAR,
     LOW_RANK,
     QUANTIZED_LINEARS,
@@ -44,7 +45,7 @@ from dlqc.graph import (
     read,
 )
 from dlqc.kv_cache import Format, KeyFormat, ValueFormat, encode, misfit, stored_bits
-from dlqc.ops import CACHED, LINEAR_CODED, ROPE
+from dlqc.ops import CACHED, ROPE
 from dlqc.passes.quantize_attention import sites, unfit
 
 _PARTS = ("keys", "values")
@@ -189,5 +190,5 @@ def bias_of(linear: object) -> fx.Node | None:
         found: fx.Node | None = arg(linear, 2, "bias")
         return found
     if is_call(linear, *QUANTIZED_LINEARS):
-        return args_of(linear)[2 if is_call(linear, LINEAR_CODED) else 4]  # type: ignore[no-any-return]
+        return args_of(linear)[2 if is_call(linear, *CODED_LINEARS) else 4]  # type: ignore[no-any-return]
     return None

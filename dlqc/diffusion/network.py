@@ -71,7 +71,8 @@ class Network:
         assert self._cache is not None
         first = start - 1 if self._spec.shift and start else start
         self._count(stop - first, 1)
-        rows = self._graph.step(canvas[:, first:stop], first, self._cache, total=total, visible=self._visible)
+        window = canvas[:, first:stop]
+        rows = self._graph.step(window, first, self._cache, total=total, visible=self._visible, canvas=canvas)
         self.cache_bytes = max(self.cache_bytes, self._cache.nbytes)
         if not self._spec.shift:
             return rows

@@ -33,6 +33,7 @@ from dlqc.formats.integer import IntFormat
 from dlqc.formats.packing import pack, unpack
 from dlqc.graph import (
     ADDED_BIAS,
+    CODED_LINEARS,
     HEAD_QUANTIZERS,
     act_format,
     activation_quantizer,
@@ -47,7 +48,6 @@ from dlqc.ops import (
     ATTENTION,
     CACHED,
     EMBEDDING_PACKED,
-    LINEAR_CODED,
     LINEAR_PACKED,
     LINEAR_Q,
     LOW_RANK,
@@ -113,7 +113,7 @@ def check_exportable(model: Compiled) -> list[Site]:
     coded = [
         f"{constant_name(args_of(n)[1][0])}".rpartition(".")[0] + f" is stored as {decode(args_of(n)[3]).label}"
         for n in model.graph.nodes
-        if is_call(n, LINEAR_CODED)
+        if is_call(n, *CODED_LINEARS)
     ]
     if coded:
         raise ExportError(
