@@ -1,11 +1,11 @@
 """Step-adaptive precision on tiny-llada: average bits and quality of schedules against every fixed width of one nested weight.
 
     python benchmarks/step_adaptive.py --out docs/results/step_adaptive.json                              # minutes on one core
-    python benchmarks/step_adaptive.py --out smoke.json --rows 8 --items 4 --prompts 2 --budgets 0.1      # a look
+    python benchmarks/step_adaptive.py --out smoke.json --rows 8 --items 4 --prompts 2 --budgets 0.01     # a look
 
-Arms: the nested weight read in one width at all steps; in the schedules that `adapt_precision` finds for several budgets; in the
-schedule of one of them backwards (as many bits, at the wrong steps); and weights stored for one width alone, rounded to nearest and
-by GPTQ. All but GPTQ look at no data when they round.
+Arms: one nested weight (rounded by GPTQ within nested codes) read in one width at all steps; in the schedules that `adapt_precision`
+finds for several budgets; and in the schedule of one of them backwards (as many bits, at the wrong steps). Beside them, the same
+with the nested weight rounded to nearest in its fixed widths, and weights stored for one width alone, by GPTQ and to nearest.
 
 Measured on text that calibration has not seen: KL from full precision at masked positions, at mask ratios spread evenly; KL and bits along
 the arm's own denoising runs; exact match on generated questions. A schedule that does not look at the mask ratio and has the same
@@ -32,13 +32,13 @@ from dlqc.diffusion.intervals import Interval, mean_interval
 from dlqc.diffusion.sampler_llada import LLaDASampler
 from dlqc.diffusion.tasks import exact_match
 from dlqc.evaluate import bundled_text, rows_to_measure
-from dlqc.precision import PrecisionSchedule
+from dlqc.precision import PrecisionSchedule, cheapest, shares
 
 PLANES, WIDTHS = "2+1+1+4", (2, 3, 4, 8)
 EDGES = tuple(k / 8 for k in range(1, 8))
 RATIOS = tuple((k + 0.5) / 8 for k in range(8))
 STATES = "calibrate(sampler=forward_process, sequences={states})"
-NESTED = f"quantize_weights(format=nested(planes='{PLANES}'), method=rtn)"
+NESTED = "quantize_weights(format=nested(planes='{planes}'), method={method})"
 ALONE = "quantize_weights(bits={bits}, method=rtn(clip='mse')), pack, lower"
 
 
@@ -133,7 +133,7 @@ def page(result: dict[str, Any]) -> str:
     lines += ["", "KL of each fixed width by mask ratio:", "", "| bits | " + " | ".join(f"{r:g}" for r in RATIOS) + " |"]
     lines += ["|--:|" + "--:|" * len(RATIOS)]
     for row in result["rows"]:
-        if row["arm"].startswith("nested, "):
+        if row["arm"].startswith("nested GPTQ"):
             lines.append(f"| {row['bits']:g} | " + " | ".join(f"{kl:.4f}" for kl in row["kl_by_ratio"]) + " |")
     gap = result["backwards_minus_forwards"]
     lines += [
@@ -146,11 +146,11 @@ def page(result: dict[str, Any]) -> str:
 
 def main(
     out: Annotated[Path, typer.Option(help="JSON to write; a page goes beside it")],
-    rows: Annotated[int, typer.Option(min=2, help="rows of 128 tokens to measure on")] = 32,
-    items: Annotated[int, typer.Option(min=1, help="questions per task")] = 100,
-    prompts: Annotated[int, typer.Option(min=2, help="tales to continue")] = 8,
+    rows: Annotated[int, typer.Option(min=2, help="rows of 128 tokens to measure on")] = 16,
+    items: Annotated[int, typer.Option(min=1, help="questions per task")] = 50,
+    prompts: Annotated[int, typer.Option(min=2, help="tales to continue")] = 4,
     states: Annotated[int, typer.Option(min=16, help="calibration states of the search")] = 128,
-    budgets: Annotated[str, typer.Option(help="KL budgets, nats per masked position")] = "0.03,0.06,0.1,0.15",
+    budgets: Annotated[str, typer.Option(help="KL budgets, nats per masked position")] = "0.003,0.005,0.007,0.009",
 ) -> None:
     """Measure and write the results."""
     started = time.perf_counter()
@@ -160,24 +160,26 @@ def main(
     def compiled(recipe: str) -> Compiled:
         return dlqc.compile(source, recipe, calibration=text, progress=False)
 
+    drawn = STATES.format(states=states)
     arms: list[tuple[str, Compiled, PrecisionSchedule]] = []
-    for width in WIDTHS:
-        widths = (width,) * len(RATIOS)
-        arms.append((f"nested, {width} bits", compiled(f"{NESTED}, adapt_precision(edges={EDGES}, widths={widths})"), fixed(width)))
-    turned: PrecisionSchedule | None = None
-    for budget in budgets.split(","):
-        model = compiled(f"{STATES.format(states=states)}, {NESTED}, adapt_precision(edges={EDGES}, budget={budget})")
-        assert model.schedule is not None
-        arms.append((f"adaptive, budget {budget}", model, model.schedule))
-        if len(set(model.schedule.widths)) > 1:
-            turned = model.schedule
-    if turned is not None:
-        back = PrecisionSchedule(EDGES, turned.widths[::-1])
-        arms.append(("the last one backwards", compiled(f"{NESTED}, adapt_precision(edges={EDGES}, widths={back.widths})"), back))
-    for width in (2, 3, 4):
-        arms.append((f"alone, nearest, {width} bits", compiled(ALONE.format(bits=width)), fixed(width)))
-    for width in (2, 3):
-        arms.append((f"alone, GPTQ, {width} bits", compiled(f"w{width}a16-gptq"), fixed(width)))
+    found_by: list[PrecisionSchedule] = []
+    for method, label in (("nested_gptq", "nested GPTQ"), ("rtn", "nested nearest")):
+        recipe = f"{drawn}, {NESTED.format(planes=PLANES, method=method)}, adapt_precision(edges={EDGES}, widths={(2,) * 8})"
+        model = compiled(recipe)
+        arms += [(f"{label}, {width} bits", model.with_schedule(fixed(width)), fixed(width)) for width in WIDTHS]
+        if method == "nested_gptq":
+            table = searched(compiled(recipe.replace(f"widths={(2,) * 8}", "budget=1000")))
+            for budget in map(float, budgets.split(",")):
+                widths, _ = cheapest(table, WIDTHS, budget, shares(EDGES))
+                found_by.append(PrecisionSchedule(EDGES, widths))
+                arms.append((f"adaptive, budget {budget:g}", model.with_schedule(found_by[-1]), found_by[-1]))
+            uneven = [s for s in found_by if s.widths != s.widths[::-1]]
+            turned = min(uneven, key=lambda s: abs(s.average() - 2.5), default=None)
+            if turned is not None:
+                back = PrecisionSchedule(EDGES, turned.widths[::-1])
+                arms.append(("backwards", model.with_schedule(back), back))
+    arms += [(f"GPTQ alone, {w} bits", compiled(f"w{w}a16-gptq"), fixed(w)) for w in (2, 3, 4)]
+    arms += [(f"nearest alone, {w} bits", compiled(ALONE.format(bits=w)), fixed(w)) for w in (2, 3, 4)]
 
     spec = arms[0][1].spec
     reference = once(source)
@@ -199,19 +201,17 @@ def main(
             "run": along_a_run(model, source_logits(source), starts, schedule, 112),
             "tasks": on_tasks(model, schedule, items),
         }
-        if name.startswith("nested, "):
+        if name.startswith("nested GPTQ"):
             lines[int(schedule.widths[0])] = table.mean_kl.mean
-        elif not name.startswith("alone"):
+        elif name.startswith(("adaptive", "backwards")):
             row["kl_line"] = on_the_line(lines, schedule.average())
         found.append(row)
         typer.echo(f"{name:28s} {row['bits']:5.2f} bits  KL {table.mean_kl.mean:.4f}  right {row['tasks']['accuracy']:.3f}")
     full = exact_match(source_logits(source), arms[0][1].tokenizer, spec, items=items)
-    forwards = [name for name, _, s in arms if name.startswith("adaptive") and len(set(s.widths)) > 1]
-    gap = (
-        tables["the last one backwards"].kl.mean(1) - tables[forwards[-1]].kl.mean(1)
-        if turned is not None
-        else torch.zeros(rows, dtype=torch.float64)
-    )
+    gap = torch.zeros(rows, dtype=torch.float64)
+    if turned is not None:
+        forwards = next(name for name, _, s in arms if name.startswith("adaptive") and s == turned)
+        gap = tables["backwards"].kl.mean(1) - tables[forwards].kl.mean(1)
     result = {
         "command": f"python benchmarks/step_adaptive.py --out docs/results/{out.name} --rows {rows} --items {items} "
         f"--prompts {prompts} --states {states} --budgets {budgets}",
@@ -227,6 +227,12 @@ def main(
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     out.with_suffix(".md").write_text(page(result), encoding="utf-8")
+
+
+def searched(model: Compiled) -> list[list[float]]:
+    """The KL that `adapt_precision` measured on calibration states, by bucket and width."""
+    step = next(step for step in model.report.steps if step.name == "adapt_precision")
+    return [[row[f"kl at {w} bits"] for w in WIDTHS] for key, row in step.details.items() if key.startswith("mask ratio")]
 
 
 def fixed(width: int) -> PrecisionSchedule:

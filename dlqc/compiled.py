@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import re
 from functools import cached_property
 from pathlib import Path
@@ -79,6 +81,25 @@ class Compiled(nn.Module):
     def schedule(self) -> PrecisionSchedule | None:
         """Bits of the weights by mask ratio, which every forward obeys; None where they have one width."""
         return PrecisionSchedule.of(self.graph)
+
+    def with_schedule(self, schedule: PrecisionSchedule) -> Compiled:
+        """This model with its weights read by another schedule of the same edges; the weights themselves are shared.
+
+        Raises:
+            FeasibilityError: the weights are not nested, or masks are counted in other buckets.
+            ContractError: a width that is not stored.
+        """
+        other = copy.copy(self)
+        other._modules = dict(self._modules)
+        other.__dict__.pop("cached", None)
+        other.graph, other.lowered = schedule.written(self.graph), schedule.written(self.lowered)
+        other.module = fx.GraphModule(self.module, schedule.written(self.module.graph), class_name="DlqcModule")
+        passes = (
+            dataclasses.replace(p, widths=schedule.widths) if p.name == "adapt_precision" else p  # type: ignore[type-var]
+            for p in self.recipe.passes
+        )
+        other.recipe = Recipe(self.recipe.name, tuple(passes))
+        return other.eval()
 
     def explain(self) -> str:
         """What each pass did, what it declined and why, bits, error, time, memory, kernels."""

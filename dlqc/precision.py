@@ -20,7 +20,9 @@ from dataclasses import dataclass
 from torch import fx
 
 from dlqc.errors import FeasibilityError, RecipeError
-from dlqc.graph import args_of, is_call
+from dlqc.formats.coded import decode
+from dlqc.formats.nested import NestedFormat
+from dlqc.graph import args_of, copy_graph, is_call
 from dlqc.knapsack import frontier
 from dlqc.ops import LINEAR_NESTED, MASK_BUCKET
 
@@ -68,14 +70,37 @@ class PrecisionSchedule:
     @classmethod
     def of(cls, graph: fx.Graph) -> PrecisionSchedule | None:
         """The schedule that a graph computes by; None where its weights have one width."""
-        for node in graph.nodes:
+        node = next((node for node in graph.nodes if is_call(node, LINEAR_NESTED)), None)
+        if node is None:
+            return None
+        bucket, widths = args_of(node)[5:7]
+        while bucket is not None and not is_call(bucket, MASK_BUCKET):
+            bucket = args_of(bucket)[0]  # laid out as the linear's input
+        return cls(() if bucket is None else tuple(args_of(bucket)[2]), tuple(widths))
+
+    def written(self, graph: fx.Graph) -> fx.Graph:
+        """A copy of a graph of nested weights that reads them by this schedule, which has the same edges.
+
+        Raises:
+            FeasibilityError: the weights are not nested, or masks are counted in other buckets.
+            ContractError: there is no such width.
+        """
+        held = PrecisionSchedule.of(graph)
+        if held is None:
+            what, remedy = "the weights are stored for one width", "Compile with adapt_precision in the recipe"
+            raise FeasibilityError(what, where="schedule", remedy=remedy)
+        if held.edges != self.edges:
+            what = f"the graph counts masks in buckets with edges {held.edges}, the schedule has {self.edges}"
+            raise FeasibilityError(what, where="schedule", remedy="Give one width for each of the graph's buckets")
+        made = copy_graph(graph)
+        for node in made.nodes:
             if is_call(node, LINEAR_NESTED):
-                bucket, widths = args_of(node)[5:7]
-                while bucket is not None and not is_call(bucket, MASK_BUCKET):
-                    bucket = args_of(bucket)[0]  # laid out as the linear's input
-                edges = () if bucket is None else tuple(args_of(bucket)[2])
-                return cls(edges, tuple(widths))
-        return None
+                fmt = decode(args_of(node)[3])
+                for width in self.widths:
+                    if isinstance(fmt, NestedFormat):
+                        fmt.level(width)
+                node.args = (*args_of(node)[:6], list(self.widths))
+        return made
 
 
 def shares(edges: Sequence[float]) -> tuple[float, ...]:
