@@ -55,7 +55,7 @@ class AdaptPrecision(Pass):
     needs: ClassVar[frozenset[str]] = frozenset({"quantized-weights"})
     gives: ClassVar[frozenset[str]] = frozenset({"adapted-precision"})
 
-    budget: float = 0.1
+    budget: float = 0.01
     edges: tuple[float, ...] = (0.25, 0.5, 0.75)
     widths: tuple[int, ...] | None = None
 
@@ -65,7 +65,7 @@ class AdaptPrecision(Pass):
             PrecisionSchedule(self.edges, self.widths)  # refused here where they do not fit
         if not self.budget > 0:
             what = f"a budget of {self.budget:g} nats leaves nothing to choose"
-            raise RecipeError(what, where="adapt_precision.budget", remedy="Use for example 0.1")
+            raise RecipeError(what, where="adapt_precision.budget", remedy="Use for example 0.01")
 
     def needed_facts(self) -> frozenset[str]:
         return self.needs | ({"states"} if self.widths is None else set())
