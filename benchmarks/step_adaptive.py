@@ -3,13 +3,14 @@
     python benchmarks/step_adaptive.py --out docs/results/step_adaptive.json                              # minutes on one core
     python benchmarks/step_adaptive.py --out smoke.json --rows 8 --items 4 --prompts 2 --budgets 0.01     # a look
 
-Arms: one nested weight (rounded by GPTQ within nested codes) read in one width at all steps; in the schedules that `adapt_precision`
-finds for several budgets; and in the schedule of one of them backwards (as many bits, at the wrong steps). Beside them, the same
-with the nested weight rounded to nearest in its fixed widths, and weights stored for one width alone, by GPTQ and to nearest.
+Arms: one nested weight (rounded by GPTQ within nested codes) read in one width at all steps; in the schedules that
+`adapt_precision` finds for several budgets; and in the schedule of one of them backwards (as many bits, at the wrong steps).
+Beside them, the same with the nested weight rounded to nearest in its fixed widths, and weights stored for one width alone, by
+GPTQ and to nearest.
 
-Measured on text that calibration has not seen: KL from full precision at masked positions, at mask ratios spread evenly; KL and bits along
-the arm's own denoising runs; exact match on generated questions. A schedule that does not look at the mask ratio and has the same
-bits on average has a KL on the line between fixed widths: `kl_line`.
+Measured on text that calibration has not seen: KL from full precision at masked positions, at mask ratios spread evenly; KL and
+bits along the arm's own denoising runs; exact match on generated questions. A schedule that does not look at the mask ratio and
+has the same bits on average has a KL on the line between fixed widths: `kl_line`.
 """
 
 from __future__ import annotations
@@ -101,6 +102,10 @@ def plain(interval: Interval) -> dict[str, float]:
     return {"mean": interval.mean, "low": interval.low, "high": interval.high}
 
 
+def words(interval: dict[str, float]) -> str:
+    return f"{interval['mean']:.4f} [{interval['low']:.4f}, {interval['high']:.4f}]"
+
+
 def on_the_line(fixed: dict[int, float], bits: float) -> float:
     """KL of mixing the two neighbouring fixed widths without a look at the mask ratio."""
     below = max(w for w in fixed if w <= bits)
@@ -115,30 +120,34 @@ def page(result: dict[str, Any]) -> str:
         "",
         f"Made by `{result['command']}`; all numbers are in `step_adaptive.json` beside this file.",
         "",
-        f"tiny-llada, the linears of the blocks stored once in nested codes of {PLANES} bits, groups of 128. Bits are those of codes; scales",
-        "and offsets of the width that is read add 0.25. Brackets are 95 % intervals over rows or runs. `line`: the KL of mixing fixed widths to",
-        "the same bits without a look at the mask ratio. Full precision has "
+        f"tiny-llada, the linears of the blocks stored once in nested codes of {PLANES} bits, groups of 128. Bits are those of codes;",
+        "scales and offsets of the width that is read add 0.25. Brackets are 95 % intervals over rows or runs. `line`: the KL of mixing",
+        "fixed widths to the same bits without a look at the mask ratio. Full precision has "
         f"{result['full_precision']['accuracy']:.3f} of the answers right.",
         "",
-        "| arm | bits by mask ratio, low to high | bits | KL at even mask ratios | line | bits in runs | KL in runs | bits on tasks | right |",
+        "| arm | bits by mask ratio, low to high | bits | KL at even mask ratios | line "
+        "| bits in runs | KL in runs | bits on tasks | right |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in result["rows"]:
-        kl, run, line = row["kl"], row["run"]["kl"], row.get("kl_line")
-        lines.append(
-            f"| {row['arm']} | {' '.join(map(str, row['widths']))} | {row['bits']:.3g} | {kl['mean']:.4f} [{kl['low']:.4f}, {kl['high']:.4f}] "
-            f"| {'' if line is None else f'{line:.4f}'} | {row['run']['bits']:.3g} | {run['mean']:.4f} [{run['low']:.4f}, {run['high']:.4f}] "
-            f"| {row['tasks']['bits']:.3g} | {row['tasks']['accuracy']:.3f} |"
-        )
-    lines += ["", "KL of each fixed width by mask ratio:", "", "| bits | " + " | ".join(f"{r:g}" for r in RATIOS) + " |"]
+        run, line = row["run"], row.get("kl_line")
+        cells = [row["arm"], " ".join(map(str, row["widths"])), f"{row['bits']:.3g}", words(row["kl"])]
+        cells += ["" if line is None else f"{line:.4f}", f"{run['bits']:.3g}", words(run["kl"])]
+        cells += [f"{row['tasks']['bits']:.3g}", f"{row['tasks']['accuracy']:.3f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        "KL of each fixed width by mask ratio:",
+        "",
+        "| bits | " + " | ".join(f"{r:g}" for r in RATIOS) + " |",
+    ]
     lines += ["|--:|" + "--:|" * len(RATIOS)]
     for row in result["rows"]:
         if row["arm"].startswith("nested GPTQ"):
             lines.append(f"| {row['bits']:g} | " + " | ".join(f"{kl:.4f}" for kl in row["kl_by_ratio"]) + " |")
-    gap = result["backwards_minus_forwards"]
     lines += [
         "",
-        f"The schedule backwards minus itself, KL paired by row: {gap['mean']:.4f} [{gap['low']:.4f}, {gap['high']:.4f}] nats.",
+        f"The schedule backwards minus itself, KL paired by row: {words(result['backwards_minus_forwards'])} nats.",
         "",
     ]
     return "\n".join(lines)
@@ -164,7 +173,9 @@ def main(
     arms: list[tuple[str, Compiled, PrecisionSchedule]] = []
     found_by: list[PrecisionSchedule] = []
     for method, label in (("nested_gptq", "nested GPTQ"), ("rtn", "nested nearest")):
-        recipe = f"{drawn}, {NESTED.format(planes=PLANES, method=method)}, adapt_precision(edges={EDGES}, widths={(2,) * 8})"
+        recipe = (
+            f"{drawn}, {NESTED.format(planes=PLANES, method=method)}, adapt_precision(edges={EDGES}, widths={(2,) * 8})"
+        )
         model = compiled(recipe)
         arms += [(f"{label}, {width} bits", model.with_schedule(fixed(width)), fixed(width)) for width in WIDTHS]
         if method == "nested_gptq":
@@ -206,7 +217,9 @@ def main(
         elif name.startswith(("adaptive", "backwards")):
             row["kl_line"] = on_the_line(lines, schedule.average())
         found.append(row)
-        typer.echo(f"{name:28s} {row['bits']:5.2f} bits  KL {table.mean_kl.mean:.4f}  right {row['tasks']['accuracy']:.3f}")
+        typer.echo(
+            f"{name:28s} {row['bits']:5.2f} bits  KL {table.mean_kl.mean:.4f}  right {row['tasks']['accuracy']:.3f}"
+        )
     full = exact_match(source_logits(source), arms[0][1].tokenizer, spec, items=items)
     gap = torch.zeros(rows, dtype=torch.float64)
     if turned is not None:
@@ -232,7 +245,9 @@ def main(
 def searched(model: Compiled) -> list[list[float]]:
     """The KL that `adapt_precision` measured on calibration states, by bucket and width."""
     step = next(step for step in model.report.steps if step.name == "adapt_precision")
-    return [[row[f"kl at {w} bits"] for w in WIDTHS] for key, row in step.details.items() if key.startswith("mask ratio")]
+    return [
+        [row[f"kl at {w} bits"] for w in WIDTHS] for key, row in step.details.items() if key.startswith("mask ratio")
+    ]
 
 
 def fixed(width: int) -> PrecisionSchedule:

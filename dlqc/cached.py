@@ -205,7 +205,8 @@ def cached_attention(
 def block_step(graph: fx.Graph, *, padded: bool = False) -> fx.Graph:
     """The graph of the block step.
 
-    Inputs of the result: ids [B, S], start, total, the canvas where masks are counted, `visible` where `padded`, then keys and values of each attention in order.
+    Inputs of the result: ids [B, S], start, total, the canvas where masks are counted, `visible` where `padded`, then keys and
+    values of each attention in order.
 
     Raises:
         FeasibilityError: with the node that cannot be computed for a window.

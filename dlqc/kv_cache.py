@@ -9,14 +9,15 @@ without a cache. (`quantize_attention` is the other thing: what the attention mu
 nowhere.)
 
 Codes are bins of equal width with the value in the middle, so that |x - x̂| ≤ s/2 for every element: half = max|x - c| over the
-group, s = 2·half/2^b rounded up to float16, c rounded to float16 before half is taken. A group of one number that float16 holds is exact.
+group, s = 2·half/2^b rounded up to float16, c rounded to float16 before half is taken. A group of one number that float16 holds
+is exact.
 
-Keys have constants in them, from a bias of k_proj or the gain of a norm on keys, that are larger than what differs between tokens.
-Per channel around the mean they cost nothing. A bias in front of the rotary embedding turns with the position, so it is taken off as
-RoPE(bias), which is computed anew from the weights and not stored.
+Keys have constants in them, from a bias of k_proj or the gain of a norm on keys, that are larger than what differs between
+tokens. Per channel around the mean they cost nothing. A bias in front of the rotary embedding turns with the position, so it is
+taken off as RoPE(bias), which is computed anew from the weights and not stored.
 
-Each write is a segment of its own, [start, stop), with its own means and steps; what a later write covers is dropped or hidden. So a
-refresh stores everything anew with new scales, and no number is ever rounded twice.
+Each write is a segment of its own, [start, stop), with its own means and steps; what a later write covers is dropped or hidden.
+So a refresh stores everything anew with new scales, and no number is ever rounded twice.
 
 **The correction of scores.** Rounding makes a key k + e, and the mean of exp(q·e·t) over the errors is above 1: cached keys draw
 attention away from fresh ones. With errors uniform in ±s_j/2, log E exp(t·q·e) = t²·Σ_j q_j²·s_j²/24 up to terms of fourth order,

@@ -7,8 +7,9 @@
 
     least Σ_b f_b·w_b    with   Σ_b f_b·KL_b(w_b) ≤ budget          f_b the share of forwards in bucket b
 
-which is a multiple-choice knapsack with bits for sizes; `dlqc.knapsack` lists everything that no other choice beats, so the answer is
-exact for the KL that was measured. Mask ratios fall evenly along a denoising run, so f_b is the width of the bucket unless told.
+which is a multiple-choice knapsack with bits for sizes; `dlqc.knapsack` lists everything that no other choice beats, so the
+answer is exact for the KL that was measured. Mask ratios fall evenly along a denoising run, so f_b is the width of the bucket
+unless told.
 """
 
 from __future__ import annotations
@@ -141,6 +142,8 @@ def cheapest(
     within = [i for i, cost in enumerate(found.costs) if cost <= budget]
     if not within:
         what = f"the divergence is {found.costs[-1]:.4g} nats at the best widths, the budget is {budget:g}"
-        raise FeasibilityError(what, where="budget", remedy=f"Allow {found.costs[-1]:.2g} or more, or store more planes")
+        raise FeasibilityError(
+            what, where="budget", remedy=f"Allow {found.costs[-1]:.2g} or more, or store more planes"
+        )
     chosen = found.choice(within[0])
     return tuple(widths[option] for option in chosen), found.costs[within[0]]

@@ -102,8 +102,7 @@ PRESETS = {
     "w2a16-daq": "two sign planes g128 by DAQ on masked states, with the steps beyond the paper",
     "w2a16-quant-dllm": "two sign planes g128 on average by DAQ and ABMP as the paper has them, on masked states",
     "w2a16-e8p": "2-bit E8P lattice per channel by LDLQ and descent on masked states, without rotations",
-    "w8a16-nested-adaptive": "8-bit weights g128 in nested planes by GPTQ on masked states, of which each step reads 2, 3, 4 or 8 bits "
-    "by its mask ratio, within 0.01 nats of KL",
+    "w8a16-nested-adaptive": "8-bit nested weights g128 by GPTQ on masked states, read in 2, 3, 4 or 8 bits by mask ratio",
     "w2a16-quip": "as w2a16-e8p after QuaRot's rotations, in place of QuIP#'s two-sided ones",
 }
 

@@ -23,7 +23,17 @@ from dlqc.formats.coded import decode
 from dlqc.formats.contract import WeightFormat
 from dlqc.formats.integer import IntFormat
 from dlqc.formats.sparse import SparseFormat
-from dlqc.graph import ADDED_BIAS, CODED_LINEARS, LINEAR, QUANTIZED_LINEARS, args_of, constant_name, is_call, uses, width
+from dlqc.graph import (
+    ADDED_BIAS,
+    CODED_LINEARS,
+    LINEAR,
+    QUANTIZED_LINEARS,
+    args_of,
+    constant_name,
+    is_call,
+    uses,
+    width,
+)
 from dlqc.instruments import Record
 from dlqc.kept import OUTLIERS, picks_columns
 from dlqc.ops import EMBEDDING_PACKED, LOW_RANK, QUANTIZE_ACT_STATIC, QUANTIZE_HEADS_STATIC

@@ -3,15 +3,17 @@
 Before:  y = linear_coded(x, planes, b; nested)                       all planes, in every forward
 After:   y = linear_nested(x, planes, b; nested, bucket, widths)      the upper planes of widths[bucket], with scales of their own
 
-The bucket is that of the row's share of [MASK] (`dlqc::mask_bucket`), counted once in a graph, so full forwards and cached steps of
-decoding, metrics, and a loaded artifact obey the same schedule, and a row does not know its batch. One weight is stored.
+The bucket is that of the row's share of [MASK] (`dlqc::mask_bucket`), counted once in a graph, so full forwards and cached
+steps of decoding, metrics, and a loaded artifact obey the same schedule, and a row does not know its batch. One weight is
+stored.
 
-Without `widths` the schedule is searched: the states are run at each width, KL(model as captured || this one) is taken at their masked
-positions by bucket, and the schedule of least bits within `budget` is exact for these numbers (`dlqc.precision`). The search takes all
-linears at one width together, and buckets by themselves: errors of earlier steps are not carried on to later ones.
+Without `widths` the schedule is searched: the states are run at each width, KL(model as captured || this one) is taken at their
+masked positions by bucket, and the schedule of least bits within `budget` is exact for these numbers (`dlqc.precision`). The
+search takes all linears at one width together, and buckets by themselves: errors of earlier steps are not carried on to later
+ones.
 
-Lossy, by what is measured. No kernel reads planes yet: both backends compute the definition, which unpacks the planes of the width and
-no more. Comes behind `quantize_weights(format=nested(...))` and what quantizes activations, in front of `lower`.
+Lossy, by what is measured. No kernel reads planes yet: both backends compute the definition, which unpacks the planes of the
+width and no more. Comes behind `quantize_weights(format=nested(...))` and what quantizes activations, in front of `lower`.
 
 Declines nothing: weights in other formats are no sites. Running it twice finds no site.
 """

@@ -1,23 +1,25 @@
 """Store the keys and values of a decoding cache in few bits.
 
 Before:  sdpa(q, k, v, mask)                                       the cache of a block step holds k and v as they are
-After:   sdpa(q, cached(k, offset; spec), cached(v; spec), mask)   it holds their codes, see `dlqc.kv_cache`
+After:   sdpa(q, cached(k, offset; spec), cached(v; spec), mask)   it holds codes, see `dlqc.kv_cache`
 
     k ≈ RoPE(b) + c + (code + ½ - 2^(b-1))·s      s for a channel and a group of tokens, c the channel's mean over what was written
     v ≈ m + (code + ½ - 2^(b-1))·s                s and m for a token and head
 
 so that |k - k̂| ≤ s/2, |v - v̂| ≤ s/2 for every element. `cached` is a mark: a forward without a cache computes what it did, and
-`Compiled.cached` makes a packed cache of the marks. A refresh stores everything anew with new scales. The window at hand is read as
-computed (`fresh`), and positions from the first [MASK] on may have more bits (`masked`), since a cache is worth most where text
-is still open. RoPE(b) is the bias of the linear that makes the keys, turned as the keys are: it is computed anew, not stored.
+`Compiled.cached` makes a packed cache of the marks. A refresh stores everything anew with new scales. The window at hand is
+read as computed (`fresh`), and positions from the first [MASK] on may have more bits (`masked`), since a cache is worth most
+where text is still open. RoPE(b) is the bias of the linear that makes the keys, turned as the keys are: it is computed anew,
+not stored.
 
-How this differs from `quantize_attention`: that one rounds what attentions multiply, in every forward, and stores nothing. A key is
-rounded once, so the two exclude each other.
+How this differs from `quantize_attention`: that one rounds what attentions multiply, in every forward, and stores nothing. A
+key is rounded once, so the two exclude each other.
 
 With 2-bit keys scores are corrected for what rounding adds to exp(q·k) on average (`correct`).
 
-Declines an attention whose queries, keys and values are not laid out [batch, heads, length, width]. Refused where a head's codes do
-not fill 32-bit words, and where no block step can be made of the graph. Should come behind transforms: none passes the mark.
+Declines an attention whose queries, keys and values are not laid out [batch, heads, length, width]. Refused where a head's
+codes do not fill 32-bit words, and where no block step can be made of the graph. Should come behind transforms: none passes the
+mark.
 """
 
 from __future__ import annotations
@@ -57,12 +59,11 @@ class QuantizeKv(Pass):
 
     Options:
         keys, values: widths, 2, 3, 4 or 8; None stores them as they are.
-        masked: width from the first position on that is [MASK] when it is stored; 16 keeps these as they are, None is as the others.
-        group_size: tokens that share a step of a key's channel, a multiple of 32.
-        symmetric: steps of keys around the channel's mean; else each group has a middle of its own, which is stored with it.
-        bias: take RoPE(bias of the keys' linear) off first, where there is one.
-        fresh: a step reads the keys and values of its own window as computed, and not as stored.
-        correct: correct scores for the error of keys; None does so with 2-bit keys.
+        masked: width from the first position on that is [MASK] when it is stored; 16 keeps these as they are, None is as the
+        others. group_size: tokens that share a step of a key's channel, a multiple of 32. symmetric: steps of keys around the
+        channel's mean; else each group has a middle of its own, which is stored with it. bias: take RoPE(bias of the keys'
+        linear) off first, where there is one. fresh: a step reads the keys and values of its own window as computed, and not as
+        stored. correct: correct scores for the error of keys; None does so with 2-bit keys.
     """
 
     name: ClassVar[str] = "quantize_kv"
@@ -82,7 +83,9 @@ class QuantizeKv(Pass):
 
     def __post_init__(self) -> None:
         if self.keys is None and self.values is None:
-            raise RecipeError("nothing is stored in few bits", where="quantize_kv", remedy="Give a width for keys or values")
+            raise RecipeError(
+                "nothing is stored in few bits", where="quantize_kv", remedy="Give a width for keys or values"
+            )
         if self.correct and self.keys is None:
             what = "keys stay as they are, their scores need no correction"
             raise RecipeError(what, where="quantize_kv.correct", remedy="Leave correct out")
@@ -116,7 +119,9 @@ class QuantizeKv(Pass):
         try:
             block_step(graph)
         except FeasibilityError as error:
-            plan.problems.append(f"quantize_kv: there is no cache to store: {error.where}: {error.what} (drop the pass)")
+            plan.problems.append(
+                f"quantize_kv: there is no cache to store: {error.where}: {error.what} (drop the pass)"
+            )
 
     def apply(self, graph: fx.Graph, ctx: Context) -> PassReport:
         report = PassReport()

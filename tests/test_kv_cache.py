@@ -14,16 +14,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 from toy_attention import HEADS, MASK, VOCAB, WIDTH, ToyDenoiser, naive_forward
 
+from dlqc.backend import load_backend
 from dlqc.cached import CachedModel
 from dlqc.capture import Captured, capture
 from dlqc.compiled import build_module
 from dlqc.contract import Context
-from dlqc.backend import load_backend
 from dlqc.diffusion.masking import generator
 from dlqc.diffusion.sampler_fast_dllm import FastDLLMSampler
 from dlqc.diffusion.spec import DiffusionSpec
-from dlqc.graph import copy_graph
 from dlqc.errors import DlqcError, FeasibilityError, RecipeError
+from dlqc.graph import copy_graph
 from dlqc.kv_cache import (
     Bins,
     KeyFormat,
@@ -329,8 +329,14 @@ def test_formats_are_text() -> None:
     ("make", "message"),
     [
         (lambda: KeyFormat(5, 5), "bits: 5 is not a width of stored keys or values. Use 2, 3, 4 or 8"),
-        (lambda: ValueFormat(4, 3), "masked: masked positions in 3 bits, the others in 4. Use 2, 3, 4, 8 or 16, and not less"),
-        (lambda: KeyFormat(4, 4, 24), "group_size: the codes of 24 tokens do not fill whole 32-bit words. Use 32, 64 or 128"),
+        (
+            lambda: ValueFormat(4, 3),
+            "masked: masked positions in 3 bits, the others in 4. Use 2, 3, 4, 8 or 16, and not less",
+        ),
+        (
+            lambda: KeyFormat(4, 4, 24),
+            "group_size: the codes of 24 tokens do not fill whole 32-bit words. Use 32, 64 or 128",
+        ),
     ],
 )
 def test_formats_that_cannot_be(make: Any, message: str) -> None:
@@ -342,7 +348,10 @@ def test_formats_that_cannot_be(make: Any, message: str) -> None:
 def test_a_mark_that_does_not_fit() -> None:
     assert check_stored(encode(KeyFormat()), 8, 1) is None
     assert check_stored(encode(KeyFormat()), 8, 2) == "keys are stored where others are read"
-    assert check_stored(encode(ValueFormat(2, 2)), 8, 2) == "8 channels of 2 bits are 16 bits, no whole number of 32-bit words"
+    assert (
+        check_stored(encode(ValueFormat(2, 2)), 8, 2)
+        == "8 channels of 2 bits are 16 bits, no whole number of 32-bit words"
+    )
     assert check_stored("rm -rf", 8, 1) == "'rm -rf' spells no weight format"
     with pytest.raises(DlqcError):
         decode("values(bits=4)")

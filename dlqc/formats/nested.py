@@ -1,18 +1,18 @@
 """Nested integer codes: one stored weight that is read in several widths.
 
-A code of B bits is stored in planes, the upper bits first: planes "2+1+1" are a plane of 2 bits, and two of one bit. The upper planes
-alone are a code of fewer bits, c_w = c >> (B - w), so that the weight is read in w = 2, 3 or 4 bits, and what is not read is not
-touched. Each width has scales and offsets of its own:
+A code of B bits is stored in planes, the upper bits first: planes "2+1+1" are a plane of 2 bits, and two of one bit. The upper
+planes alone are a code of fewer bits, c_w = c >> (B - w), so that the weight is read in w = 2, 3 or 4 bits, and what is not
+read is not touched. Each width has scales and offsets of its own:
 
     W ≈ c_w·s_w + o_w                  s_w, o_w float16 for each row and group of input features
 
     codes_i     plane i, [N, 4·⌈K·bits/32⌉] bytes, layout "rows"
     scales_i, offsets_i     of width i, [N, G] each
 
-A code is the bin of equal width that a weight lies in: c = ⌊(w - lo)/(hi - lo)·2^B⌋, so that the bins of one width are halves of those
-of the width below, which rounding to nearest would not give. s_w and o_w are the line through the weights over their codes of least
-squares, never worse than the middles of the bins. The range lo … hi is that of the group shrunk by r, r the part that has the least
-squared error, each width's relative to r = 1, on average over the widths.
+A code is the bin of equal width that a weight lies in: c = ⌊(w - lo)/(hi - lo)·2^B⌋, so that the bins of one width are halves
+of those of the width below, which rounding to nearest would not give. s_w and o_w are the line through the weights over their
+codes of least squares, never worse than the middles of the bins. The range lo … hi is that of the group shrunk by r, r the part
+that has the least squared error, each width's relative to r = 1, on average over the widths.
 
 Any-Precision LLM (arXiv 2402.10517) nests the codes of a table, and Matryoshka quantization (arXiv 2502.06786) those of integers.
 """
@@ -126,7 +126,10 @@ class NestedFormat:
             full: list[torch.Tensor] = []
             for ratio in RANGES:
                 found = _bins(part, least * ratio, most * ratio, self.bits)
-                fits = [_line(part, found >> (self.bits - width), least * ratio, most * ratio, width) for width in self.widths]
+                fits = [
+                    _line(part, found >> (self.bits - width), least * ratio, most * ratio, width)
+                    for width in self.widths
+                ]
                 full = full or [error.clamp(min=1e-30) for *_, error in fits]
                 error = sum(((e / f) for (*_, e), f in zip(fits, full, strict=True)), torch.zeros(()))
                 better = torch.ones_like(error, dtype=torch.bool) if best is None else error < best

@@ -1,17 +1,20 @@
-"""GPTQ for nested codes: width after width, the narrowest first, each with the error feedback of GPTQ among the children of the last.
+"""GPTQ for nested codes: width after width, the narrowest first, each among the children of the codes of the last.
 
     width w_0   ŵ_k = nearest(t_k) of all 2^w_0 levels
     width w_i   ŵ_k = nearest(t_k) of the 2^(w_i - w_{i-1}) levels in the bin that the code of width w_{i-1} stands for
 
-t_k = w_k + Σ_{j before k} (w_j - ŵ_j)·R_jk/R_kk with the errors of the width at hand, H = R·Rᵀ (`dlqc.rounding.gptq`). So every width is
-rounded against its own errors in the output, and the codes stay nested: c_{i-1} = c_i >> (w_i - w_{i-1}). What a wider width may choose
-is bound by what the narrower ones chose, which is what one stored weight costs: the further t_k of the narrowest width strays from w_k,
-the less is left for the others. More damping keeps it nearer, so `damp` moves quality from narrow widths to wide ones.
+t_k = w_k + Σ_{j before k} (w_j - ŵ_j)·R_jk/R_kk with the errors of the width at hand, H = R·Rᵀ (`dlqc.rounding.gptq`). So every
+width is rounded against its own errors in the output, and the codes stay nested: c_{i-1} = c_i >> (w_i - w_{i-1}). What a wider
+width may choose is bound by what the narrower ones chose, which is what one stored weight costs: the further t_k of the
+narrowest width strays from w_k, the less is left for the others. More damping keeps it nearer, so `damp` moves quality from
+narrow widths to wide ones.
 
-Levels of a width are the middles of its bins. The range that the bins divide is that of each group, shrunk by the part of RATIOS with
-the least loss tr(E H Eᵀ), each width's relative to the first, summed over the widths and up to 128 evenly spaced rows.
+Levels of a width are the middles of its bins. The range that the bins divide is that of each group, shrunk by the part of
+RATIOS with the least loss tr(E H Eᵀ), each width's relative to the first, summed over the widths and up to 128 evenly spaced
+rows.
 
-With H a multiple of the identity there is no feedback, and codes are bins of W, as the format itself rounds (there, scales are fitted).
+With H a multiple of the identity there is no feedback, and codes are bins of W, as the format itself rounds (there, scales are
+fitted).
 """
 
 from __future__ import annotations

@@ -29,7 +29,9 @@ EDGES = (0.25, 0.5)
 
 @pytest.fixture(scope="module")
 def model() -> Compiled:
-    return dlqc.compile(zoo.model("llada"), f"{NESTED}, adapt_precision(edges={EDGES}, widths=(8, 3, 2))", progress=False)
+    return dlqc.compile(
+        zoo.model("llada"), f"{NESTED}, adapt_precision(edges={EDGES}, widths=(8, 3, 2))", progress=False
+    )
 
 
 def canvas(length: int, masks: int, seed: int = 0) -> torch.Tensor:
@@ -44,7 +46,11 @@ def plainly(width: int) -> Compiled:
 
 def test_the_op_reads_each_row_in_its_width() -> None:
     rng = torch.Generator().manual_seed(0)
-    weight, x, bias = torch.randn(6, 32, generator=rng), torch.randn(4, 5, 32, generator=rng), torch.randn(6, generator=rng)
+    weight, x, bias = (
+        torch.randn(6, 32, generator=rng),
+        torch.randn(4, 5, 32, generator=rng),
+        torch.randn(6, generator=rng),
+    )
     fmt = NestedFormat("2+2+4", 16)
     made = fmt.quantize(weight)
     parts = made.pack()
@@ -92,7 +98,11 @@ def test_samplers_obey_and_the_artifact_keeps_it(model: Compiled, tmp_path: Path
     model.save(tmp_path / "m")
     again = dlqc.load(tmp_path / "m")
     assert again.schedule == model.schedule
-    for sampler in ("llada(steps=4)", "fast_dllm(cache='dual', threshold=None)", "fast_dllm(cache='none', threshold=None)"):
+    for sampler in (
+        "llada(steps=4)",
+        "fast_dllm(cache='dual', threshold=None)",
+        "fast_dllm(cache='none', threshold=None)",
+    ):
         texts = [dlqc.generate(m, [1, 2, 3, 4], sampler=sampler, gen_length=8).ids for m in (model, again)]
         assert texts[0] == texts[1]
     with pytest.raises(ExportError, match="is stored as nested int 2/3/4/8 g32"):
@@ -106,7 +116,10 @@ def test_the_search_on_a_model() -> None:
     bits = []
     for budget in (0.02, 0.5):
         made = dlqc.compile(
-            zoo.model("llada"), f"{recipe}, adapt_precision(budget={budget}, edges=(0.5,))", calibration=rows, progress=False
+            zoo.model("llada"),
+            f"{recipe}, adapt_precision(budget={budget}, edges=(0.5,))",
+            calibration=rows,
+            progress=False,
         )
         step = next(s for s in made.report.steps if s.name == "adapt_precision")
         found = [step.details[f"mask ratio {low:g} to {high:g}"] for low, high in ((0, 0.5), (0.5, 1))]
@@ -119,14 +132,17 @@ def test_the_search_on_a_model() -> None:
         assert step.metrics["average_bits_read"] == made.schedule.average() + 1
         bits.append(made.schedule.average())
     assert bits[0] > bits[1]
-    with pytest.raises(FeasibilityError, match=r"budget: the divergence is .* nats at the best widths, the budget is 1e-12"):
+    with pytest.raises(
+        FeasibilityError, match=r"budget: the divergence is .* nats at the best widths, the budget is 1e-12"
+    ):
         dlqc.compile(
-            zoo.model("llada"), f"{recipe}, adapt_precision(budget=1e-12, edges=(0.5,))", calibration=rows, progress=False
+            zoo.model("llada"),
+            f"{recipe}, adapt_precision(budget=1e-12, edges=(0.5,))",
+            calibration=rows,
+            progress=False,
         )
     with pytest.raises(CalibrationError, match="no state has a mask ratio from 0.999 to 1"):
-        dlqc.compile(
-            zoo.model("llada"), f"{recipe}, adapt_precision(edges=(0.999,))", calibration=rows, progress=False
-        )
+        dlqc.compile(zoo.model("llada"), f"{recipe}, adapt_precision(edges=(0.999,))", calibration=rows, progress=False)
 
 
 @settings(max_examples=60, deadline=None)
@@ -164,8 +180,14 @@ def test_schedules() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("edges=(0.5, 0.25)", "edges: (0.5, 0.25) are no rising mask ratios between 0 and 1. Write for example (0.25, 0.5"),
-        ("widths=(2, 3)", "widths: 2 widths for 4 buckets of mask ratio. Give one for each bucket, the lowest ratio first"),
+        (
+            "edges=(0.5, 0.25)",
+            "edges: (0.5, 0.25) are no rising mask ratios between 0 and 1. Write for example (0.25, 0.5",
+        ),
+        (
+            "widths=(2, 3)",
+            "widths: 2 widths for 4 buckets of mask ratio. Give one for each bucket, the lowest ratio first",
+        ),
         ("budget=0", "adapt_precision.budget: a budget of 0 nats leaves nothing to choose. Use for example 0.01"),
     ],
 )
@@ -185,13 +207,17 @@ def test_what_cannot_be_adapted(model: Compiled) -> None:
         compiled(f"{NESTED}, adapt_precision(edges=(), widths=(5,))")
     mixed = NESTED[:-1]
     override = "overrides=(override(format=nested(planes='4+4', group_size=32), sites=('*.q_proj',)),))"
-    with pytest.raises(ContractError, match=r"weights are stored in planes 2\+1\+1\+4 and 4\+4. Give all linears the same"):
+    with pytest.raises(
+        ContractError, match=r"weights are stored in planes 2\+1\+1\+4 and 4\+4. Give all linears the same"
+    ):
         compiled(f"{mixed}, {override}, adapt_precision(edges=(), widths=(4,))")
     with pytest.raises(FeasibilityError, match=r"buckets with edges \(0.25, 0.5\), the schedule has \(0.5,\)"):
         model.with_schedule(PrecisionSchedule((0.5,), (2, 3)))
     plain = compiled("w8a16-rtn")
     assert plain.schedule is None
-    with pytest.raises(FeasibilityError, match="schedule: the weights are stored for one width. Compile with adapt_prec"):
+    with pytest.raises(
+        FeasibilityError, match="schedule: the weights are stored for one width. Compile with adapt_prec"
+    ):
         plain.with_schedule(PrecisionSchedule((), (2,)))
 
 

@@ -107,7 +107,10 @@ def test_recipe_text() -> None:
     ("text", "message"),
     [
         ("keys=none, values=none", "quantize_kv: nothing is stored in few bits. Give a width for keys or values"),
-        ("keys=none, correct=True", "quantize_kv.correct: keys stay as they are, their scores need no correction. Leave"),
+        (
+            "keys=none, correct=True",
+            "quantize_kv.correct: keys stay as they are, their scores need no correction. Leave",
+        ),
         ("keys=5", "bits: 5 is not a width of stored keys or values. Use 2, 3, 4 or 8"),
         ("masked=2", "masked: masked positions in 2 bits, the others in 4. Use 2, 3, 4, 8 or 16, and not less than 4"),
         ("group_size=48", "group_size: the codes of 48 tokens do not fill whole 32-bit words. Use 32, 64 or 128"),

@@ -78,9 +78,13 @@ def test_without_correlation_codes_are_bins() -> None:
 
 def test_refusals() -> None:
     weight, hessian = problem(0)
-    with pytest.raises(CalibrationError, match=r"nested_gptq needs the statistic 'hessian'. Collect it, or use rounding 'rtn'"):
+    with pytest.raises(
+        CalibrationError, match=r"nested_gptq needs the statistic 'hessian'. Collect it, or use rounding 'rtn'"
+    ):
         NestedGptq().round(weight, NestedFormat("2+2", 8), {})
     with pytest.raises(CalibrationError, match="hessian: the Hessian is of 8 input features, the weight of 16"):
         NestedGptq().round(weight, NestedFormat("2+2", 8), {"hessian": hessian[:8, :8]})
-    with pytest.raises(RecipeError, match="damp: damping of 11.0 times the mean diagonal is not within 0 and 10. Use 0.1"):
+    with pytest.raises(
+        RecipeError, match="damp: damping of 11.0 times the mean diagonal is not within 0 and 10. Use 0.1"
+    ):
         NestedGptq(damp=11.0)
