@@ -120,9 +120,9 @@ def page(result: dict[str, Any]) -> str:
         "",
         f"Made by `{result['command']}`; all numbers are in `step_adaptive.json` beside this file.",
         "",
-        f"tiny-llada, the linears of the blocks stored once in nested codes of {PLANES} bits, groups of 128. Bits are those of codes;",
-        "scales and offsets of the width that is read add 0.25. Brackets are 95 % intervals over rows or runs. `line`: the KL of mixing",
-        "fixed widths to the same bits without a look at the mask ratio. Full precision has "
+        f"tiny-llada, the linears of the blocks stored once in nested codes of {PLANES} bits, groups of 128. Bits are those",
+        "of codes; scales and offsets of the width that is read add 0.25. Brackets are 95 % intervals over rows or runs.",
+        "`line`: the KL of mixing fixed widths to the same bits without a look at the mask ratio. Full precision has "
         f"{result['full_precision']['accuracy']:.3f} of the answers right.",
         "",
         "| arm | bits by mask ratio, low to high | bits | KL at even mask ratios | line "
