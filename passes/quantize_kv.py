@@ -3,7 +3,7 @@
 Before:  sdpa(q, k, v, mask)                                          the cache of a block step holds k and v
 After:   sdpa(q, cached(k, offset; spec), cached(v; spec), mask)      it holds codes, see `dlqc.kv_cache`
 
-    k ≈ RoPE(b) + c + (code + ½ - 2^(b-1))·s    s for a channel and a group of tokens, c the mean of the channel in what was written
+    k ≈ RoPE(b) + c + (code + ½ - 2^(b-1))·s    s for a channel and a group of tokens, c the channel's mean
     v ≈ m + (code + ½ - 2^(b-1))·s              s and m for a token and head
 
 so that |k - k̂| ≤ s/2, |v - v̂| ≤ s/2 for every element. `cached` is a mark: a forward without a cache computes what it did, and

@@ -54,7 +54,7 @@ def test_codes_are_those_of_the_published_update(planes: str, group: int | None,
             assert torch.equal((made.codes >> (fmt.bits - width)).long(), codes)
 
 
-def test_feedback_pays_at_every_width_but_the_full_one() -> None:
+def test_feedback_pays_at_the_narrowest_width() -> None:
     weight, hessian = problem(3, rows=32, width=64)
     hessian = torch.eye(64) + 4 * torch.ones(64, 64).double()  # inputs that go together
     fmt = NestedFormat("2+1+1+4", 32)
@@ -62,7 +62,8 @@ def test_feedback_pays_at_every_width_but_the_full_one() -> None:
     rounded = NestedGptq(damp=0.01).round(weight[:, :64], fmt, {"hessian": hessian})
     nearest = losses(fmt.quantize(weight), weight, factor)
     found = losses(rounded.weight, weight, factor)  # type: ignore[arg-type]
-    assert all(f < n for f, n in zip(found[:3], nearest[:3], strict=True))
+    assert found[0] < nearest[0] / 4
+    assert found == sorted(found, reverse=True)
     assert rounded.metrics["sqnr_db"] == rounded.metrics["sqnr_db 8"] > rounded.metrics["sqnr_db 2"]
 
 
