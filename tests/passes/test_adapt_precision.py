@@ -141,8 +141,13 @@ def test_the_search_on_a_model() -> None:
             calibration=rows,
             progress=False,
         )
-    with pytest.raises(CalibrationError, match="no state has a mask ratio from 0.999 to 1"):
-        dlqc.compile(zoo.model("llada"), f"{recipe}, adapt_precision(edges=(0.999,))", calibration=rows, progress=False)
+    with pytest.raises(CalibrationError, match="no state has a mask ratio from 0.9 to 1"):
+        dlqc.compile(
+            zoo.model("llada"),
+            f"calibrate(sequences=8, length=16), {NESTED}, adapt_precision(edges=(0.9,))",
+            calibration=rows,
+            progress=False,
+        )
 
 
 @settings(max_examples=60, deadline=None)
