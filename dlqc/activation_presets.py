@@ -5,8 +5,10 @@
     -static[<n>]   activations have fixed ranges, from states at all mask ratios; n sets of them for n mask ratios
     -qkv<bits>     queries, keys and values are quantized, -kv<bits> keys and values, -v<bits> values: dynamic, per token
     -p<bits>       attention probabilities are quantized, unsigned, with the static scale 1/(2^bits - 1)
+    -cache<bits>   the cache of decoding stores keys and values in 2, 3, 4 or 8 bits; what attention computes with stays
 
-In this order; each at most once, and one of the three for queries, keys and values.
+In this order; each at most once, and one of the three for queries, keys and values. The last goes with none of what is said of
+attention: keys are rounded once, in the cache or in front of the attention.
 """
 
 from __future__ import annotations
@@ -20,11 +22,12 @@ from dlqc.contract import Pass
 from dlqc.errors import RecipeError
 
 #: What stands between the weights and the method in a name.
-WORDS = r"(?:-asym)?(?:-ag\d+|-static\d*)?(?:-(?:qkv|kv|v)[2-8])?(?:-p[2-8])?"
+WORDS = r"(?:-asym)?(?:-ag\d+|-static\d*)?(?:-(?:qkv|kv|v)[2-8])?(?:-p[2-8])?(?:-cache[2348])?"
 
 _PARTS = re.compile(
     r"(?P<asym>-asym)?(?:-ag(?P<group>\d+)|(?P<static>-static)(?P<sets>\d*))?"
     r"(?:-(?P<heads>qkv|kv|v)(?P<bits>[2-8]))?(?:-p(?P<p>[2-8]))?"
+    r"(?:-cache(?P<cache>[2348]))?"
 )
 _HEADS = {"q": "queries", "k": "keys", "v": "values"}
 
@@ -37,6 +40,7 @@ class Activations:
         bits: of the inputs of linears, None if they stay.
         group: channels per scale, None for one per token. symmetric: no zero points. static: fixed ranges.
         sets: of fixed ranges. attention: widths of queries, keys, values and probabilities, where they are quantized.
+        cache: width of cached keys and values, None if they stay.
     """
 
     bits: int | None
@@ -45,6 +49,7 @@ class Activations:
     static: bool = False
     sets: int = 1
     attention: dict[str, int] = field(default_factory=dict)
+    cache: int | None = None
 
     @classmethod
     def of(cls, words: str, bits: int, name: str) -> Activations:
@@ -57,6 +62,9 @@ class Activations:
             raise RecipeError(what, where=name, remedy="Write a8 or a4, or leave it out")
         heads = {_HEADS[part]: int(found["bits"]) for part in found["heads"] or ""}
         heads |= {"probabilities": int(found["p"])} if found["p"] else {}
+        if heads and found["cache"]:
+            what = f"-cache{found['cache']} rounds keys and values a second time"
+            raise RecipeError(what, where=name, remedy="Name the cache, or what attentions read, not both")
         return cls(
             None if bits == 16 else bits,
             int(found["group"]) if found["group"] else None,
@@ -64,6 +72,7 @@ class Activations:
             found["static"] is not None,
             int(found["sets"] or 1),
             heads,
+            int(found["cache"]) if found["cache"] else None,
         )
 
     def of_linears(self, pass_class: Callable[[str], Any]) -> list[Pass]:
@@ -78,11 +87,13 @@ class Activations:
         return [pass_class("quantize_activations")(**options)]
 
     def of_attention(self, pass_class: Callable[[str], Any], per: str, values: Any = None) -> list[Pass]:
-        """The pass that quantizes what attentions read.
+        """The pass that quantizes what attentions read, or what the cache stores of it.
 
         Args:
             per: "head" or "token", what shares a dynamic scale. values: other scales for the values.
         """
+        if self.cache is not None:
+            return [pass_class("quantize_kv")(keys=self.cache, values=self.cache)]
         if not self.attention:
             return []
         from dlqc.heads import Dynamic

@@ -2,6 +2,7 @@
 
     full forward      ids [B, L]                                        → logits [B, L, V]
     block step        ids [B, S], start, total, K and V of each layer   → logits [B, S, V]
+    (and the whole canvas [B, L], where the graph counts its masks)
 
 Before:  y = sdpa(q, k, v, mask)                 L rows, L keys
 After:   K[start:start+S], V[start:start+S] = k, v
@@ -15,6 +16,8 @@ With the window 0..L the step is the full forward and fills the cache. It is exa
 window are what the full forward would make of them: always in a block-causal model whose earlier blocks are final. Elsewhere
 they are stale, which is what Fast-dLLM (arXiv 2505.22618) trades for speed.
 
+Where the graph marks what attentions read (`quantize_kv`), the cache holds packed codes, see `dlqc.kv_cache`.
+
 A graph is refused, by the name of the node, where it mixes positions by other means than attention: the structure is checked,
 then every node of the step is compared with that of the full forward on random tokens.
 
@@ -24,7 +27,6 @@ Shapes: B batch, L all positions, S positions of the window, H key heads, D widt
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,24 +38,13 @@ from dlqc.diffusion.spec import DiffusionSpec
 from dlqc.errors import FeasibilityError
 from dlqc.execute import placeholder
 from dlqc.graph import SDPA, arg, args_of, aten, is_call
-from dlqc.ops import ROPE
+from dlqc.kv_cache import KeyValueCache, Stored, correction, decode, exchange
+from dlqc.ops import CACHED, MASK_BUCKET, ROPE
 
 #: Deviation (root mean square, relative) up to which a node of the step counts as that of the full forward. Rounding differs
 #: with the number of rows; where activations are quantized, a different rounding moves whole codes.
 _SAME, _SAME_QUANTIZED = 1e-3, 5e-2
 _REMEDY = "Decode without a cache: cache='none'"
-
-
-@dataclass
-class KeyValueCache:
-    """Keys and values of all attentions of a model.
-
-    Attributes:
-        keys, values: for each attention, [B, H, L, D].
-    """
-
-    keys: list[Tensor]
-    values: list[Tensor]
 
 
 class CachedModel:
@@ -73,6 +64,7 @@ class CachedModel:
         self.spec = spec
         self._attentions = [node for node in module.graph.nodes if is_call(node, SDPA)]
         self.pads = _why_no_padding(module.graph)
+        self._counts = any(is_call(node, MASK_BUCKET) for node in module.graph.nodes)
         self._step = fx.GraphModule(module, block_step(module.graph), class_name="BlockStep")
         self._padded: fx.GraphModule | None = None
         _compare(self)
@@ -82,21 +74,32 @@ class CachedModel:
         logits: Tensor = self.module(ids)
         return logits
 
-    def new_cache(self, batch: int, length: int) -> KeyValueCache:
-        """An empty cache for `length` positions."""
+    def new_cache(self, batch: int, length: int, *, plain: bool = False) -> KeyValueCache:
+        """An empty cache for `length` positions; `plain` holds the numbers themselves, whatever the graph says."""
         device = next((b.device for b in self.module.buffers()), torch.device("cpu"))
-        made = []
+        made: list[list[Tensor | Stored]] = []
         for node in self._attentions:
-            pair = []
-            for value in (args_of(node)[i].meta["val"] for i in (1, 2)):
-                heads, width = int(value.shape[1]), int(value.shape[3])
-                pair.append(torch.zeros(batch, heads, length, width, dtype=value.dtype, device=device))
+            pair: list[Tensor | Stored] = []
+            for source in args_of(node)[1:3]:
+                value = source.meta["val"]
+                size = (batch, int(value.shape[1]), length, int(value.shape[3]))
+                if is_call(source, CACHED) and not plain:
+                    pair.append(Stored(decode(args_of(source)[2]), size, value.dtype, device))
+                else:
+                    pair.append(torch.zeros(size, dtype=value.dtype, device=device))
             made.append(pair)
         return KeyValueCache([k for k, _ in made], [v for _, v in made])
 
     @torch.no_grad()
     def step(
-        self, ids: Tensor, start: int, cache: KeyValueCache, *, total: int | None = None, visible: Tensor | None = None
+        self,
+        ids: Tensor,
+        start: int,
+        cache: KeyValueCache,
+        *,
+        total: int | None = None,
+        visible: Tensor | None = None,
+        canvas: Tensor | None = None,
     ) -> Tensor:
         """Logits [B, S, V] of the window; writes its keys and values into the cache.
 
@@ -106,29 +109,33 @@ class CachedModel:
             cache: read up to `total`, written in the window.
             total: number of positions that the window sees; None: all of the cache.
             visible: bool [B, L], False where a position is padding; None: none is.
+            canvas: int64 [B, L], what the window is cut from, where the graph goes by the share of [MASK]; None: the window.
         """
-        total = cache.keys[0].shape[2] if total is None else total
-        if not 0 <= start < start + ids.shape[1] <= total <= cache.keys[0].shape[2]:
+        total = cache.length if total is None else total
+        if not 0 <= start < start + ids.shape[1] <= total <= cache.length:
             raise FeasibilityError(
-                f"positions {start} to {start + ids.shape[1]} of {total}, the cache holds {cache.keys[0].shape[2]}",
+                f"positions {start} to {start + ids.shape[1]} of {total}, the cache holds {cache.length}",
                 where="window",
                 remedy="Keep start + S <= total <= the length of the cache",
             )
-        pairs = [tensor for pair in zip(cache.keys, cache.values, strict=True) for tensor in pair]
+        masked = ids == self.spec.mask_id
+        cache.begin(masked if visible is None else masked & visible[:, start : start + ids.shape[1]], start)
+        pairs = [part for pair in zip(cache.keys, cache.values, strict=True) for part in pair]
+        whole = [ids if canvas is None else canvas] if self._counts else []
         if visible is None:
-            logits: Tensor = self._step(ids, start, total, *pairs)
+            logits: Tensor = self._step(ids, start, total, *whole, *pairs)
             return logits
         if self.pads is not None:
             raise FeasibilityError(self.pads, where="visible", remedy="Run rows of one length together")
         if self._padded is None:
             graph = block_step(self.module.graph, padded=True)
             self._padded = fx.GraphModule(self.module, graph, class_name="PaddedStep")
-        padded: Tensor = self._padded(ids, start, total, visible, *pairs)
+        padded: Tensor = self._padded(ids, start, total, *whole, visible, *pairs)
         return padded
 
     def padded(self, ids: Tensor, visible: Tensor) -> Tensor:
         """The full forward [B, L] -> [B, L, V] for rows that are padded on the left (`visible` False)."""
-        return self.step(ids, 0, self.new_cache(*ids.shape), visible=visible)
+        return self.step(ids, 0, self.new_cache(*ids.shape, plain=True), visible=visible)
 
     def mask(self, length: int) -> Tensor:
         """Which position sees which: bool [length, length], the same for every attention.
@@ -160,8 +167,8 @@ def cached_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Tensor | Stored,
+    values: Tensor | Stored,
     start: int,
     total: int,
     mask: Tensor | None = None,
@@ -169,6 +176,7 @@ def cached_attention(
     causal: bool = False,
     scale: float | None = None,
     grouped: bool = False,
+    offset: Tensor | None = None,
 ) -> Tensor:
     """Attention of a window q [B, Hq, S, D] on the cache, after its own k and v [B, H, S, D] are written there.
 
@@ -177,24 +185,28 @@ def cached_attention(
         mask: broadcasts to [B, Hq, S, total]; boolean or additive.
         visible: bool [B, L], False at padding.
         causal: position i sees j <= i.
+        offset: [1, H, L, D], what keys are stored without.
     """
     stop = start + q.shape[-2]
-    keys[:, :, start:stop] = k
-    values[:, :, start:stop] = v
+    held_keys, held_values = exchange(keys, k, start, total, offset), exchange(values, v, start, total)
     if causal:
         mask = torch.ones(stop, total, dtype=torch.bool, device=q.device).tril()[start:]
     if visible is not None:
         seen = visible[:, None, None, :total]
         mask = seen if mask is None else mask & seen
-    return F.scaled_dot_product_attention(
-        q, keys[:, :, :total], values[:, :, :total], attn_mask=mask, scale=scale, enable_gqa=grouped
-    )
+    shifted = correction(keys, q, start, total, scale)
+    if shifted is not None and mask is not None:
+        mask = shifted.masked_fill(~mask, -torch.inf) if mask.dtype is torch.bool else shifted + mask
+    elif shifted is not None:
+        mask = shifted
+    return F.scaled_dot_product_attention(q, held_keys, held_values, attn_mask=mask, scale=scale, enable_gqa=grouped)
 
 
 def block_step(graph: fx.Graph, *, padded: bool = False) -> fx.Graph:
     """The graph of the block step.
 
-    Inputs of the result: ids [B, S], start, total, `visible` where `padded`, then keys and values of each attention in order.
+    Inputs of the result: ids [B, S], start, total, the canvas where masks are counted, `visible` where `padded`, then keys and
+    values of each attention in order.
 
     Raises:
         FeasibilityError: with the node that cannot be computed for a window.
@@ -215,6 +227,8 @@ class _Window:
         self.made = fx.Graph()
         self._ids = self.made.placeholder("input_ids")
         self._start, self._total = self.made.placeholder("start"), self.made.placeholder("total")
+        counts = any(is_call(node, MASK_BUCKET) for node in graph.nodes)
+        self._canvas = self.made.placeholder("canvas") if counts else None
         self._visible = self.made.placeholder("visible") if padded else None
         attentions = [node for node in graph.nodes if is_call(node, SDPA)]
         if not attentions:
@@ -226,9 +240,14 @@ class _Window:
         self._rows: dict[fx.Node, Any] = {ids: self._ids}
         self._tables: dict[fx.Node, Any] = {}
         for node in graph.nodes:
-            if node in self._tokens and node is not ids:
+            if node in self._tokens and node is not ids and not is_call(node, CACHED):
                 self._check(node)
-                self._rows[node] = self._attention(node) if node in self._caches else self._copy(node, self.row)
+                if node in self._caches:
+                    self._rows[node] = self._attention(node)
+                elif is_call(node, MASK_BUCKET):
+                    self._rows[node] = self._bucket(node)
+                else:
+                    self._rows[node] = self._copy(node, self.row)
         result = next(node for node in graph.nodes if node.op == "output").args[0]
         self.made.output(self._rows[result])
 
@@ -279,6 +298,12 @@ class _Window:
         size = self.made.call_function(aten.sym_size.int, (self._ids, 1))
         return self.made.call_function(aten.narrow.default, (value, dim, self._start, size))
 
+    def _bucket(self, node: fx.Node) -> fx.Node:
+        """The mask ratio is that of the whole canvas; it is the same at all its positions."""
+        found = self.made.call_function(MASK_BUCKET, (self._canvas, *args_of(node)[1:]))
+        size = self.made.call_function(aten.sym_size.int, (self._ids, 1))
+        return self.made.call_function(aten.narrow.default, (found, 1, 0, size))
+
     def _attention(self, node: fx.Node) -> fx.Node:
         for source in args_of(node)[:3]:
             dims = self._position_dims(source)
@@ -297,13 +322,16 @@ class _Window:
             queries = self._grows(mask.meta["val"].shape[-2])
             mask = self.table(mask) if mask.op != "get_attr" else self.row(mask)
             mask = self._narrow(mask, -2) if queries else mask
-        new = [self.row(source) for source in args_of(node)[:3]]
+        marks = [source for source in args_of(node)[1:3] if is_call(source, CACHED)]
+        new = [self.row(args_of(source)[0] if source in marks else source) for source in args_of(node)[:3]]
+        offsets = [args_of(mark)[1] for mark in marks if args_of(mark)[1] is not None]
         options = {
             "mask": mask,
             "visible": self._visible,
             "causal": bool(arg(node, 5, "is_causal", False)),
             "scale": node.kwargs.get("scale"),
             "grouped": bool(node.kwargs.get("enable_gqa", False)),
+            "offset": self.table(offsets[0]) if offsets else None,
         }
         arguments = (*new, *self._caches[node], self._start, self._total)
         return self.made.call_function(cached_attention, arguments, options)
@@ -352,7 +380,7 @@ def _why_no_padding(graph: fx.Graph) -> str | None:
         if is_call(node, SDPA) and (arg(node, 3, "attn_mask") is not None or arg(node, 5, "is_causal", False)):
             return f"%{node.name} has a mask of its own, which padding would move"
         tables = [s for s in node.all_input_nodes if s not in tokens and s.op != "get_attr" and _has_length(s, graph)]
-        if tables and not is_call(node, ROPE):
+        if tables and not is_call(node, ROPE, CACHED):
             return f"%{node.name} reads absolute positions, which padding would move"
     return None
 
@@ -399,13 +427,13 @@ def _compare(model: CachedModel) -> None:
     start, stop = length // 4, length - length // 4
     ids = torch.randint(0, model.spec.vocab_size, (2, length), generator=generator(0, "block step"))
     ids = ids.to(next((b.device for b in model.module.buffers()), torch.device("cpu")))
-    cache = model.new_cache(2, length)
+    cache = model.new_cache(2, length, plain=True)
     model.step(ids, 0, cache)
     pairs = [tensor for pair in zip(cache.keys, cache.values, strict=True) for tensor in pair]
     full, step = _Recorder(model.module), _Recorder(model._step)
     with torch.no_grad():
         full.run(ids)
-        step.run(ids[:, start:stop], start, length, *pairs)
+        step.run(ids[:, start:stop], start, length, *([ids] if model._counts else []), *pairs)
     quantized = any("act" in str(node.target) or "int8" in str(node.target) for node in model.module.graph.nodes)
     for node, expected, found in _both(model.module.graph, full.values, step.values):
         expected = expected.narrow(_position_dim(node), start, stop - start).double()

@@ -9,7 +9,8 @@ A legal dlqc graph is well formed, typed, and tells the truth about itself:
     L5  every value has a fake `val`, and propagating shapes again gives the same rank, static sizes and dtype
     L6  a matrix is read by one module only, unless it is a declared tie or an embedding that is the head, too
     L7  each quantized linear and embedding has codes, scales and zero points (or the parts of its format), rightly shaped; so
-        have quantizers with fixed scales, and every quantizer is read by what it quantizes for; a correction of low rank stands
+        have quantizers with fixed scales, and every quantizer is read by what it quantizes for, as are keys and values that a
+        cache stores in few bits; a correction of low rank stands
         behind a linear that reads the same value, with factors of the right shape and dtype
     L8  where the model declares full attention, no attention is causal (masks are classified by computing them)
     L9  the facts that passes claim hold
@@ -29,17 +30,20 @@ from torch import fx
 from dlqc.diffusion.spec import DiffusionSpec
 from dlqc.errors import ContractError
 from dlqc.execute import mask_class
-from dlqc.formats.coded import fault
+from dlqc.formats.coded import decode, fault
 from dlqc.formats.low_rank import low_rank_fault
+from dlqc.formats.nested import NestedFormat
 from dlqc.formats.packing import packed_shape
 from dlqc.graph import (
     ACT_QUANTIZERS,
     ATTENTIONS,
+    CODED_LINEARS,
     EMBEDDINGS,
     HEAD_QUANTIZERS,
     LAYER_NORM,
     NORMS,
     QUANTIZED_LINEARS,
+    SDPA,
     arg,
     args_of,
     constant_name,
@@ -48,13 +52,17 @@ from dlqc.graph import (
     uses,
     width,
 )
+from dlqc.kv_cache import check_stored
 from dlqc.ops import (
     ATTENTION,
+    CACHED,
     EMBEDDING_PACKED,
     LINEAR_CODED,
+    LINEAR_NESTED,
     LINEAR_PACKED,
     LINEAR_Q,
     LOW_RANK,
+    MASK_BUCKET,
     QUANTIZE_ACT_STATIC,
     QUANTIZE_HEADS_STATIC,
 )
@@ -224,8 +232,9 @@ def _quantized(graph: fx.Graph, weights: Weights) -> Iterator[str]:
     for node in graph.nodes:
         if is_call(node, LINEAR_Q, LINEAR_PACKED):
             yield from _quantized_linear(node, weights)
-        elif is_call(node, LINEAR_CODED):
+        elif is_call(node, *CODED_LINEARS):
             yield from _coded_linear(node, weights)
+            yield from _widths(node) if is_call(node, LINEAR_NESTED) else ()
         elif is_call(node, LOW_RANK):
             yield from _low_rank(node, weights)
         elif is_call(node, EMBEDDING_PACKED):
@@ -236,8 +245,24 @@ def _quantized(graph: fx.Graph, weights: Weights) -> Iterator[str]:
                 yield f"%{node.name} quantizes activations that no quantized linear reads"
         elif is_call(node, *HEAD_QUANTIZERS) and not (node.users and all(is_call(u, *ATTENTIONS) for u in node.users)):
             yield f"%{node.name} quantizes what no attention reads"
+        elif is_call(node, CACHED):
+            yield from _stored_in_cache(node)
         if is_call(node, QUANTIZE_ACT_STATIC, QUANTIZE_HEADS_STATIC):
             yield from _fixed(node, weights)
+
+
+def _stored_in_cache(node: fx.Node) -> Iterator[str]:
+    """A mark on keys or values: read by one attention, in its place, with a format that holds them."""
+    x, offset, spec = args_of(node)
+    users = list(node.users)
+    if len(users) != 1 or not is_call(users[0], SDPA):
+        yield f"%{node.name} stores what no attention reads"
+        return
+    wrong = check_stored(spec, int(x.meta["val"].shape[-1]), args_of(users[0]).index(node))
+    if wrong is not None:
+        yield f"%{node.name}: {wrong}"
+    if offset is not None and (offset.meta["val"].dim() != 4):
+        yield f"%{node.name}: the offset is {list(offset.meta['val'].shape)}, must be [1, H, L, D]"
 
 
 def _fixed(node: fx.Node, weights: Weights) -> Iterator[str]:
@@ -306,7 +331,7 @@ def _stored(
 
 
 def _coded_linear(node: fx.Node, weights: Weights) -> Iterator[str]:
-    x, parts, bias, spec, n = args_of(node)
+    x, parts, bias, spec, n = args_of(node)[:5]
     names = [constant_name(part) for part in parts]
     if not all(name is not None and name in weights for name in names):
         yield f"%{node.name}: a part is no constant"
@@ -317,6 +342,22 @@ def _coded_linear(node: fx.Node, weights: Weights) -> Iterator[str]:
     if any(weights[str(name)].folds for name in names):
         yield f"%{node.name}: a part is not as it was rounded, something is folded into it"
     yield from _bias(node, bias, n, weights)
+
+
+def _widths(node: fx.Node) -> Iterator[str]:
+    """The widths that a nested weight is read in, one for each bucket."""
+    spec, (bucket, widths) = args_of(node)[3], args_of(node)[5:7]
+    fmt = decode(spec)
+    if not isinstance(fmt, NestedFormat) or not widths or not set(widths) <= set(fmt.widths):
+        yield f"%{node.name} is read in {list(widths)} bits, and stored as {fmt.label}"
+    source = bucket
+    while isinstance(source, fx.Node) and not is_call(source, MASK_BUCKET):
+        source = next(iter(args_of(source)), None)
+    buckets = 1 if source is None else len(args_of(source)[2]) + 1
+    if (bucket is None) != (source is None) or buckets != len(widths):
+        yield f"%{node.name} has {len(widths)} widths for {buckets} buckets of mask ratio"
+    elif bucket is not None and bucket.meta["val"].dim() != node.meta["val"].dim() - 1:
+        yield f"%{node.name}: %{bucket.name} does not say the bucket of each of its rows"
 
 
 def _low_rank(node: fx.Node, weights: Weights) -> Iterator[str]:
@@ -405,9 +446,9 @@ def _is_kernel(node: fx.Node) -> bool:
 
 
 FACT_CHECKS: dict[str, Callable[[fx.Graph, Weights], Iterator[str]]] = {
-    "float-weights": _no_call(LINEAR_Q, LINEAR_CODED),
+    "float-weights": _no_call(LINEAR_Q, *CODED_LINEARS),
     "float-activations": _no_call(*ACT_QUANTIZERS),
-    "float-attention": _no_call(*HEAD_QUANTIZERS, ATTENTION),
+    "float-attention": _no_call(*HEAD_QUANTIZERS, ATTENTION, CACHED),
     "unit-gain": _unit_gain,
     "quantized-weights": _some_quantized,
     "quantized-activations": _activations_quantized,

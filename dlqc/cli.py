@@ -147,7 +147,12 @@ def generate(
         **options,
     )
     if as_json:
-        facts = {"nfe": made.nfe, "tokens_per_forward": made.tokens_per_forward, "seconds": made.seconds}
+        facts = {
+            "nfe": made.nfe,
+            "tokens_per_forward": made.tokens_per_forward,
+            "seconds": made.seconds,
+            "cache_bytes": made.cache_bytes,
+        }
         _print_json({"text": made.text, "ids": list(made.ids)} | facts)
         return
     screen.print(made.text, highlight=False, markup=False)

@@ -78,7 +78,7 @@ def compile(
     captured, outcome, context = prepare(
         model, target, calibration=calibration, mask_id=mask_id, seed=seed, recipe=recipe
     )
-    original = (copy_graph(captured.graph), captured.weights.clone())
+    original = context.reference = (copy_graph(captured.graph), captured.weights.clone())
     timing, stored = Timing(), _BeforeLowering()
     with _bar(progress) as tick:
         manager = PassManager(recipe.passes, (timing, stored, *instruments), progress=tick)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import re
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +16,7 @@ from dlqc.cached import CachedModel
 from dlqc.diffusion.spec import DiffusionSpec
 from dlqc.execute import compute_dtype
 from dlqc.graph import copy_graph
+from dlqc.precision import PrecisionSchedule
 from dlqc.recipe import Recipe
 from dlqc.report import Report
 from dlqc.weights import Weights
@@ -73,6 +76,30 @@ class Compiled(nn.Module):
             FeasibilityError: the graph cannot be computed for a window of positions, with the node in the way.
         """
         return CachedModel(self.module, self.spec)
+
+    @property
+    def schedule(self) -> PrecisionSchedule | None:
+        """Bits of the weights by mask ratio, which every forward obeys; None where they have one width."""
+        return PrecisionSchedule.of(self.graph)
+
+    def with_schedule(self, schedule: PrecisionSchedule) -> Compiled:
+        """This model with its weights read by another schedule of the same edges; the weights themselves are shared.
+
+        Raises:
+            FeasibilityError: the weights are not nested, or masks are counted in other buckets.
+            ContractError: a width that is not stored.
+        """
+        other = copy.copy(self)
+        other._modules = dict(self._modules)
+        other.__dict__.pop("cached", None)
+        other.graph, other.lowered = schedule.written(self.graph), schedule.written(self.lowered)
+        other.module = fx.GraphModule(self.module, schedule.written(self.module.graph), class_name="DlqcModule")
+        passes = (
+            dataclasses.replace(p, widths=schedule.widths) if p.name == "adapt_precision" else p  # type: ignore[type-var]
+            for p in self.recipe.passes
+        )
+        other.recipe = Recipe(self.recipe.name, tuple(passes))
+        return other.eval()
 
     def explain(self) -> str:
         """What each pass did, what it declined and why, bits, error, time, memory, kernels."""

@@ -9,7 +9,7 @@ checks the whole order before any work and never sorts it.
     normal-form            canonical spelling (holds after capture)
     float-weights          no linear is quantized yet (holds after capture)
     float-activations      no input of a linear is quantized yet (holds after capture)
-    float-attention        no query, key, value or attention probability is quantized yet (holds after capture)
+    float-attention        no query, key, value or attention probability is quantized yet, nor a cache (holds after capture)
     states                 denoising states for calibration exist
     assignment             each linear to quantize has a scheme of its own, in `Context.assignment`
     unit-gain              every norm that feeds only linears has gain one
@@ -18,6 +18,8 @@ checks the whole order before any work and never sorts it.
     quantized-embeddings   the tables of embeddings are stored in few bits
     quantized-activations  their inputs are quantized
     quantized-attention    what attentions read is quantized as asked for
+    quantized-cache        caches store keys and values in few bits
+    adapted-precision      nested weights are read in the width that a schedule says
     packed                 no linear_q is left: codes are stored as bit streams
     lowered                every quantized linear is a kernel of the backend
 """
@@ -173,6 +175,7 @@ class Context:
         observed: the observers that the pass at hand asked for, by its names for them, after they saw the states.
         facts: what holds now.
         blocks: the stack of blocks, in order.
+        reference: graph and weights as captured, for a pass that measures against them.
         assignment: by module name, the scheme that a pass chose for a linear; `quantize_weights` follows it.
     """
 
@@ -191,6 +194,7 @@ class Context:
     facts: set[str] = field(default_factory=lambda: set(FACTS_OF_CAPTURE))
     blocks: Sequence[Block] = ()
     assignment: Mapping[str, Scheme] = field(default_factory=dict)
+    reference: tuple[fx.Graph, Weights] | None = None
 
     def nodes(self, graph: fx.Graph) -> list[fx.Node]:
         """The nodes a pass may rewrite: the block's in block scope, else all."""

@@ -21,6 +21,7 @@ from dlqc.ops import (
     ATTENTION,
     EMBEDDING_PACKED,
     LINEAR_CODED,
+    LINEAR_NESTED,
     LINEAR_PACKED,
     LINEAR_Q,
     LOW_RANK,
@@ -41,7 +42,9 @@ SDPA = aten.scaled_dot_product_attention.default
 EMBEDDING = aten.embedding.default
 NORMS = (RMS_NORM, LAYER_NORM)
 EMBEDDINGS = (EMBEDDING, EMBEDDING_PACKED)
-QUANTIZED_LINEARS = (LINEAR_Q, LINEAR_PACKED, LINEAR_CODED)
+#: Linears whose first five arguments are those of `linear_coded`.
+CODED_LINEARS = (LINEAR_CODED, LINEAR_NESTED)
+QUANTIZED_LINEARS = (LINEAR_Q, LINEAR_PACKED, *CODED_LINEARS)
 #: Quantizers of the inputs of linears, and of queries, keys and values.
 ACT_QUANTIZERS = (QUANTIZE_ACT, QUANTIZE_ACT_STATIC)
 HEAD_QUANTIZERS = (QUANTIZE_HEADS, QUANTIZE_HEADS_STATIC)
@@ -100,7 +103,7 @@ def module_name(weight: str) -> str:
 
 def site_name(node: fx.Node) -> str:
     """The module name of a quantized linear, from that of its first stored tensor."""
-    if is_call(node, LINEAR_CODED):
+    if is_call(node, *CODED_LINEARS):
         return str(constant_name(args_of(node)[1][0])).rpartition(".")[0]
     return module_name(str(constant_name(args_of(node)[1])).removesuffix("_packed"))
 

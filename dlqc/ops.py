@@ -10,10 +10,12 @@ replace them by their own packed ops at lowering; results are judged against the
     mask_bucket(ids; mask id, edges)         = which set: the part of the way on which a row is, by its share of [MASK]
     quantize_heads(x; bits, sym, across)     = quantize_act of queries, keys or values, per token and head or per token
     quantize_heads_static(x, scale, zero, …) = the same with fixed scales
+    cached(x, offset; spec)                  = x; says how a cache stores keys or values (see dlqc/kv_cache.py)
     attention(q, k, v, mask; …, bits)        = scaled dot-product attention whose probabilities are rounded to `bits`
     linear_q(x, codes, scales, zeros, bias)  = x · ((codes - zeros)·scales)ᵀ + bias
     linear_packed(...)                       = linear_q on codes stored as a dense bit stream
     linear_coded(x, parts, bias; spec, n)    = x · Wᵀ + b, W what `parts` stand for in the format that `spec` spells
+    linear_nested(…; spec, n, set, widths)   = linear_coded in the width of each token's set, by nested codes
     low_rank(y, x, parts; spec)              = y + (x · Bᵀ) · Aᵀ, y the output of a quantized linear that reads x
     embedding_packed(ids, packed, …)         = the rows `ids` of (codes - zeros)·scales, stored as in linear_packed
 """
@@ -28,10 +30,12 @@ from torch import Tensor
 from dlqc.attention import attend, probabilities, rounded, scores
 from dlqc.errors import ContractError
 from dlqc.formats.activation import ActFormat
+from dlqc.formats.coded import decode as decode_format
 from dlqc.formats.coded import weight_of
 from dlqc.formats.contract import StoredWeight
 from dlqc.formats.integer import IntFormat, QuantizedWeight
 from dlqc.formats.low_rank import low_rank_fault, low_rank_format
+from dlqc.formats.nested import NestedFormat
 from dlqc.formats.packing import unpack
 from dlqc.transform import decode
 
@@ -164,6 +168,20 @@ def _(x: Tensor, scale: Tensor, zero: Tensor | None, bucket: Tensor | None, bits
     return x.new_empty(x.shape)
 
 
+@torch.library.custom_op("dlqc::cached", mutates_args=())
+def cached(x: Tensor, offset: Tensor | None, spec: str) -> Tensor:
+    """x [B, H, L, D] as it is: a mark on keys or values, stored as `spec` says and without `offset` [1, H, L, D]."""
+    return x.clone()
+
+
+@cached.register_fake
+def _(x: Tensor, offset: Tensor | None, spec: str) -> Tensor:
+    return torch.empty_like(x)
+
+
+cached.register_autograd(lambda ctx, g: (g, None, None))
+
+
 @torch.library.custom_op("dlqc::attention", mutates_args=())
 def attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None, bits: int, by_row: bool
@@ -234,6 +252,55 @@ def _(x: Tensor, parts: list[Tensor], bias: Tensor | None, spec: str, out_featur
     return x.new_empty((*x.shape[:-1], out_features))
 
 
+@torch.library.custom_op("dlqc::linear_nested", mutates_args=())
+def linear_nested(
+    x: Tensor,
+    parts: list[Tensor],
+    bias: Tensor | None,
+    spec: str,
+    out_features: int,
+    bucket: Tensor | None,
+    widths: list[int],
+) -> Tensor:
+    """As `linear_coded` in a nested format, read in widths[bucket] bits: x [..., K] → [..., N].
+
+    bucket int64, of the leading sizes of x (None: all rows take the first width). Planes below a width are not looked at.
+    """
+    fmt = decode_format(spec)
+    if not isinstance(fmt, NestedFormat):
+        raise ContractError(f"{spec!r} has no nested codes", where="linear_nested", remedy="Use nested(planes=...)")
+    roles = sorted(fmt.parts_of(out_features, x.shape[-1]))
+    stored = dict(zip(roles, (part.float() if part.dtype == torch.float64 else part for part in parts), strict=True))
+    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+    def product(rows: Tensor, width: int) -> Tensor:
+        weight = fmt.weight_at(stored, x.shape[-1], width).to(rows.dtype)
+        return torch.nn.functional.linear(rows, weight, None if bias is None else bias.to(rows.dtype))
+
+    used = [0] if bucket is None or not bucket.numel() else bucket.unique().tolist()
+    chosen = {widths[i] for i in used}
+    if len(chosen) == 1 or bucket is None:
+        return product(wide, widths[used[0]]).to(x.dtype)
+    found = wide.new_empty((*x.shape[:-1], out_features))
+    by_row = torch.tensor(widths, device=bucket.device)[bucket]
+    for width in chosen:
+        found[by_row == width] = product(wide[by_row == width], width)
+    return found.to(x.dtype)
+
+
+@linear_nested.register_fake
+def _(
+    x: Tensor,
+    parts: list[Tensor],
+    bias: Tensor | None,
+    spec: str,
+    out_features: int,
+    bucket: Tensor | None,
+    widths: list[int],
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
 @torch.library.custom_op("dlqc::low_rank", mutates_args=())
 def low_rank(y: Tensor, x: Tensor, parts: list[Tensor], spec: str) -> Tensor:
     """y [..., N], x [..., K] → [..., N]; parts: the stored factors, in sorted order of their roles (dlqc/formats/low_rank.py)."""
@@ -298,9 +365,11 @@ QUANTIZE_ACT_STATIC = torch.ops.dlqc.quantize_act_static.default
 MASK_BUCKET = torch.ops.dlqc.mask_bucket.default
 QUANTIZE_HEADS = torch.ops.dlqc.quantize_heads.default
 QUANTIZE_HEADS_STATIC = torch.ops.dlqc.quantize_heads_static.default
+CACHED = torch.ops.dlqc.cached.default
 ATTENTION = torch.ops.dlqc.attention.default
 LINEAR_Q = torch.ops.dlqc.linear_q.default
 LINEAR_PACKED = torch.ops.dlqc.linear_packed.default
 LINEAR_CODED = torch.ops.dlqc.linear_coded.default
+LINEAR_NESTED = torch.ops.dlqc.linear_nested.default
 LOW_RANK = torch.ops.dlqc.low_rank.default
 EMBEDDING_PACKED = torch.ops.dlqc.embedding_packed.default

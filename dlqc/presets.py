@@ -66,6 +66,8 @@ PRESETS = {
     "w4a4-kv4-quarot": "as w4a4-quarot with 4-bit keys, rotated, and values, per token",
     "w4a4-asym-qkv4-smoothquant": "as w4a4-smoothquant with zero points, and 4-bit queries, keys and values per token and head",
     "w4a4-asym-qkv4-duquant": "as w4a4-duquant with zero points, and 4-bit queries, keys and values per token and head",
+    "w4a16-cache4-gptq": "as w4a16-gptq with a cache of 4-bit keys, per channel, and values, per token",
+    "w4a16-cache2-gptq": "as w4a16-cache4-gptq with 2 bits, scores corrected",
     "w8a8-qkv8-p8-smoothquant": "as w8a8-smoothquant with all that attention reads in 8 bits",
     "w4a4-dllmquant": "as w4a4-quarot by DLLMQuant: TMAS, 4-bit values with fixed scales by IA-AQ, CGQ",
     "w8a8-dllmquant": "as w4a4-dllmquant with 8 bits throughout",
@@ -100,6 +102,7 @@ PRESETS = {
     "w2a16-daq": "two sign planes g128 by DAQ on masked states, with the steps beyond the paper",
     "w2a16-quant-dllm": "two sign planes g128 on average by DAQ and ABMP as the paper has them, on masked states",
     "w2a16-e8p": "2-bit E8P lattice per channel by LDLQ and descent on masked states, without rotations",
+    "w8a16-nested-adaptive": "8-bit nested weights g128 by GPTQ on masked states, read in 2, 3, 4 or 8 bits by mask ratio",
     "w2a16-quip": "as w2a16-e8p after QuaRot's rotations, in place of QuIP#'s two-sided ones",
 }
 
@@ -126,6 +129,8 @@ def preset(name: str, pass_class: Callable[[str], Any]) -> tuple[Pass, ...] | No
     """
     if name in CODED:
         return _coded(pass_class, *CODED[name]())
+    if name == "w8a16-nested-adaptive":
+        return _adaptive(pass_class)
     found = GRAMMAR.fullmatch(name)
     if found is None or found["method"] not in METHODS:
         return None
@@ -224,6 +229,15 @@ def _coded(pass_class: Callable[[str], Any], fmt: Any, method: Any, before: tupl
     steps = [pass_class(step)(**options) for step, options in before]
     steps += [_calibrate(pass_class, None)] if method.statistics else []
     return (*steps, pass_class("quantize_weights")(format=fmt, method=method), pass_class("lower")())
+
+
+def _adaptive(pass_class: Callable[[str], Any]) -> tuple[Pass, ...]:
+    """Nested weights and a schedule. States are at all mask ratios, since each is measured by itself; no kernel reads planes."""
+    from dlqc.formats.nested import NestedFormat
+    from dlqc.rounding.nested_gptq import NestedGptq
+
+    rounded = pass_class("quantize_weights")(format=NestedFormat(), method=NestedGptq())
+    return (_calibrate(pass_class, None, everywhere=True), rounded, pass_class("adapt_precision")())
 
 
 def _hqq(bits: int) -> Callable[[], tuple[Any, Any]]:

@@ -54,6 +54,8 @@ PASSES = {
     "quantize_activations": "QuantizeActivations",
     "correct_bias": "CorrectBias",
     "quantize_attention": "QuantizeAttention",
+    "quantize_kv": "QuantizeKv",
+    "adapt_precision": "AdaptPrecision",
     "pack": "Pack",
     "lower": "Lower",
 }

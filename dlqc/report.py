@@ -23,10 +23,20 @@ from dlqc.formats.coded import decode
 from dlqc.formats.contract import WeightFormat
 from dlqc.formats.integer import IntFormat
 from dlqc.formats.sparse import SparseFormat
-from dlqc.graph import ADDED_BIAS, LINEAR, QUANTIZED_LINEARS, args_of, constant_name, is_call, uses, width
+from dlqc.graph import (
+    ADDED_BIAS,
+    CODED_LINEARS,
+    LINEAR,
+    QUANTIZED_LINEARS,
+    args_of,
+    constant_name,
+    is_call,
+    uses,
+    width,
+)
 from dlqc.instruments import Record
 from dlqc.kept import OUTLIERS, picks_columns
-from dlqc.ops import EMBEDDING_PACKED, LINEAR_CODED, LOW_RANK, QUANTIZE_ACT_STATIC, QUANTIZE_HEADS_STATIC
+from dlqc.ops import EMBEDDING_PACKED, LOW_RANK, QUANTIZE_ACT_STATIC, QUANTIZE_HEADS_STATIC
 from dlqc.weights import Weights
 
 
@@ -241,7 +251,7 @@ def measure_storage(original: Weights, graph: fx.Graph, weights: Weights, kept: 
         if is_call(node, LOW_RANK) or constant_name(parts[0]) not in fresh:
             continue
         first = weights[str(constant_name(parts[0]))].leaf
-        rows = args_of(node)[4] if is_call(node, LINEAR_CODED) else first.shape[0]
+        rows = args_of(node)[4] if is_call(node, *CODED_LINEARS) else first.shape[0]
         label = _format_of(node).label
         sites, parameters, before = formats.get(label, (0, 0, 0))
         inner = width(node if is_call(node, EMBEDDING_PACKED) else args_of(node)[0])
@@ -267,7 +277,7 @@ def measure_storage(original: Weights, graph: fx.Graph, weights: Weights, kept: 
 
 def _format_of(node: fx.Node) -> IntFormat | WeightFormat:
     """The number format of a quantized linear or table."""
-    if is_call(node, LINEAR_CODED):
+    if is_call(node, *CODED_LINEARS):
         fmt = decode(args_of(node)[3])
         return dataclasses.replace(fmt, density=None) if isinstance(fmt, SparseFormat) else fmt
     bits, group = args_of(node)[4:6] if is_call(node, EMBEDDING_PACKED) else args_of(node)[5:7]
@@ -278,7 +288,7 @@ def _parts(node: fx.Node) -> list[Any]:
     """The constants that are stored for a weight: a bias only if a pass added it."""
     if is_call(node, LOW_RANK):
         return list(args_of(node)[2])
-    coded = is_call(node, LINEAR_CODED)
+    coded = is_call(node, *CODED_LINEARS)
     parts, bias = (args_of(node)[1], args_of(node)[2]) if coded else (args_of(node)[1:4], args_of(node)[4])
     return [*parts, *([bias] if ADDED_BIAS in str(constant_name(bias)).split(".") else [])]
 

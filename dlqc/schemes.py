@@ -31,12 +31,13 @@ from dlqc.rounding.gptaq import Gptaq
 from dlqc.rounding.gptq import Gptq
 from dlqc.rounding.hqq import Hqq
 from dlqc.rounding.kmeans import Kmeans
+from dlqc.rounding.nested_gptq import NestedGptq
 from dlqc.rounding.rtn import Rtn
 from dlqc.rounding.signround import SignRound
 from dlqc.rounding.vector import Ldlq
 from dlqc.weights import Weights
 
-Method = Rtn | Gptq | Gptaq | Daq | Kmeans | Ldlq | Hqq | SignRound
+Method = Rtn | Gptq | Gptaq | NestedGptq | Daq | Kmeans | Ldlq | Hqq | SignRound
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ After:   y = linear_q(x, codes, scales, zeros, b),   W ≈ (codes - zeros)·scal
          y = low_rank(linear_q(x, …), x, A, B),      with `low_rank`: W ≈ (codes - zeros)·scales + A·B, likewise for linear_coded
 
 How codes are chosen is the `method`'s business (`dlqc.rounding`): round-to-nearest, GPTQ, … Not every method rounds to every
-format: nf4, fp8, microscaling, lattice and offset take rtn, planes rtn and daq, lattice ldlq, codebook kmeans, offset hqq. It
+format: nf4, fp8, microscaling, lattice and offset take rtn, planes rtn and daq, lattice ldlq, codebook kmeans, offset hqq,
+nested rtn and nested_gptq. It
 gets the weight with all folds evaluated in float64 and the statistics of the layer's inputs on the denoising states, as they
 arrive through the blocks that are quantized already. `signround` looks at the output of the block instead (`dlqc.reconstruct`).
 Lossy; the report gives each site's output signal-to-noise ratio.
@@ -56,6 +57,7 @@ from dlqc.formats.codebook import CodebookFormat
 from dlqc.formats.coded import CodedFormat, encode, fault
 from dlqc.formats.integer import IntFormat, QuantizedWeight
 from dlqc.formats.lattice import LatticeFormat
+from dlqc.formats.nested import NestedFormat
 from dlqc.formats.offset import OffsetFormat
 from dlqc.formats.planes import PlanesFormat
 from dlqc.formats.sparse import SparseFormat
@@ -72,7 +74,7 @@ from dlqc.schemes import Method, Override, Scheme, at_odds, head_format, operand
 from dlqc.stats import OWN, PAIRED, Moments
 
 #: Formats without an exact zero: a pruned weight would come back.
-NO_ZERO = (PlanesFormat, CodebookFormat, LatticeFormat, OffsetFormat)
+NO_ZERO = (PlanesFormat, CodebookFormat, LatticeFormat, OffsetFormat, NestedFormat)
 
 
 @dataclass(frozen=True)

@@ -103,6 +103,7 @@ class Trajectory:
         evaluations: int64 [B], network evaluations up to the last that each row needed.
         computed: positions that went through the network, per row: nfe times L without a cache.
         edits: int64 [B], tokens that were replaced after they were fixed.
+        cache_bytes: the most that the cache of the batch took, as it is stored between forwards; 0 without one.
     """
 
     ids: Tensor
@@ -113,6 +114,7 @@ class Trajectory:
     evaluations: Tensor
     computed: int
     edits: Tensor
+    cache_bytes: int = 0
 
     @property
     def generated(self) -> Tensor:
@@ -288,7 +290,8 @@ def _join(found: list[tuple[list[int], Trajectory]], spec: DiffusionSpec) -> Tra
     nfe = sum(t.nfe for _, t in found)
     computed = sum(t.computed * len(numbers) for numbers, t in found) // rows
     weighted = sum(t.tokens_per_forward * len(numbers) for numbers, t in found) / rows
-    return Trajectory(ids, longest, nfe, committed_at, weighted, evaluations, computed, edits)
+    held = max(t.cache_bytes for _, t in found)
+    return Trajectory(ids, longest, nfe, committed_at, weighted, evaluations, computed, edits, held)
 
 
 def drive(steps: Steps, on_step: OnStep | None) -> Trajectory:
@@ -383,7 +386,8 @@ class Ledger:
         committed = (self.committed_at[:, : canvas.shape[1]] >= 0).sum().item() / canvas.shape[0]
         rate = committed / net.nfe if net.nfe else 0.0
         at = self.committed_at[:, prompt : canvas.shape[1]]
-        return Trajectory(canvas, prompt, net.nfe, at, rate, self._evaluations, net.computed, self._edits)
+        counts = (net.computed, self._edits, net.cache_bytes)
+        return Trajectory(canvas, prompt, net.nfe, at, rate, self._evaluations, *counts)
 
 
 def check_positive(options: object, *names: str) -> None:

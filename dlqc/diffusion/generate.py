@@ -41,6 +41,7 @@ class Generation:
         nfe: network evaluations that the prompt needed; a guided step counts two.
         tokens_per_forward: generated tokens per network evaluation.
         seconds: wall time of the sampler, of the whole batch.
+        cache_bytes: the most that the cache of the whole batch took, as it is stored between forwards; 0 without one.
     """
 
     text: str
@@ -49,6 +50,7 @@ class Generation:
     nfe: int
     tokens_per_forward: float
     seconds: float
+    cache_bytes: int = 0
 
     def __str__(self) -> str:
         return self.text
@@ -196,6 +198,7 @@ def _generation(job: _Job, result: Trajectory, row: int, seconds: float) -> Gene
         nfe=nfe,
         tokens_per_forward=int((result.committed_at[row] >= 0).sum()) / nfe if nfe else 0.0,
         seconds=seconds,
+        cache_bytes=result.cache_bytes,
     )
 
 

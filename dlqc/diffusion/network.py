@@ -16,7 +16,8 @@ from dlqc.diffusion.spec import DiffusionSpec
 from dlqc.errors import FeasibilityError
 
 if TYPE_CHECKING:
-    from dlqc.cached import CachedModel, KeyValueCache
+    from dlqc.cached import CachedModel
+    from dlqc.kv_cache import KeyValueCache
 
 
 class Network:
@@ -24,6 +25,7 @@ class Network:
 
     Attributes:
         nfe: forwards so far. computed: positions per row that went through them.
+        cache_bytes: the most that keys and values took, as they are stored between forwards.
 
     Args:
         canvas: int64 [B, L], of the size that will be asked about.
@@ -47,7 +49,7 @@ class Network:
             self._graph = cached_model(model, spec)
         if cache and self._graph is not None:
             self._cache = self._graph.new_cache(*canvas.shape)
-        self.nfe = self.computed = 0
+        self.nfe = self.computed = self.cache_bytes = 0
 
     def full(self, canvas: Tensor, *, given: Tensor | None = None, scale: float = 0.0) -> Tensor:
         """Logits [B, L, V] of the whole canvas, guided where `scale` is not 0 (see `guided_logits`)."""
@@ -69,7 +71,9 @@ class Network:
         assert self._cache is not None
         first = start - 1 if self._spec.shift and start else start
         self._count(stop - first, 1)
-        rows = self._graph.step(canvas[:, first:stop], first, self._cache, total=total, visible=self._visible)
+        window = canvas[:, first:stop]
+        rows = self._graph.step(window, first, self._cache, total=total, visible=self._visible, canvas=canvas)
+        self.cache_bytes = max(self.cache_bytes, self._cache.nbytes)
         if not self._spec.shift:
             return rows
         return rows[:, :-1] if first < start else torch.cat([rows[:, :1], rows[:, :-1]], dim=1)

@@ -33,6 +33,7 @@ from dlqc.formats.integer import IntFormat
 from dlqc.formats.packing import pack, unpack
 from dlqc.graph import (
     ADDED_BIAS,
+    CODED_LINEARS,
     HEAD_QUANTIZERS,
     act_format,
     activation_quantizer,
@@ -45,8 +46,8 @@ from dlqc.graph import (
 )
 from dlqc.ops import (
     ATTENTION,
+    CACHED,
     EMBEDDING_PACKED,
-    LINEAR_CODED,
     LINEAR_PACKED,
     LINEAR_Q,
     LOW_RANK,
@@ -112,7 +113,7 @@ def check_exportable(model: Compiled) -> list[Site]:
     coded = [
         f"{constant_name(args_of(n)[1][0])}".rpartition(".")[0] + f" is stored as {decode(args_of(n)[3]).label}"
         for n in model.graph.nodes
-        if is_call(n, LINEAR_CODED)
+        if is_call(n, *CODED_LINEARS)
     ]
     if coded:
         raise ExportError(
@@ -142,6 +143,7 @@ def check_exportable(model: Compiled) -> list[Site]:
     problems += [f"{s.name} has {s.act.sets} sets of input scales" for s in sites if s.act and s.act.sets > 1]
     problems += _more_scales_than_one(model.graph)
     problems += [f"%{n.name} quantizes in an attention" for n in model.graph.nodes if is_call(n, *IN_ATTENTION)]
+    problems += [f"%{n.name} stores a cache in few bits" for n in model.graph.nodes if is_call(n, CACHED)]
     if problems:
         raise ExportError(
             "; ".join(problems[:8]), where="compressed-tensors", remedy="Use save(), which holds any graph"

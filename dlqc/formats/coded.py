@@ -24,6 +24,7 @@ from dlqc.formats.contract import Part, StoredWeight, WeightFormat
 from dlqc.formats.fp8 import Fp8Format
 from dlqc.formats.lattice import LatticeFormat
 from dlqc.formats.microscaling import MicroscalingFormat
+from dlqc.formats.nested import NestedFormat
 from dlqc.formats.nf4 import Nf4Format
 from dlqc.formats.offset import OffsetFormat
 from dlqc.formats.planes import PlanesFormat
@@ -37,6 +38,7 @@ CodedFormat = (
     | MicroscalingFormat
     | LatticeFormat
     | OffsetFormat
+    | NestedFormat
     | SparseFormat
 )
 CLASSES: dict[str, type[Any]] = {cls.name: cls for cls in typing.get_args(CodedFormat)}

@@ -17,6 +17,7 @@ from dlqc.formats.fp8 import Fp8Format
 from dlqc.formats.integer import Clip, IntFormat
 from dlqc.formats.lattice import LatticeFormat
 from dlqc.formats.microscaling import MicroscalingFormat
+from dlqc.formats.nested import NestedFormat
 from dlqc.formats.nf4 import Nf4Format
 from dlqc.formats.offset import OffsetFormat
 from dlqc.formats.planes import PlanesFormat
@@ -44,6 +45,7 @@ class Rtn(Rounding):
         LatticeFormat,
         PlanesFormat,
         OffsetFormat,
+        NestedFormat,
         SparseFormat,
     )
 
