@@ -15,14 +15,14 @@ from dlqc.study.losses import Losses, Place, losses_of
 from dlqc.study.spec import Study
 
 #: Classes of a loss in percent of the reference's score.
-UNDER, BETWEEN, OVER = "under 1 %", "1–4 %", "over 4 %"
+UNDER, BETWEEN, OVER = "under 1 %", "1 to 4 %", "over 4 %"
 
 
 def degradation(loss: float) -> str:
     """The class of a loss in percent, as QDLM draws the lines.
 
     >>> [degradation(loss) for loss in (-3.0, 0.99, 1.0, 4.0, 4.1)]
-    ['under 1 %', 'under 1 %', '1–4 %', '1–4 %', 'over 4 %']
+    ['under 1 %', 'under 1 %', '1 to 4 %', '1 to 4 %', 'over 4 %']
     """
     return UNDER if loss < 1 else BETWEEN if loss <= 4 else OVER
 
@@ -126,7 +126,7 @@ class Summary:
         categories = list(dict.fromkeys(task.category for task in self.study.tasks.values()))
         lines = [
             "Loss in percent of those scores, with 95 % intervals, paired item by item; a loss below zero is a gain. Class: under "
-            "1 %, 1–4 %, over 4 %, of the mean over tasks; \\* where the interval reaches into another class. KL from the model "
+            "1 %, 1 to 4 %, over 4 %, of the mean over tasks; \\* where the interval reaches into another class. KL from the model "
             "as it is, in nats per masked token.",
             "",
             f"| model | bits | method | {' | '.join(categories)} | all tasks | class | KL | bits a weight |",
@@ -197,4 +197,3 @@ def _score(found: dict[str, Any]) -> Interval:
 
 def _plain(value: Interval | None) -> dict[str, float] | None:
     return None if value is None else {"mean": value.mean, "low": value.low, "high": value.high}
-
