@@ -1,13 +1,13 @@
-"""`dlqc study`: a grid of recipes on models and tasks, from a file."""
+"""`dlqc study`: a grid of recipes on models and tasks, from a file. `dlqc finetune`: recover what one of them cost."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 
-from dlqc.cli_common import Json, print_json, screen
+from dlqc.cli_common import Backend, Bidirectional, Folder, Json, Trust, load_original, print_json, screen
 
 
 def study_command(
@@ -37,3 +37,49 @@ def study_command(
     screen.print(summary.render(), highlight=False, markup=False)
     for path in paths:
         screen.print(f"wrote {path}", highlight=False, markup=False)
+
+
+def finetune_command(
+    folder: Folder,
+    out: Annotated[Path, typer.Option("--out", "-o", help="folder to write")],
+    text: Annotated[Path, typer.Option(help="text file to learn from; an eighth of its rows is set aside to judge by")],
+    teacher: Annotated[
+        str | None, typer.Option(help="the model before quantization, to learn from its probabilities, too")
+    ] = None,
+    learn: Annotated[str, typer.Option(help="codes (and scales), scales, or lora: a correction of low rank")] = "codes",
+    steps: Annotated[int, typer.Option(help="steps of Adam")] = 100,
+    batch: Annotated[int, typer.Option(help="rows a step")] = 8,
+    lr: Annotated[float | None, typer.Option(help="learning rate; one that needs no search where absent")] = None,
+    distill: Annotated[
+        float | None, typer.Option(help="share of the teacher in the loss, 0 to 1; 0.5 with a teacher")
+    ] = None,
+    rank: Annotated[int, typer.Option(help="of corrections, for lora")] = 16,
+    dtype: Annotated[str, typer.Option(help="of their factors: bfloat16, float16 or int8")] = "bfloat16",
+    seed: Annotated[int, typer.Option(help="of rows and masks")] = 0,
+    backend: Backend = "auto",
+    trust_remote_code: Trust = False,
+    bidirectional: Bidirectional = False,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune an artifact with the masked-diffusion loss, and save it as another."""
+    from dlqc.artifact import load, refuse_foreign
+    from dlqc.finetune import Finetune, finetune
+
+    chosen = cast(Any, learn)
+    how = Finetune(chosen, steps, batch, lr, distill, rank, dtype, seed=seed)
+    refuse_foreign(out)
+    start = load(folder, backend=backend)
+    known = load_original(teacher, trust_remote_code, bidirectional) if teacher else None
+
+    def tell(step: int, loss: float) -> None:
+        typer.echo(f"step {step}: loss {loss:.4f} on the rows set aside", err=True)
+
+    made = finetune(start, text, how, teacher=cast(Any, known), tell=tell)
+    saved = made.save(out)
+    if as_json:
+        print_json(made.report.to_plain() | {"folder": str(saved.folder), "files": saved.files})
+        return
+    screen.print(made.explain(), highlight=False, markup=False)
+    screen.print(
+        f"saved {saved.folder} ({saved.bytes / 1e6:.2f} MB); deviation after reloading {saved.reload_deviation:.1e}"
+    )

@@ -3,12 +3,12 @@
     loss = mean over rows, mean over l masked tokens of  (1 - d)·(-log p(token)) + d·KL(teacher ‖ model),   l uniform on 1..L
 
 LLaDA's loss (Nie et al., arXiv 2502.09992, eq. 6), with the model before quantization as a teacher where there is one; d is the
-share of the teacher. What is learned is in `dlqc.trainable`. l is drawn in as many strata as a step has rows. Adam (Kingma and Ba,
-arXiv 1412.6980), the rate warming up over the first twentieth and falling linearly to zero.
+share of the teacher. What is learned is in `dlqc.trainable`. l is drawn in as many strata as a step has rows. Adam (Kingma and
+Ba, arXiv 1412.6980), the rate warming up over the first twentieth and falling linearly to zero.
 
 Rows are set aside, and the loss on them is looked at now and then with the same masks: the best look is what is kept, the start
-among them, so the result is never worse than its start on those rows. All of it is float32 on the device of the weights; memory is
-sixteen bytes for a weight whose code is learned, and the states of one batch.
+among them, so the result is never worse than its start on those rows. All of it is float32 on the device of the weights; memory
+is sixteen bytes for a weight whose code is learned, and the states of one batch.
 
 What comes out is a compiled model like any other. Its recipe is still that of the start: `report` tells of the fine-tuning.
 """

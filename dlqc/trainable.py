@@ -16,7 +16,6 @@ Shapes: x [..., K], N output features, G groups, r the rank.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -242,18 +241,17 @@ def _with_correction(y: Tensor, x: Tensor, left: Tensor, right: Tensor) -> Tenso
 
 def _let_through(graph: fx.Graph, node: fx.Node) -> None:
     """A quantizer whose gradient is the identity, or for dynamic ones also that of the step."""
-    rounding: Callable[..., Tensor]
-    if is_call(node, QUANTIZE_ACT):
-        x, bits, group, symmetric = args_of(node)
-        rounding, rest = partial(quantized_activations, fmt=ActFormat(bits, group or None, bool(symmetric))), ()
-    else:
-        op: Any = node.target
-        x, *others = args_of(node)
-        rounding, rest = partial(_through, op), tuple(others)
     with graph.inserting_before(node):
-        new = graph.call_function(rounding, (x, *rest))
+        if is_call(node, QUANTIZE_ACT):
+            new = graph.call_function(_dynamic, args_of(node))
+        else:
+            new = graph.call_function(_through, (node.target, *args_of(node)))
     new.meta["val"] = node.meta["val"]
     replace(node, new)
+
+
+def _dynamic(x: Tensor, bits: int, group: int, symmetric: bool) -> Tensor:
+    return quantized_activations(x, ActFormat(bits, group or None, symmetric))
 
 
 def _through(op: Callable[..., Tensor], x: Tensor, *rest: Any) -> Tensor:

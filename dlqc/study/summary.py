@@ -125,9 +125,9 @@ class Summary:
     def _table(self) -> list[str]:
         categories = list(dict.fromkeys(task.category for task in self.study.tasks.values()))
         lines = [
-            "Loss in percent of those scores, with 95 % intervals, paired item by item; a loss below zero is a gain. Class: under "
-            "1 %, 1 to 4 %, over 4 %, of the mean over tasks; \\* where the interval reaches into another class. KL from the model "
-            "as it is, in nats per masked token.",
+            "Loss in percent of those scores, with 95 % intervals, paired item by item; a loss below zero is a gain. The class "
+            "is that of the mean over tasks, with \\* where the interval reaches into another. KL from the model as it is, in "
+            "nats per masked token.",
             "",
             f"| model | bits | method | {' | '.join(categories)} | all tasks | class | KL | bits a weight |",
             f"|---|---|---|{'--:|' * (len(categories) + 1)}---|--:|--:|",
