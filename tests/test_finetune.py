@@ -12,22 +12,20 @@ import pytest
 import torch
 
 import dlqc
-from dlqc.artifact import verify
+from dlqc.artifact import save, verify
 from dlqc.cli import main
 from dlqc.compiled import Compiled
 from dlqc.diffusion.masking import generator
 from dlqc.errors import CalibrationError, FeasibilityError, RecipeError
 from dlqc.evaluate import bundled_text, rows_to_measure
 from dlqc.finetune import Finetune, _Loss, finetune
+from dlqc.models.describe import spec_of
 
 
 @pytest.fixture(scope="module")
 def text() -> torch.Tensor:
     model = dlqc.load_model("tiny-llada")
-    words = dlqc.load_tokenizer(model)
-    from dlqc.models.describe import spec_of
-
-    return rows_to_measure(words, spec_of(model), bundled_text("calib"), length=32)[:40]
+    return rows_to_measure(dlqc.load_tokenizer(model), spec_of(model), bundled_text("calib"), length=32)[:40]
 
 
 @pytest.fixture(scope="module")
@@ -62,15 +60,13 @@ def test_the_loss(full: Compiled, w2: Compiled, text: torch.Tensor, share: float
     assert found == pytest.approx(total, rel=1e-5)
 
 
-@pytest.mark.parametrize(("learn", "least"), [("codes", 0.08), ("scales", 0.01), ("lora", 0.05)])
-def test_the_loss_falls(
-    w2: Compiled, full: Compiled, text: torch.Tensor, learn: Any, least: float, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("learn", "left"), [("codes", 0.8), ("scales", 0.95), ("lora", 0.85)])
+def test_the_loss_falls(w2: Compiled, full: Compiled, text: torch.Tensor, learn: Any, left: float) -> None:
     looks: list[tuple[int, float]] = []
-    how = Finetune(learn=learn, steps=6, batch=4, looks=2)
+    how = Finetune(learn=learn, steps=6, batch=8, looks=2, distill=1.0)
     made = finetune(w2, text, how, teacher=full, tell=lambda *look: looks.append(look))
     assert [step for step, _ in looks] == [0, 3, 6]
-    assert looks[0][1] - looks[-1][1] > least
+    assert looks[-1][1] < left * looks[0][1]
     step = next(s for s in made.report.steps if s.name == "finetune")
     assert (step.metrics["loss_start"], step.metrics["loss"]) == (looks[0][1], min(loss for _, loss in looks))
     assert [s.name for s in made.report.steps][-2:] == ["finetune", "lower"]
@@ -78,18 +74,10 @@ def test_the_loss_falls(
     extra = made.report.storage.bits - w2.report.storage.bits
     ranks = sum(16 * 16 * (n + k) for n, k in [(256, 256)] * 4 * 4 + [(768, 256)] * 2 * 4 + [(256, 768)] * 4)
     assert extra == made.report.storage.bits_quantized - w2.report.storage.bits_quantized == (learn == "lora") * ranks
-    if learn == "lora":
-        saved = made.save(tmp_path / "a")
-        assert saved.reload_deviation < 1e-5
-        checked = verify(tmp_path / "a", backend="reference")
-        assert checked["deviation"] == 0
-        again = dlqc.load(tmp_path / "a", backend="reference")
-        assert torch.equal(again(text[:1]), made(text[:1]))
-        assert again.report.steps[-2].name == "finetune"
 
 
 def test_it_never_gets_worse_on_what_was_set_aside(w2: Compiled, text: torch.Tensor) -> None:
-    made = finetune(w2, text[:9], Finetune(steps=2, batch=2, lr=50.0, learn="scales"))
+    made = finetune(w2, text[:9], Finetune(steps=2, batch=2, lr=1.0, learn="scales"))
     step = next(s for s in made.report.steps if s.name == "finetune")
     assert step.metrics["loss"] == step.metrics["loss_start"]
     assert step.notes[0].startswith("fine-tuning found nothing better than the start on the rows set aside")
@@ -125,9 +113,10 @@ def test_what_cannot_be_tuned(w2: Compiled, text: torch.Tensor) -> None:
 def test_the_command(
     w2: Compiled, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    w2.save(tmp_path / "w2")
-    arguments = ["finetune", str(tmp_path / "w2"), "-o", str(tmp_path / "tuned"), "--text", str(bundled_text("calib"))]
-    arguments += ["--learn", "scales", "--steps", "1", "--batch", "1", "--backend", "reference", "--json"]
+    save(w2, tmp_path / "w2", verify_reload=False)
+    (tmp_path / "text.txt").write_text(bundled_text("calib").read_text("utf-8")[:2500], "utf-8")
+    arguments = ["finetune", str(tmp_path / "w2"), "-o", str(tmp_path / "tuned"), "--text", str(tmp_path / "text.txt")]
+    arguments += ["--learn", "lora", "--steps", "1", "--batch", "2", "--backend", "reference", "--json"]
     monkeypatch.setattr(sys, "argv", ["dlqc", *arguments])
     with pytest.raises(SystemExit) as stop:
         main()
@@ -135,4 +124,8 @@ def test_the_command(
     printed = capsys.readouterr()
     assert [s["name"] for s in json.loads(printed.out)["steps"]][-2:] == ["finetune", "lower"]
     assert "step 1: loss" in printed.err
-    assert dlqc.load(tmp_path / "tuned").recipe == w2.recipe
+    assert verify(tmp_path / "tuned", backend="reference")["deviation"] == 0
+    tuned = dlqc.load(tmp_path / "tuned", backend="reference")
+    assert tuned.recipe == w2.recipe
+    assert tuned.report.steps[-2].name == "finetune"
+    assert sum(".low_rank." in name for name in tuned.weights) == 2 * 28

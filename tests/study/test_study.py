@@ -227,11 +227,8 @@ def test_a_local_ray_cluster() -> None:
     pytest.importorskip("ray")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert dict(spread(measured_elsewhere, [{"x": 3}, {"x": 4}], ray="local")) == {0: {"x": 9}, 1: {"x": 16}}
-
-
-def measured_elsewhere(job: dict[str, Any]) -> dict[str, Any]:
-    return {"x": job["x"] ** 2}
+        found = spread(lambda job: {"x": job["x"] ** 2}, [{"x": 3}, {"x": 4}], ray="local")
+        assert dict(found) == {0: {"x": 9}, 1: {"x": 16}}
 
 
 def test_a_real_cell(tmp_path: Path) -> None:
