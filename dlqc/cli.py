@@ -1,4 +1,5 @@
-"""The command line: compile, plan, recommend, generate, eval, bisect, study, finetune, report, explain, export, verify, doctor.
+"""The command line: compile, plan, recommend, generate, eval, lm-eval, bisect, study, finetune, report, explain, export, verify,
+doctor.
 
 Every verb takes `--json` and then prints one JSON object and nothing else. An error is one line on the error stream and exit
 status 2; it says what, where, why and what to do.
@@ -28,7 +29,7 @@ from dlqc.cli_common import (
 from dlqc.cli_common import load_any as _any
 from dlqc.cli_common import load_original as _model
 from dlqc.cli_common import print_json as _print_json
-from dlqc.cli_study import finetune_command, study_command
+from dlqc.cli_study import finetune_command, lm_eval_command, study_command
 from dlqc.errors import DlqcError, FeasibilityError, ModelError, RecipeError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -458,6 +459,7 @@ def _numbers(text: str, where: str) -> list[float]:
 
 app.command("study")(study_command)
 app.command("finetune")(finetune_command)
+app.command("lm-eval")(lm_eval_command)
 
 
 def main() -> None:

@@ -1,4 +1,5 @@
-"""`dlqc study`: a grid of recipes on models and tasks, from a file. `dlqc finetune`: recover what one of them cost."""
+"""`dlqc study`: a grid of recipes on models and tasks, from a file. `dlqc finetune`: recover what one of them cost.
+`dlqc lm-eval`: tasks of EleutherAI's harness."""
 
 from __future__ import annotations
 
@@ -7,7 +8,20 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from dlqc.cli_common import Backend, Bidirectional, Folder, Json, Trust, load_original, print_json, screen
+from dlqc.cli_common import (
+    Backend,
+    Bidirectional,
+    Folder,
+    Json,
+    MaskId,
+    SamplerText,
+    Source,
+    Trust,
+    load_any,
+    load_original,
+    print_json,
+    screen,
+)
 
 
 def study_command(
@@ -83,3 +97,44 @@ def finetune_command(
     screen.print(
         f"saved {saved.folder} ({saved.bytes / 1e6:.2f} MB); deviation after reloading {saved.reload_deviation:.1e}"
     )
+
+
+def lm_eval_command(
+    model: Source,
+    tasks: Annotated[str, typer.Option(help="names of the harness, with commas")],
+    shots: Annotated[int | None, typer.Option(help="examples in the prompts; QDLM's where absent")] = None,
+    limit: Annotated[int | None, typer.Option(help="documents of each task at most")] = None,
+    include: Annotated[Path | None, typer.Option(help="folder of further task files")] = None,
+    mc_num: Annotated[int | None, typer.Option(help="masks an answer; QDLM's where absent")] = None,
+    sampler: SamplerText = None,
+    cfg_scale: Annotated[float, typer.Option(help="guidance of likelihoods")] = 0.0,
+    check_greedy: Annotated[bool, typer.Option("--check-greedy", help="also say which answers are greedy")] = False,
+    batch_size: Annotated[int, typer.Option(help="masks a forward")] = 32,
+    seed: Annotated[int, typer.Option(help="of masks and noise")] = 0,
+    backend: Backend = "auto",
+    mask_id: MaskId = None,
+    trust_remote_code: Trust = False,
+    bidirectional: Bidirectional = False,
+    as_json: Json = False,
+) -> None:
+    """Run tasks of lm-evaluation-harness; needs dlqc[lm-eval]."""
+    from dlqc.integrations.lm_eval import evaluate, need_lm_eval
+    from dlqc.models.describe import spec_of
+
+    need_lm_eval()
+    manager = None
+    if include is not None:
+        from lm_eval.tasks import TaskManager
+
+        manager = TaskManager(include_path=str(include))
+    loaded = load_any(model, backend, trust_remote_code, bidirectional)
+    options: dict[str, Any] = {"sampler": sampler, "mc_num": mc_num, "cfg_scale": cfg_scale, "seed": seed}
+    options |= {"check_greedy": check_greedy, "batch_size": batch_size, "spec": spec_of(loaded, mask_id=mask_id)}
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    found = evaluate(loaded, names, shots=shots, limit=limit, task_manager=manager, **options)
+    if as_json:
+        print_json(found)
+        return
+    for task, metrics in found.items():
+        for name, value in metrics.items():
+            screen.print(f"{task}  {name}  {value}", highlight=False, markup=False)

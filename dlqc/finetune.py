@@ -40,7 +40,7 @@ from dlqc.recipe import pass_class
 from dlqc.report import Report, Step
 from dlqc.trainable import Learn, Trainable
 
-#: Learning rates that need no search: per step of the grid (codes), relative (scales), of the factors (lora).
+#: Learning rates that need no search: in steps of the grid and relative (codes), relative (scales), of the factors (lora).
 RATES = {"codes": 0.02, "scales": 2e-3, "lora": 2e-3}
 
 Tell = Callable[[int, float], None]
@@ -108,8 +108,9 @@ def finetune(
         CalibrationError: too little text, or the loss is no longer finite.
     """
     how, started = options or Finetune(), time.perf_counter()
-    if not isinstance(model, Compiled):
-        what = f"a {type(model).__name__} is not compiled"
+    given: object = model
+    if not isinstance(given, Compiled):
+        what = f"a {type(given).__name__} is not compiled"
         raise FeasibilityError(what, where="model", remedy="Give what dlqc.compile or dlqc.load returned")
     if how.distill and teacher is None:
         what = f"distill={how.distill:g} learns from a teacher, and there is none"
@@ -158,9 +159,8 @@ def _train(
 
     def look(step: int) -> float:
         with torch.no_grad():
-            parts = [
-                loss(part, generator(how.seed, "aside", i)) * len(part) for i, part in enumerate(aside.split(how.batch))
-            ]
+            cuts = [aside[i : i + how.batch] for i in range(0, len(aside), how.batch)]
+            parts = [loss(part, generator(how.seed, "aside", i)) * len(part) for i, part in enumerate(cuts)]
             found = float(sum(parts)) / len(aside)
         if not math.isfinite(found):
             what = f"the loss is {found} at step {step}"
@@ -176,10 +176,11 @@ def _train(
         chosen = rows[torch.randint(0, len(rows), (how.batch,), generator=rng)]
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, (step + 1) / max(1, how.steps / 20)) * (1 - step / how.steps)
-        optimizer.zero_grad(set_to_none=True)
         with torch.enable_grad():
             value = loss(chosen, rng)
-            value.backward()
+            gradients = torch.autograd.grad(value, parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         if step + 1 in looks and (now := look(step + 1)) < best:

@@ -79,7 +79,8 @@ class IntegerSite:
         """ŵ [N, K], differentiable."""
         code = straight_through(self.v.clamp(0, self.format.top), torch.round)
         scale = self.scale()
-        return ((code.reshape(*scale.shape, -1) - self.zero) * scale.unsqueeze(-1)).reshape(self.v.shape)
+        value: Tensor = ((code.reshape(*scale.shape, -1) - self.zero) * scale.unsqueeze(-1)).reshape(self.v.shape)
+        return value
 
     @torch.no_grad()
     def write(self, weights: Weights) -> None:
@@ -152,7 +153,8 @@ class Trainable:
 
     def parameters(self) -> list[Tensor]:
         """Everything that is learned, float32."""
-        return [p for one in (*self.integers.values(), *self.factors.values()) for p in one.parameters()]
+        found = [p for site in self.integers.values() for p in site.parameters()]
+        return found + [p for one in self.factors.values() for p in one.parameters()]
 
     def __call__(self, ids: Tensor) -> Tensor:
         """Logits [B, L, V] of ids [B, L], with gradients where they are enabled."""
@@ -245,7 +247,8 @@ def _let_through(graph: fx.Graph, node: fx.Node) -> None:
         if is_call(node, QUANTIZE_ACT):
             new = graph.call_function(_dynamic, args_of(node))
         else:
-            new = graph.call_function(_through, (node.target, *args_of(node)))
+            op: Any = node.target
+            new = graph.call_function(_through, (op, *args_of(node)))
     new.meta["val"] = node.meta["val"]
     replace(node, new)
 

@@ -4,36 +4,22 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small_llada import small_llada
 
 from dlqc.compile import compile
 from dlqc.compiled import Compiled
 from dlqc.errors import FeasibilityError
 from dlqc.execute import forward
-from dlqc.models.llada import LLaDAConfig, LLaDAModelLM
 from dlqc.trainable import IntegerSite, Trainable
 
-VOCAB, MASK = 61, 60
+VOCAB = 61
 W2 = "quantize_weights(bits=2, group_size=8, method=rtn), pack, lower"
 W4A4 = "quantize_weights(group_size=None, symmetric=True, method=rtn), quantize_activations(bits=4), pack, lower"
 NF4 = "quantize_weights(method=rtn, format=nf4(block=16, scale_block=16)), lower"
 
 
-def tiny(layers: int = 2) -> LLaDAModelLM:
-    torch.manual_seed(0)
-    config = LLaDAConfig(
-        d_model=16,
-        n_layers=layers,
-        n_heads=2,
-        mlp_hidden_size=32,
-        vocab_size=VOCAB,
-        max_sequence_length=32,
-        mask_token_id=MASK,
-    )
-    return LLaDAModelLM(config).eval()
-
-
 def compiled(recipe: str) -> Compiled:
-    return compile(tiny(), recipe, backend="reference", progress=False)
+    return compile(small_llada(VOCAB), recipe, backend="reference", progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +44,7 @@ def p8() -> Compiled:
 
 @pytest.fixture(scope="module", name="float")
 def no_passes() -> Compiled:
-    return compile(tiny(), (), backend="reference", progress=False)
+    return compile(small_llada(VOCAB), (), backend="reference", progress=False)
 
 
 def ids(rows: int = 3, length: int = 10) -> torch.Tensor:

@@ -110,7 +110,7 @@ class Harness:
         self.spec = spec or (held if isinstance(held, DiffusionSpec) else spec_of(model))  # type: ignore[arg-type]
         own = getattr(model, "tokenizer", None)
         known = own if own is not None else load_tokenizer(model) if isinstance(model, torch.nn.Module) else None
-        self.tokenizer = tokenizer if tokenizer is not None else known
+        self.tokenizer: Any = tokenizer if tokenizer is not None else known
         if self.tokenizer is None:
             raise ModelError("the model brings no tokenizer", where="tokenizer", remedy="Give tokenizer=")
         if self.spec.attention == "block-causal":

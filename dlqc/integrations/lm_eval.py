@@ -50,7 +50,8 @@ def evaluate(
     need_lm_eval()
     from lm_eval import simple_evaluate
 
-    lm, found = _lm_class()(model, **options), {}
+    lm = _lm_class()(model, **options)
+    found: dict[str, dict[str, Any]] = {}
     for task in tasks:
         protocol = protocol_of(task)
         wanted = shots if shots is not None else protocol.shots if protocol else None
@@ -88,13 +89,13 @@ def _lm_class() -> Callable[..., Any]:
             self.harness = Harness(model, **options)
 
         def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-            return [self.harness.score(*request.args, task=request.task_name) for request in requests]
+            return [self.harness.score(r.args[0], r.args[1], r.task_name) for r in requests]
 
         def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
             return [self.harness.rolling(*request.args) for request in requests]
 
         def generate_until(self, requests: list[Any]) -> list[str]:
-            return [self._complete(*request.args, task=request.task_name) for request in requests]
+            return [self._complete(r.args[0], r.args[1], r.task_name) for r in requests]
 
         def _complete(self, context: str, wanted: dict[str, Any], task: str | None) -> str:
             until = wanted.get("until") or []

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 _BANDS = ((-1e6, 1.0, "#e8f4e8"), (1.0, 4.0, "#fdf3dc"), (4.0, 1e6, "#fbe5e2"))
 #: Losses are linear below this many percent and logarithmic beyond.
 _LINEAR = 4.0
+_TICKS = (-100, -30, -10, -4, -1, 0, 1, 4, 10, 30, 100)
 
 
 def save_study(summary: Summary, folder: str | Path) -> list[Path]:
@@ -49,6 +50,9 @@ def study_figure(summary: Summary) -> Figure:
     axes[0].set_yscale("symlog", linthresh=_LINEAR)
     if extremes:
         axes[0].set_ylim(min(-2.0, 1.3 * min(extremes)), max(6.0, 1.3 * max(extremes)))
+    axes[0].set_yticks([t for t in _TICKS if not extremes or min(extremes) <= t <= max(extremes)])
+    axes[0].yaxis.set_major_formatter("{x:g}")
+    axes[0].minorticks_off()
     axes[-1].set_xticks(range(len(cells)), [f"{bits}\n{method}" for bits, method in cells], fontsize=8)
     axes[0].legend(fontsize=8, frameon=False, ncols=len(categories))
     figure.suptitle(f"{summary.study.name}: loss by cell, 95 % intervals; bands at 1 % and 4 %", fontsize=11)

@@ -165,7 +165,9 @@ class Summary:
 def summarize(study: Study, measured: Sequence[Measured]) -> Summary:
     """Sum up cells; those that were refused are listed and left out."""
     losses = losses_of({m.place: m.result for m in measured})
-    rows, scores, refused = [], {}, {}
+    rows: list[Row] = []
+    scores: dict[tuple[str, str], Interval] = {}
+    refused: dict[Place, str] = {}
     for one in measured:
         if "refused" in one.result:
             refused[one.place] = str(one.result["refused"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import dlqc
+from dlqc.cli import main
 from dlqc.diffusion.masking import generator
 from dlqc.diffusion.sampler_dream import DreamSampler
 from dlqc.diffusion.sampler_llada import LLaDASampler
@@ -198,7 +200,7 @@ def test_answers_that_are_too_long() -> None:
     )
 
 
-def test_without_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_lm_eval(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from dlqc.integrations import lm_eval as ours
 
     ours._lm_class.cache_clear()
@@ -208,6 +210,10 @@ def test_without_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
         ours.evaluate(toy, ["piqa"])
     with pytest.raises(FeasibilityError, match=message):
         from dlqc.integrations.lm_eval import DiffusionLM  # noqa: F401
+    monkeypatch.setattr(sys, "argv", ["dlqc", "lm-eval", "no-such-model", "--tasks", "piqa"])
+    with pytest.raises(SystemExit):
+        main()
+    assert re.search(message, capsys.readouterr().err)
     with pytest.raises(AttributeError, match="has no attribute 'Other'"):
         ours.Other  # noqa: B018
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ from typing import Any
 import pytest
 import yaml
 
+from dlqc.cli import main
 from dlqc.errors import ArtifactError, FeasibilityError, RecipeError
 from dlqc.study import cell as cell_module
 from dlqc.study.cell import cells_of
+from dlqc.study.figure import study_figure
 from dlqc.study.run import run_study
 from dlqc.study.spec import read_study
 from dlqc.study.spread import spread
@@ -32,7 +35,7 @@ MINI: dict[str, Any] = {
 
 def written(folder: Path, **changes: Any) -> Path:
     path = folder / "study.yaml"
-    path.write_text(yaml.safe_dump(MINI | changes))
+    path.write_text(yaml.safe_dump(MINI | changes, sort_keys=False))
     return path
 
 
@@ -177,6 +180,33 @@ def test_files_that_are_no_study(tmp_path: Path) -> None:
     (tmp_path / "list.yaml").write_text("[]")
     with pytest.raises(RecipeError, match=r"list\.yaml: Input should be a valid dictionary"):
         read_study(tmp_path / "list.yaml")
+
+
+def test_the_command_and_the_figure(
+    tmp_path: Path, faked: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = written(tmp_path)
+    arguments = ["dlqc", "study", str(path), "-o", str(tmp_path / "out"), "--figures"]
+    for extra in ([], ["--json"]):
+        monkeypatch.setattr(sys, "argv", arguments + extra)
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert not stop.value.code
+        printed = capsys.readouterr()
+    assert "3 of 3 cells are measured already" in printed.err
+    plain = json.loads(printed.out)
+    assert plain["figures"] == [str(tmp_path / "out" / "study.png")]
+    assert (tmp_path / "out" / "study.png").read_bytes().startswith(b"\x89PNG")
+    assert [cell["class"] for cell in plain["cells"]] == ["under 1 %", "over 4 %"]
+    assert {f["finding"].partition(":")[0] for f in plain["findings"]} == {"bit-width", "method", "task", "model type"}
+    figure = study_figure(run_study(read_study(path), tmp_path / "out"))
+    (ax,) = figure.axes
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["w4a16\nrtn", "w2a16\nrtn"]
+    assert ax.get_legend_handles_labels()[1] == ["general", "code"]
+    monkeypatch.setattr("dlqc.figures.find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        main()
+    assert "figures: matplotlib is not installed" in capsys.readouterr().err
 
 
 def test_the_example_is_a_study() -> None:
