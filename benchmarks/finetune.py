@@ -29,7 +29,7 @@ from dlqc.finetune import Finetune, finetune
 ARMS: dict[str, tuple[tuple[str, float], ...]] = {
     "w2a16-rtn": (("codes", 0.5), ("codes", 0.0), ("scales", 0.5), ("lora", 0.5)),
     "w2a16-gptq": (("codes", 0.5), ("lora", 0.5)),
-    "w4a4-rtn": (("codes", 0.5), ("scales", 0.5), ("lora", 0.5)),
+    "w4a4-rtn": (("codes", 0.5), ("scales", 0.5)),
 }
 
 

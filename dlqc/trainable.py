@@ -45,7 +45,7 @@ from dlqc.graph import (
     site_name,
     width,
 )
-from dlqc.ops import ATTENTION, LINEAR_CODED, LINEAR_PACKED, LOW_RANK, QUANTIZE_ACT
+from dlqc.ops import ATTENTION, EMBEDDING_PACKED, LINEAR_CODED, LINEAR_PACKED, LOW_RANK, QUANTIZE_ACT
 from dlqc.straight_through import quantized_activations, straight_through
 from dlqc.weights import Weights
 
@@ -136,11 +136,14 @@ class Trainable:
         self.factors: dict[str, Factors] = {}
         self._fixed: dict[str, Tensor] = {}
         rng = torch.Generator().manual_seed(seed)
+        tables = {constant_name(args_of(node)[1]) for node in graph.nodes if is_call(node, EMBEDDING_PACKED)}
         for node in graph.nodes:
             if is_call(node, LINEAR_PACKED, LINEAR_CODED) and site_name(node) not in {*self.integers, *self._fixed}:
                 name = site_name(node)
                 if is_call(node, LINEAR_PACKED):
-                    self.integers[name] = IntegerSite(node, weights, learn)
+                    # The codes of a tied head are those of the embedding, which no gradient reaches: they stay.
+                    tied = constant_name(args_of(node)[1]) in tables
+                    self.integers[name] = IntegerSite(node, weights, "lora" if tied else learn)
                 else:
                     parts = [weights.value(str(constant_name(part))) for part in args_of(node)[1]]
                     self._fixed[name] = weight_of(
@@ -202,12 +205,12 @@ class Trainable:
     def _training_graph(self) -> tuple[fx.Graph, Weights]:
         graph, weights = copy_graph(self._graph), self._weights.clone()
         for node in list(graph.nodes):
-            if is_call(node, LINEAR_PACKED, LINEAR_CODED):
+            if is_call(node, LINEAR_PACKED, LINEAR_CODED):  # all of them before the quantizers, which tell what x was
                 self._open(graph, weights, node)
-            elif is_call(node, *ACT_QUANTIZERS, *HEAD_QUANTIZERS):
-                _let_through(graph, node)
         for node in list(graph.nodes):
-            if is_call(node, LOW_RANK):
+            if is_call(node, *ACT_QUANTIZERS, *HEAD_QUANTIZERS):
+                _let_through(graph, node)
+            elif is_call(node, LOW_RANK):
                 y, x = args_of(node)[:2]
                 replace(node, _added(graph, weights, node, y, x, str(node.meta["site"])))
         return graph, weights

@@ -7,7 +7,7 @@ import torch
 from dlqc.models.llada import LLaDAConfig, LLaDAModelLM
 
 
-def small_llada(vocab: int = 61) -> LLaDAModelLM:
+def small_llada(vocab: int = 61, *, tied: bool = False) -> LLaDAModelLM:
     """Width 16; the last id is [MASK]; 14 linears in its blocks."""
     torch.manual_seed(0)
     config = LLaDAConfig(
@@ -19,5 +19,6 @@ def small_llada(vocab: int = 61) -> LLaDAModelLM:
         max_sequence_length=64,
         mask_token_id=vocab - 1,
         init_std=0.3,
+        weight_tying=tied,
     )
     return LLaDAModelLM(config).eval()
