@@ -1,4 +1,5 @@
-"""The command line: compile, plan, recommend, generate, eval, bisect, report, explain, export, verify, doctor.
+"""The command line: compile, plan, recommend, generate, eval, lm-eval, bisect, study, finetune, report, explain, export, verify,
+doctor.
 
 Every verb takes `--json` and then prints one JSON object and nothing else. An error is one line on the error stream and exit
 status 2; it says what, where, why and what to do.
@@ -6,34 +7,32 @@ status 2; it says what, where, why and what to do.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from torch import nn
 
+from dlqc.cli_common import (
+    Backend,
+    Bidirectional,
+    Folder,
+    Json,
+    MaskId,
+    Original,
+    RecipeOption,
+    SamplerText,
+    Source,
+    Trust,
+    screen,
+)
+from dlqc.cli_common import load_any as _any
+from dlqc.cli_common import load_original as _model
+from dlqc.cli_common import print_json as _print_json
+from dlqc.cli_study import finetune_command, lm_eval_command, study_command
 from dlqc.errors import DlqcError, FeasibilityError, ModelError, RecipeError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
-screen = Console(soft_wrap=True)
-
-Original = Annotated[str, typer.Argument(help="a model folder, a Hub id, or tiny-llada")]
-Source = Annotated[str, typer.Argument(help="a model folder, a Hub id, tiny-llada, or an artifact that dlqc saved")]
-Folder = Annotated[Path, typer.Argument(help="an artifact folder that dlqc saved")]
-Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
-Backend = Annotated[str, typer.Option(help="auto, reference or cpu")]
-MaskId = Annotated[int | None, typer.Option(help="token id of [MASK], where the model does not tell")]
-RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="a preset, a recipe file, or one line of passes")]
-Trust = Annotated[bool, typer.Option(help="run the checkpoint's own Python code")]
-Bidirectional = Annotated[bool, typer.Option(help="make a causal decoder see every position")]
-
-SamplerText = Annotated[
-    str | None,
-    typer.Option("--sampler", "-s", help="such as llada(steps=32) or fast_dllm(cache='dual', threshold=0.8)"),
-]
 
 
 @app.command("compile")
@@ -454,22 +453,6 @@ def doctor(as_json: Json = False) -> None:
             screen.print(f"  {key}: {value}", highlight=False, markup=False)
 
 
-def _model(source: str, trust_remote_code: bool, bidirectional: bool, meta: bool = False) -> nn.Module:
-    from dlqc.models.load import load_model
-
-    both = True if bidirectional else None
-    return load_model(source, trust_remote_code=trust_remote_code, bidirectional=both, meta=meta)
-
-
-def _any(source: str, backend: str, trust_remote_code: bool = False, bidirectional: bool = False) -> nn.Module:
-    """An artifact if the folder holds one, else a model."""
-    if (Path(source) / "manifest.json").is_file():
-        from dlqc.artifact import load
-
-        return load(source, backend=backend)
-    return _model(source, trust_remote_code, bidirectional)
-
-
 def _numbers(text: str, where: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",") if part.strip()]
@@ -479,8 +462,9 @@ def _numbers(text: str, where: str) -> list[float]:
         ) from None
 
 
-def _print_json(data: Any) -> None:
-    typer.echo(json.dumps(data, indent=1, default=str))
+app.command("study")(study_command)
+app.command("finetune")(finetune_command)
+app.command("lm-eval")(lm_eval_command)
 
 
 def main() -> None:

@@ -63,16 +63,16 @@ def save_figures(study: OutlierStudy, folder: str | Path) -> list[Path]:
     sites = dict.fromkeys(s.site for s in study.surfaces)
     for number, site in enumerate(sites, 1):
         figures[f"surface-{number}"] = surfaces_of([s for s in study.surfaces if s.site == site])
-    return _save(figures, Path(folder))
+    return save_all(figures, Path(folder))
 
 
 def save_pareto(found: Pareto, folder: str | Path) -> list[Path]:
     """Draw a frontier into a folder, as `save_figures` does."""
     need_matplotlib()
-    return _save({"pareto": frontier_figure(found)}, Path(folder))
+    return save_all({"pareto": frontier_figure(found)}, Path(folder))
 
 
-def _save(figures: dict[str, Figure], target: Path) -> list[Path]:
+def save_all(figures: dict[str, Figure], target: Path) -> list[Path]:
     paths = []
     try:
         target.mkdir(parents=True, exist_ok=True)
@@ -99,7 +99,7 @@ def layers_by_ratio(stages: Sequence[OutlierReport], measure: str) -> Figure:
     layers = sorted({s.layer for s in stages[0].sites if s.layer is not None}) or [0]
     height = max(1.3, min(0.28 * len(layers) + 0.5, 4.0))
     count = len(stages) * len(ROWS)
-    figure = _figure(2.5 * len(kinds) + 2.2, height * count + 0.55 * count + 0.9)
+    figure = new_figure(2.5 * len(kinds) + 2.2, height * count + 0.55 * count + 0.9)
     axes = figure.subplots(count, len(kinds), squeeze=False, sharex=True, sharey=True)
     grids = {
         (i, k): _grid(stages[i // 2], kind, layers, ROWS[i % 2], value)
@@ -145,7 +145,7 @@ def layers_by_ratio(stages: Sequence[OutlierReport], measure: str) -> Figure:
 def crest_by_stage(stages: Sequence[OutlierReport]) -> Figure:
     """Crest by kind of site, one mark a stage: median over layers and mask ratios, with the range over them."""
     kinds = stages[0].kinds
-    figure = _figure(max(7.0, 1.7 * len(kinds) + 2.5), 4.6)
+    figure = new_figure(max(7.0, 1.7 * len(kinds) + 2.5), 4.6)
     axes = figure.subplots(1, 2, sharey=True)
     for ax, rows in zip(axes, ROWS, strict=True):
         for i, stage in enumerate(stages):
@@ -186,7 +186,7 @@ def surfaces_of(panels: Sequence[Surface]) -> Figure:
     high = max(float(v.max()) for v in values)
     high = high if high > 0 else 1.0
     norm = LogNorm(vmin=high / 1e4, vmax=high)
-    figure = _figure(4.6 * len(panels) + 1.6, 5.2)
+    figure = new_figure(4.6 * len(panels) + 1.6, 5.2)
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     image = None
     for ax, panel, value in zip(axes, panels, values, strict=True):
@@ -221,7 +221,7 @@ _IN_NATS = ("kl", "fisher")
 def frontier_figure(found: Pareto) -> Figure:
     """Bits per quantized weight against what an assignment costs, predicted and measured; the uniform ones by name."""
     alone = found.metric in _IN_NATS or not found.measured
-    figure = _figure(8.0 if alone else 12.0, 5.0)
+    figure = new_figure(8.0 if alone else 12.0, 5.0)
     axes = figure.subplots(1, 1 if alone else 2, squeeze=False)[0]
     predicted, measured = axes[0], axes[-1]
     positive = [p for p in found.points if p.predicted > 0]
@@ -267,7 +267,7 @@ def _with_intervals(ax: Any, points: Sequence[Point], mark: str, color: str, lab
     ax.errorbar(*where, yerr=spread, fmt=mark, color=color, capsize=2, ms=5, label=f"{label} (95 % intervals)")
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")

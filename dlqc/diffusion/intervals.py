@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -54,6 +55,27 @@ def mean_interval(values: Tensor) -> Interval:
     half = t_quantile(count - 1) * float(data.std()) / math.sqrt(count)
     mean = float(data.mean())
     return Interval(mean, mean - half, mean + half, count)
+
+
+def stratified_interval(strata: Sequence[tuple[float, Tensor]]) -> Interval:
+    """Σ w·mean(x) over independent samples (w, x [n]), with its two-sided 95 % interval; x in one unit.
+
+    Welch (1947) and Satterthwaite (1946): the variance is Σ w²·s²/n, its degrees of freedom
+    (Σ w²·s²/n)² / Σ ((w²·s²/n)² / (n - 1)), rounded down. One sample of weight 1 gives `mean_interval`.
+
+    Returns:
+        the sum as `mean`; `count` is the size of all samples together.
+    """
+    if not strata or min(x.numel() for _, x in strata) < 2:
+        raise FeasibilityError(
+            "a sample of fewer than two values gives no interval", where="strata", remedy="Measure two rows or more"
+        )
+    parts = [(w * float(x.double().mean()), w * w * float(x.double().var()) / x.numel(), x.numel()) for w, x in strata]
+    mean, variance = sum(m for m, _, _ in parts), sum(v for _, v, _ in parts)
+    spread = sum(v * v / (n - 1) for _, v, n in parts)
+    freedom = int(variance * variance / spread * (1 + 1e-12)) if spread > 0 else sum(n - 1 for _, _, n in parts)
+    half = t_quantile(max(1, freedom)) * math.sqrt(variance)
+    return Interval(mean, mean - half, mean + half, sum(n for _, _, n in parts))
 
 
 @functools.cache

@@ -233,18 +233,33 @@ def exact_match(
         length: tokens of a packed row.
         batch_size: rows per forward.
     """
+    same: dict[str, Any] = {"items": items, "seed": seed, "steps": steps, "length": length, "batch_size": batch_size}
+    right = {name: int(answered(model, tokenizer, spec, name, **same).sum()) for name in tasks}
+    return {name: wilson(count, items) for name, count in right.items()}
+
+
+def answered(
+    model: LogitsFn,
+    tokenizer: Any,
+    spec: DiffusionSpec,
+    task: str,
+    *,
+    items: int = 100,
+    seed: int = 0,
+    steps: int = 4,
+    length: int = 256,
+    batch_size: int = 16,
+) -> Tensor:
+    """Which items of one task are answered exactly, bool [items]; arguments as of `exact_match`."""
     sampler = LLaDASampler(steps=steps)
-    score: dict[str, Interval] = {}
-    for name in tasks:
-        packed = pack(make_items(items, seed=seed, tasks=(name,)), tokenizer, length=length)
-        wrong: set[int] = set()
-        for start in range(0, packed.ids.shape[0], batch_size):
-            part = slice(start, start + batch_size)
-            canvas = packed.ids[part].masked_fill(packed.slots[part], spec.mask_id)
-            filled = sampler.fill(model, canvas.to(device_of(model)), spec, seed=seed).ids.cpu()
-            wrong.update(packed.owner[part][filled != packed.ids[part]].tolist())
-        score[name] = wilson(items - len(wrong), items)
-    return score
+    packed = pack(make_items(items, seed=seed, tasks=(task,)), tokenizer, length=length)
+    right = torch.ones(items, dtype=torch.bool)
+    for start in range(0, packed.ids.shape[0], batch_size):
+        part = slice(start, start + batch_size)
+        canvas = packed.ids[part].masked_fill(packed.slots[part], spec.mask_id)
+        filled = sampler.fill(model, canvas.to(device_of(model)), spec, seed=seed).ids.cpu()
+        right[packed.owner[part][filled != packed.ids[part]]] = False
+    return right
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
