@@ -97,7 +97,7 @@ def rule(shape: Shape, size: int, device: Device = H200) -> Config:
     if shape.kernel == "w16" and size >= DENSE:
         return Config(bn=64, dense=True)
     bm = min(size, 128)
-    bn = 64
+    bn = 64 if size < 64 else 128
     programs = padded(shape.n) // bn * -(-size // bm)
     blocks = -(-shape.k // (BLOCKS[shape.bits] if shape.kernel == "w16" else 128))
     splits = 1
@@ -107,7 +107,7 @@ def rule(shape: Shape, size: int, device: Device = H200) -> Config:
         and 2 * splits * size * shape.n * 8 <= shape.weight_bytes
     ):
         splits *= 2
-    return Config(bn, bm, splits, warps=4, stages=3 if size <= 64 else 4, pre=shape.kernel == "w16" and bm >= 64)
+    return Config(bn, bm, splits, warps=4, stages=3, pre=shape.kernel == "w16" and bm >= 64)
 
 
 @cache

@@ -6,7 +6,7 @@ A block is a run of K that one set of words holds; field i of word j stands for 
     4      128     int16 [.., 32], 4 fields
     2      256     int16 [.., 32], 8 fields
     3      256     the two low bits, as above  int8 [.., 32]: bit i is the third bit of field i
-    8      128     int8 [.., 128], code - 128, in order
+    8      128     uint8 [.., 128], in order
 
 So a field is a tile of a product as it is, with nothing to interleave, and every group that 32 divides is whole fields.
 Words are stored tile after tile, [⌈N/64⌉, ⌈K/block⌉, 64, words]: what a program reads in one step is one run of memory. N is
@@ -37,7 +37,7 @@ def arrange(codes: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
     block = BLOCKS[bits]
     blocks = -(-k // block)
     shape = (padded(n) // ROWS, blocks, ROWS)
-    wide = torch.int8 if bits == 8 else torch.int16
+    wide = torch.uint8 if bits == 8 else torch.int16
     low = torch.zeros(*shape, block if bits == 8 else RUN, dtype=wide, device=codes.device)
     high = torch.zeros(*shape, RUN, dtype=torch.int8, device=codes.device) if bits == 3 else None
     step = max(1, CHUNK // (ROWS * blocks * block))
@@ -47,9 +47,7 @@ def arrange(codes: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
         part = F.pad(part, (0, blocks * block - k, 0, tiles * ROWS - part.shape[0]))
         runs = part.reshape(tiles, ROWS, blocks, block // RUN, RUN).permute(3, 0, 2, 1, 4)
         if bits == 8:
-            low[start : start + step] = (part.to(torch.int16) - 128).to(torch.int8).reshape(
-                tiles, ROWS, blocks, block
-            ).transpose(1, 2)
+            low[start : start + step] = part.reshape(tiles, ROWS, blocks, block).transpose(1, 2)
             continue
         narrow = 2 if bits == 3 else bits
         for i, field in enumerate(runs):
@@ -62,7 +60,7 @@ def arrange(codes: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
 def restore(low: Tensor, high: Tensor | None, bits: int, out_features: int, in_features: int) -> Tensor:
     """Codes uint8 [N, K]: undo `arrange`."""
     if bits == 8:
-        codes = (low.to(torch.int16) + 128).to(torch.uint8).transpose(1, 2)
+        codes = low.transpose(1, 2)
     else:
         narrow = 2 if bits == 3 else bits
         fields = []

@@ -2,7 +2,8 @@
 
 Tokens are then the narrow side of the tensor core's tile: 16 tokens are enough for wgmma, and no weight passes through
 shared memory a second time. A code becomes a number without a conversion: 0x4300 | q are the bits of 128 + q in bfloat16,
-0x6400 | q those of 1024 + q in float16, and a subtraction of the zero point so shifted is exact.
+0x6400 | q those of 1024 + q in float16, and taking off the zero point so shifted is exact. In assembly that is a multiply-add by
+one, the only sum of pairs in bfloat16 that GPUs before Hopper have.
 """
 
 from __future__ import annotations
@@ -11,59 +12,118 @@ from dlqc.kernels.triton.language import at_compile_time, jit, tl
 
 
 @at_compile_time
-def assembly(shift, mask, magic, kind):
-    """Two codes of a register of two words to two numbers less their zero point, in three instructions or (shift 0) two."""
-    shift, mask, magic, kind = (getattr(value, "value", value) for value in (shift, mask, magic, kind))
-    pair = f"0x{mask << 16 | mask:08X}, 0x{magic << 16 | magic:08X}"
-    word = "t" if shift else "$1"
-    moved = f"shr.u32 t, $1, {shift}; " if shift else ""
-    return f"{{ .reg .b32 t; {moved}lop3.b32 t, {word}, {pair}, 0xEA; sub.{kind} $0, t, $2; }}"
+def pair(shift, mask, magic, one, kind):
+    """Two words in a register ($1) to two numbers less their zero points (-$2): three instructions."""
+    word = f"shr.u32 t, $1, {shift}; " if shift else "mov.b32 t, $1; "
+    bits = f"0x{mask << 16 | mask:08X}, 0x{magic << 16 | magic:08X}"
+    unit = f".reg .b32 t, c; mov.b32 c, 0x{one << 16 | one:08X};"
+    return f"{{ {unit} {word}lop3.b32 t, t, {bits}, 0xEA; fma.rn.{kind} $0, t, c, $2; }}"
+
+
+@at_compile_time
+def pair_of_planes(run, magic, one, kind):
+    """Likewise for 3 bits: the two low ones in $1 from bit 2·run on, the third in bit `run` of each half of $2; zeros in $3."""
+    third = f"shr.u32 u, $2, {run - 2}; " if run > 2 else f"shl.b32 u, $2, {2 - run}; "
+    low = f"shr.u32 t, $1, {2 * run}; lop3.b32 t, t, 0x00030003, 0x{magic << 16 | magic:08X}, 0xEA;"
+    unit = f".reg .b32 t, u, c; mov.b32 c, 0x{one << 16 | one:08X};"
+    return f"{{ {unit} {low} {third}lop3.b32 t, u, 0x00040004, t, 0xEA; fma.rn.{kind} $0, t, c, $3; }}"
+
+
+@at_compile_time
+def four_bytes(kind):
+    """Four bytes in a register ($2) to four numbers: 0x4B0000qq are the bits of 2²³ + q in float32; $3 to $6 are -(2²³ + zero)."""
+    steps = [f"prmt.b32 t{i}, $2, 0x4B000000, 0x765{i}; add.f32 t{i}, t{i}, ${3 + i};" for i in range(4)]
+    narrow = f"cvt.rn.{kind}.f32 $0, t1, t0; cvt.rn.{kind}.f32 $1, t3, t2;"
+    return f"{{ .reg .f32 t0, t1, t2, t3; {' '.join(steps)} {narrow} }}"
 
 
 @jit
 def levels(word, zero, SHIFT: tl.constexpr, MASK: tl.constexpr, CT: tl.constexpr, ASM: tl.constexpr):
-    """Codes in bits SHIFT… of words, less `zero` as `zero_points` made it, in CT."""
+    """Codes in bits SHIFT… of words, plus `zero` as `zero_points` made it, in CT."""
     if CT == tl.float32:
-        return ((word >> SHIFT) & MASK).to(tl.float32) - zero
+        return ((word >> SHIFT) & MASK).to(tl.float32) + zero
     MAGIC: tl.constexpr = 0x4300 if CT == tl.bfloat16 else 0x6400
-    if ASM:
-        KIND: tl.constexpr = "rn.bf16x2" if CT == tl.bfloat16 else "rn.f16x2"
+    if not ASM:
+        code = ((word >> SHIFT) & MASK) | MAGIC
+        value = code.to(tl.int16).to(CT, bitcast=True) + zero.to(CT, bitcast=True)
+    else:
         word, zero = tl.broadcast(word, zero)
-        return tl.inline_asm_elementwise(
-            assembly(SHIFT, MASK, MAGIC, KIND), "=r,r,r", [word, zero], dtype=CT, is_pure=True, pack=2
+        # The dtype has to be spelled out: a compile-time argument is taken for several.
+        if CT == tl.bfloat16:
+            value = tl.inline_asm_elementwise(
+                pair(SHIFT, MASK, 0x4300, 0x3F80, "bf16x2"), "=r,r,r", [word, zero], tl.bfloat16, is_pure=True, pack=2
+            )
+        else:
+            value = tl.inline_asm_elementwise(
+                pair(SHIFT, MASK, 0x6400, 0x3C00, "f16x2"), "=r,r,r", [word, zero], tl.float16, is_pure=True, pack=2
+            )
+    return value
+
+
+@jit
+def levels_of_planes(low, high, zero, I: tl.constexpr, CT: tl.constexpr, ASM: tl.constexpr):
+    """Likewise for 3 bits: field I of the words `low` and bit I of the bytes `high`."""
+    high = high.to(tl.int16)
+    if not ASM:
+        code = ((low >> (2 * I)) & 3) | (((high >> I) & 1) << 2)
+        return levels(code.to(tl.int16), zero, 0, 7, CT, False)
+    low, zero = tl.broadcast(low, zero)
+    if CT == tl.bfloat16:
+        value = tl.inline_asm_elementwise(
+            pair_of_planes(I, 0x4300, 0x3F80, "bf16x2"), "=r,r,r,r", [low, high, zero], tl.bfloat16, is_pure=True, pack=2
         )
-    code = ((word >> SHIFT) & MASK) | MAGIC
-    return code.to(tl.int16).to(CT, bitcast=True) - zero.to(CT, bitcast=True)
+    else:
+        value = tl.inline_asm_elementwise(
+            pair_of_planes(I, 0x6400, 0x3C00, "f16x2"), "=r,r,r,r", [low, high, zero], tl.float16, is_pure=True, pack=2
+        )
+    return value
+
+
+@jit
+def levels_of_bytes(word, zero, CT: tl.constexpr, ASM: tl.constexpr):
+    """Likewise for 8 bits: bytes and `zero`, which is less by 2²³."""
+    if not ASM:
+        return (word.to(tl.float32) + (zero + 8388608.0)).to(CT)
+    word, zero = tl.broadcast(word, zero)
+    if CT == tl.bfloat16:
+        value = tl.inline_asm_elementwise(
+            four_bytes("bf16x2"), "=r,=r,r,f,f,f,f", [word, zero], tl.bfloat16, is_pure=True, pack=4
+        )
+    else:
+        value = tl.inline_asm_elementwise(
+            four_bytes("f16x2"), "=r,=r,r,f,f,f,f", [word, zero], tl.float16, is_pure=True, pack=4
+        )
+    return value
 
 
 @jit
 def zero_points(zeros, at, BITS: tl.constexpr, CT: tl.constexpr, ZEROS: tl.constexpr):
-    """The zero points at `at` [BN] as a column, in the form that `levels` subtracts: a number, or its shifted bits."""
+    """The zero points at `at` [BN] as a column, in the form that is added: negative, and shifted as the codes are."""
     if ZEROS:
         point = tl.load(zeros + at).to(tl.int16)
     else:
         point = tl.full(at.shape, 1 << (BITS - 1), tl.int16)
     if BITS == 8:
-        point = (point - 128).to(tl.float32)
+        point = -(point.to(tl.float32) + 8388608.0)
     elif CT == tl.float32:
-        point = point.to(tl.float32)
+        point = -point.to(tl.float32)
     elif CT == tl.bfloat16:
-        point = (point | 0x4300).to(tl.int16)
+        point = (point | -0x3D00).to(tl.int16)  # 0xC300: the sign with 0x4300
     else:
-        point = (point | 0x6400).to(tl.int16)
+        point = (point | -0x1C00).to(tl.int16)  # 0xE400
     return point[:, None]
 
 
 @jit
-def field(low, high, here, zero, I: tl.constexpr, BITS: tl.constexpr, CT: tl.constexpr, ZEROS: tl.constexpr, ASM: tl.constexpr):
+def field(low, high, here, zero, I: tl.constexpr, BITS: tl.constexpr, CT: tl.constexpr, ASM: tl.constexpr):
     """Run I of a block, [BN, 32], less its zero points. `low`, `high` are words; with 8 bits `low` is where they are."""
     if BITS == 8:
-        code = tl.load(low + here + 32 * I).to(CT)
-        return (code - zero.to(CT)) if ZEROS else code
-    if BITS == 3:
-        code = ((low >> (2 * I)) & 3) | ((((high.to(tl.int16) >> I) & 1) << 2))
-        return levels(code.to(tl.int16), zero, 0, 7, CT, ASM)
-    return levels(low, zero, BITS * I, (1 << BITS) - 1, CT, ASM)
+        value = levels_of_bytes(tl.load(low + here + 32 * I), zero, CT, ASM)
+    elif BITS == 3:
+        value = levels_of_planes(low, high, zero, I, CT, ASM)
+    else:
+        value = levels(low, zero, BITS * I, (1 << BITS) - 1, CT, ASM)
+    return value
 
 
 @jit
@@ -114,7 +174,7 @@ def weight_only(
                 group = tl.minimum((at * BK + 32 * i) // GROUP, K // GROUP - 1) * NP + n
                 zero = zero_points(zeros, group, BITS, CT, ZEROS)
                 scale = tl.load(scales + group).to(tl.float32)[:, None]
-            weight = field(word, third, here, zero, i, BITS, CT, ZEROS, ASM)
+            weight = field(word, third, here, zero, i, BITS, CT, ASM)
             if PRE:
                 acc = tl.dot(weight * scale.to(CT), tokens, acc, input_precision="ieee")
             elif GROUP == K:
@@ -175,7 +235,7 @@ def dense(
         k = block * BK + 32 * i + j
         group = (0 if GROUP == K else tl.minimum((block * BK + 32 * i) // GROUP, K // GROUP - 1)) * NP + n
         zero = zero_points(zeros, group, BITS, CT, ZEROS)
-        value = field(word, third, here, zero, i, BITS, CT, ZEROS, ASM)
+        value = field(word, third, here, zero, i, BITS, CT, ASM)
         value = value.to(tl.float32) * tl.load(scales + group).to(tl.float32)[:, None]
         to = weight + n[:, None].to(tl.int64) * K + k[None, :]
         tl.store(to, value.to(weight.dtype.element_ty), mask=(n[:, None] < N) & (k[None, :] < K))
