@@ -1,0 +1,247 @@
+"""Compile the Triton kernels ahead of time for GPUs that are not here, and read what came out.
+
+    python benchmarks/triton_aot.py --out docs/results/triton_aot.json           every kernel, shipped configuration and target
+    python benchmarks/triton_aot.py --only w4a16 --targets sm_90                  a selection (what the tests do)
+
+For each kernel, configuration and target the file holds: registers, bytes of stack and spilled words, shared memory, the tensor-core
+instructions in the machine code, and for products with packed weights the instructions, integer instructions and waits in the
+loop for each weight. Machine code is read with the tools in Triton's wheel. This proves the shape of the code; it proves neither
+its speed nor that it is right. It must run without TRITON_INTERPRET.
+
+A gate fails the run: no spills and no stack, a tensor-core instruction in each product, and the limits of `LIMITS` on sm_90.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from dlqc.kernels.triton.device import weight_only
+from dlqc.kernels.triton.dispatch import BUCKETS, Config, Shape, choose
+from dlqc.kernels.triton.language import tl
+from dlqc.kernels.triton.packing import padded
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TARGETS = {
+    **{f"sm_{cc}": GPUTarget("cuda", cc, 32) for cc in (80, 89, 90, 100)},
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+#: Tensor-core instructions, by target. Hopper's are wgmma, which is what the layout of the products is for.
+PRODUCT = {
+    "sm_80": r"\b[HI]MMA\b",
+    "sm_89": r"\b[HIQ]MMA\b",
+    "sm_90": r"\b[HIQ]GMMA\b",
+    "sm_100": r"\bUTC[A-Z]*MMA\b|\b[HIQ]MMA\b",
+    "gfx942": r"\bv_mfma_\w+",
+}
+INTEGER = re.compile(r"\b(LOP3|SHF|SHL|SHR|PRMT|IADD3|IADD|IMAD|LEA|BFE|SGXT|I2F\w*|I2I\w*|VABSDIFF)\b")
+#: The most instructions and integer instructions for each weight in the loop on sm_90, with 16 to 64 tokens a tile.
+LIMITS = {"w4a16": (3.6, 1.2), "w4a8": (1.4, 0.6)}
+
+LLADA = ((4096, 4096), (4096, 12288), (12288, 4096), (4096, 24576))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One compilation: a kernel, its arguments by name, and how it is launched.
+
+    Attributes:
+        name: of the kernel, and of what sets it apart. weights: codes that one program reads in one turn of its loop (0: not counted).
+        turns: of the loop.
+        product: whether the tensor cores must appear.
+    """
+
+    name: str
+    function: Any
+    pointers: dict[str, str]
+    constants: dict[str, Any]
+    warps: int = 4
+    stages: int = 3
+    weights: int = 0
+    turns: int = 1
+    product: bool = True
+    targets: tuple[str, ...] = field(default=tuple(TARGETS))
+
+
+def weight_only_job(shape: Shape, config: Config, *, zeros: bool = False, asm: bool = True, kind: str = "bf16") -> Job:
+    """The product of 16-bit activations, as `kernels/triton/weight_only.py` launches it."""
+    word = "*u8" if shape.bits == 8 else "*i16"
+    parts = config.splits > 1
+    pointers = {
+        "x": f"*{kind}", "low": word, "high": "*i8" if shape.bits == 3 else word, "scales": "*bf16",
+        "zeros": "*u8" if zeros else word, "bias": word, "y": "*fp32" if parts else f"*{kind}",
+        "M": "i32", "x_stride": "i32", "y_stride": "i32",
+    }  # fmt: skip
+    constants = {
+        "N": shape.n, "NP": padded(shape.n), "K": shape.k, "BITS": shape.bits, "GROUP": shape.group, "ZEROS": zeros,
+        "BIAS": False, "BN": config.bn, "BM": config.bm, "SPLITS": config.splits, "PRE": config.pre, "ASM": asm,
+        "CT": {"bf16": tl.bfloat16, "fp16": tl.float16}[kind],
+    }  # fmt: skip
+    block = 128 if shape.bits in (4, 8) else 256
+    group = "channel" if shape.group >= shape.k else f"g{shape.group}"
+    name = f"w{shape.bits}a16 {group}{' zeros' if zeros else ''}{'' if asm else ' plain'} {shape.k}x{shape.n}"
+    tile = f"{config.bm}x{config.bn} splits {config.splits}"
+    job = Job(f"{name}, {tile}", weight_only.weight_only, pointers, constants, config.warps, config.stages)
+    blocks = -(-shape.k // block)
+    return replace(job, weights=config.bn * block, turns=-(-blocks // config.splits))
+
+
+def shipped() -> list[Job]:
+    """Every kernel with every configuration that the tables ship, each once."""
+    jobs: dict[str, Job] = {}
+    for k, n in LLADA:
+        for bits, group in ((4, 128), (4, 32), (4, k), (2, 128), (3, 128), (8, k)):
+            shape = Shape("w16", bits, k, n, group)
+            for size in BUCKETS:
+                config = choose(shape, size)
+                if not config.dense:
+                    job = weight_only_job(shape, config)
+                    jobs[job.name] = job
+    shape = Shape("w16", 4, 4096, 4096, 128)
+    for extra in ({"zeros": True}, {"asm": False}, {"kind": "fp16"}):
+        job = weight_only_job(shape, choose(shape, 32), **extra)
+        jobs[f"{job.name} {next(iter(extra))}"] = job
+    return list(jobs.values())
+
+
+def build(job: Job, target: str) -> Any:
+    """The compiled kernel, arguments specialized as the launcher specializes them."""
+    names = [p.name for p in job.function.params]
+    constant = {p.name for p in job.function.params if p.is_constexpr}
+    signature = {n: "constexpr" if n in constant else job.pointers[n] for n in names}
+    values = {(names.index(n),): job.constants[n] for n in names if n in constant}
+    if target == "gfx942" and "ASM" in constant:
+        values[(names.index("ASM"),)] = False
+    aligned = [n for n in names if signature[n].startswith("*") or n.endswith("stride")]
+    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
+    source = ASTSource(fn=job.function, signature=signature, constexprs=values, attrs=attributes)
+    options = {"num_warps": job.warps, "num_stages": job.stages}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return triton.compile(source, target=TARGETS[target], options=options)
+
+
+def tool(name: str, *arguments: str) -> str:
+    done = subprocess.run([str(TOOLS / name), *arguments], capture_output=True, text=True, check=False)
+    return done.stdout + done.stderr
+
+
+def loop(sass: list[str], product: str) -> list[str]:
+    """The largest stretch of machine code that a branch jumps back over and that holds a product."""
+    labels = {m.group(1): i for i, line in enumerate(sass) if (m := re.match(r"\s*(\.L_x_\d+):", line))}
+    best: list[str] = []
+    for i, line in enumerate(sass):
+        m = re.search(r"\bBRA\b.*?`\((\.L_x_\d+)\)", line)
+        if m and labels.get(m.group(1), i) < i:
+            body = [text for text in sass[labels[m.group(1)] : i + 1] if "/*" in text and ";" in text]
+            if len(body) > len(best) and any(re.search(product, text) for text in body):
+                best = body
+    return best
+
+
+def examine(job: Job, target: str) -> dict[str, Any]:
+    """Compile, and read registers, stack, spills, products, and the loop."""
+    started = time.perf_counter()
+    kernel = build(job, target)
+    found: dict[str, Any] = {"kernel": job.name, "target": target, "warps": job.warps, "stages": job.stages}
+    found["shared"] = kernel.metadata.shared
+    if target.startswith("gfx"):
+        text = kernel.asm["amdgcn"]
+        found["registers"] = max(map(int, re.findall(r"\.vgpr_count:\s+(\d+)", text)))
+        found["stack"] = max(map(int, re.findall(r"\.private_segment_fixed_size:\s+(\d+)", text)))
+        found["spills"] = sum(map(int, re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", text)))
+        lines = text.splitlines()
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "kernel.cubin"
+            path.write_bytes(kernel.asm["cubin"])
+            used = re.findall(r"REG:(\d+) STACK:(\d+)", tool("cuobjdump", "-res-usage", str(path)))
+            lines = tool("nvdisasm", "-c", str(path)).splitlines()
+        found["registers"], found["stack"] = map(int, used[-1])
+        found["spills"] = sum(bool(re.search(r"\b(LDL|STL)\b", line)) for line in lines)
+    products = [m.group(0) for line in lines if (m := re.search(PRODUCT[target], line))]
+    found["products"] = {name: products.count(name) for name in sorted(set(products))}
+    if job.weights and target.startswith("sm_"):
+        # A loop of a few turns may have been unrolled: then all of the code belongs to all of its weights.
+        body = loop(lines, PRODUCT[target])
+        turns = 1 if body else job.turns
+        body = body or [line for line in lines if "/*" in line and ";" in line]
+        count, weights = len(body), turns * job.weights / (32 * job.warps)
+        found["per_weight"] = {
+            "instructions": round(count / weights, 3),
+            "integer": round(sum(bool(INTEGER.search(line)) for line in body) / weights, 3),
+            "waits": sum("DEPBAR" in line or "BAR.SYNC" in line for line in body) // turns,
+            "unrolled": turns > 1,
+        }
+    found["seconds"] = round(time.perf_counter() - started, 2)
+    return found
+
+
+def faults(job: Job, found: dict[str, Any]) -> list[str]:
+    """What a gate says against a compiled kernel."""
+    wrong = [f"{found[what]} {what}" for what in ("stack", "spills") if found[what]]
+    if job.product and not found["products"]:
+        wrong.append("no tensor-core instruction")
+    limit = LIMITS.get(job.name.split()[0])
+    count = found.get("per_weight")
+    exempt = count and count["unrolled"]
+    exempt = exempt or " plain" in job.name or job.constants.get("ZEROS") or job.constants.get("GROUP", 128) < 128
+    if limit and count and found["target"] == "sm_90" and not exempt:
+        for what, most in zip(("instructions", "integer"), limit, strict=True):
+            if count[what] > most or not count[what]:
+                wrong.append(f"{count[what]} {what} a weight, at most {most}")
+    return wrong
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="where to write the JSON")
+    parser.add_argument("--only", default="", help="kernels whose name begins with this")
+    parser.add_argument("--first", type=int, default=0, help="no more than so many kernels (0: all)")
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    options = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("kernels are interpreted under TRITON_INTERPRET=1 and cannot be compiled. Unset it")
+    jobs = [job for job in shipped() if job.name.startswith(options.only)]
+    jobs = jobs[: options.first] if options.first else jobs
+    if not jobs:
+        parser.error(f"no kernel begins with {options.only!r}. Known: {', '.join(sorted({j.name for j in shipped()}))}")
+    rows, failed = [], 0
+    for job in jobs:
+        for target in options.targets:
+            if target not in job.targets:
+                continue
+            found = examine(job, target)
+            found["faults"] = faults(job, found)
+            failed += bool(found["faults"])
+            rows.append(found)
+            counted = found.get("per_weight", {})
+            print(
+                f"{job.name:52} {target:7} {found['registers']:4} regs {found['stack']:4} stack "
+                f"{counted.get('instructions', 0):6} instr {counted.get('integer', 0):6} int "
+                f"{found['products']} {'; '.join(found['faults'])}",
+                flush=True,
+            )
+    if options.out:
+        made = {"command": "python benchmarks/triton_aot.py", "triton": triton.__version__, "limits": LIMITS, "rows": rows}
+        options.out.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+    print(f"{len(rows)} compiled, {failed} outside of the gates")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
