@@ -1,7 +1,7 @@
 """Compile the Triton kernels ahead of time for GPUs that are not here, and read what came out.
 
     python benchmarks/triton_aot.py --out docs/results/triton_aot.json           every kernel, shipped configuration and target
-    python benchmarks/triton_aot.py --only w4a16 --targets sm_90                  a selection (what the tests do)
+    python benchmarks/triton_aot.py --sample --targets sm_90                      one of each kind (what the tests do)
 
 For each kernel, configuration and target the file holds: registers, bytes of stack and spilled words, shared memory, the tensor-core
 instructions in the machine code, and for products with packed weights the instructions, integer instructions and waits in the
@@ -62,7 +62,8 @@ class Job:
     Attributes:
         name: of the kernel, and of what sets it apart. weights: codes that one program reads in one turn of its loop (0: not counted).
         turns: of the loop.
-        product: whether the tensor cores must appear.
+        product: whether the tensor cores must appear. targets: those that it is for.
+        sample: whether it stands for its kind in the tests.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Job:
     turns: int = 1
     product: bool = True
     targets: tuple[str, ...] = field(default=tuple(TARGETS))
+    sample: bool = False
 
 
 def weight_only_job(shape: Shape, config: Config, *, zeros: bool = False, asm: bool = True, kind: str = "bf16") -> Job:
@@ -111,6 +113,10 @@ def shipped() -> list[Job]:
                 if not config.dense:
                     job = weight_only_job(shape, config)
                     jobs[job.name] = job
+    for bits in (2, 3, 4, 8):
+        shape = Shape("w16", bits, 12288, 4096, 128)
+        job = replace(weight_only_job(shape, choose(shape, 32)), sample=bits in (3, 4, 8))
+        jobs[job.name] = job
     shape = Shape("w16", 4, 4096, 4096, 128)
     for extra in ({"zeros": True}, {"asm": False}, {"kind": "fp16"}):
         job = weight_only_job(shape, choose(shape, 32), **extra)
@@ -211,13 +217,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="where to write the JSON")
     parser.add_argument("--only", default="", help="kernels whose name begins with this")
-    parser.add_argument("--first", type=int, default=0, help="no more than so many kernels (0: all)")
+    parser.add_argument("--sample", action="store_true", help="one kernel of each kind (what the tests do)")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("kernels are interpreted under TRITON_INTERPRET=1 and cannot be compiled. Unset it")
     jobs = [job for job in shipped() if job.name.startswith(options.only)]
-    jobs = jobs[: options.first] if options.first else jobs
+    if options.sample:
+        jobs = [job for job in jobs if job.sample]
     if not jobs:
         parser.error(f"no kernel begins with {options.only!r}. Known: {', '.join(sorted({j.name for j in shipped()}))}")
     rows, failed = [], 0

@@ -18,7 +18,7 @@ from dlqc.formats.activation import ActFormat
 from dlqc.formats.contract import WeightFormat
 from dlqc.formats.integer import IntFormat
 
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "triton")
 
 
 @dataclass(frozen=True)

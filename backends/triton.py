@@ -1,0 +1,32 @@
+"""The Triton backend: kernels for GPUs of NVIDIA and AMD, and nothing else.
+
+In order of preference:
+
+    weight_only     weights of 2, 3, 4 and 8 bits, activations in 16 bits
+
+A site that none of them takes is refused with every kernel's reason; nothing is run by its definition in their place.
+Artifacts are independent of the backend: compile on any machine, then `dlqc.load(folder, backend="triton")` on one with a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dlqc.backend import AnyKernel, Backend
+from dlqc.kernels.triton import runtime
+from dlqc.kernels.triton.weight_only import WeightOnly
+
+
+@dataclass(frozen=True)
+class TritonBackend:
+    """Triton kernels on a GPU."""
+
+    name: str = "triton"
+    kernels: tuple[AnyKernel, ...] = (WeightOnly(),)
+
+    def available(self) -> str | None:
+        """None where Triton is installed and torch sees a GPU that it can use (or kernels are interpreted)."""
+        return runtime.unavailable()
+
+
+BACKEND: Backend = TritonBackend()
