@@ -30,7 +30,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dlqc.kernels.triton.device import weight_only
+from dlqc.kernels.triton.device import integer, rows, weight_only
 from dlqc.kernels.triton.dispatch import BUCKETS, Config, Shape, choose
 from dlqc.kernels.triton.language import tl
 from dlqc.kernels.triton.packing import padded
@@ -49,8 +49,12 @@ PRODUCT = {
     "gfx942": r"\bv_mfma_\w+",
 }
 INTEGER = re.compile(r"\b(LOP3|SHF|SHL|SHR|PRMT|IADD3|IADD|IMAD|LEA|BFE|SGXT|I2F\w*|I2I\w*|VABSDIFF)\b")
-#: The most instructions and integer instructions for each weight in the loop on sm_90, with 16 to 64 tokens a tile.
-LIMITS = {"w4a16": (3.6, 1.2), "w4a8": (1.4, 0.6)}
+#: The most instructions and integer instructions for each weight in the loop on sm_90, with up to 64 tokens a tile: what keeps up
+#: with the memory of an H200 is 3.55 and 1.78 for 4 bits, 7.1 and 3.56 for 8 bits (and 4.7, 2.4 for 3 bits, which is missed).
+LIMITS = {
+    "w4a16 channel": (3.7, 1.2), "w4a16 g128": (3.7, 1.2), "w8a16 channel": (7.1, 3.56), "w8a8 channel": (1.6, 0.9),
+    "w4a8 channel": (1.4, 0.7), "w4a8 g128": (2.4, 1.2),
+}  # fmt: skip
 
 LLADA = ((4096, 4096), (4096, 12288), (12288, 4096), (4096, 24576))
 
@@ -102,6 +106,45 @@ def weight_only_job(shape: Shape, config: Config, *, zeros: bool = False, asm: b
     return replace(job, weights=config.bn * block, turns=-(-blocks // config.splits))
 
 
+def integer_job(shape: Shape, config: Config, *, zeros: bool = False) -> Job:
+    """The product of 8-bit activations, as `kernels/triton/integer.py` launches it."""
+    channel, parts = shape.group >= shape.k, config.splits > 1
+    pointers = {
+        "q": "*i8", "low": "*i8", "scales": "*bf16", "zeros": "*u8" if zeros else "*i8", "sums": "*i32",
+        "token_scales": "*fp32", "bias": "*i8", "y": ("*i32" if channel else "*fp32") if parts else "*bf16",
+        "M": "i32", "y_stride": "i32",
+    }  # fmt: skip
+    constants = {
+        "N": shape.n, "NP": padded(shape.n), "K": shape.k, "KP": -(-shape.k // 128) * 128, "BITS": shape.bits,
+        "GROUP": shape.group, "ZEROS": zeros, "BIAS": False, "BN": config.bn, "BM": config.bm, "SPLITS": config.splits,
+        "ASM": True,
+    }  # fmt: skip
+    name = f"w{shape.bits}a8 {'channel' if channel else f'g{shape.group}'}{' zeros' if zeros else ''} {shape.k}x{shape.n}"
+    job = Job(f"{name}, {config.bm}x{config.bn} splits {config.splits}", integer.integer, pointers, constants)
+    turns = -(-shape.k // 128 // config.splits)
+    return replace(job, warps=config.warps, stages=config.stages, weights=config.bn * 128, turns=turns)
+
+
+def row_jobs() -> list[Job]:
+    """What is done to rows; no products."""
+    x = {"x": "*bf16", "q": "*i8", "scales": "*fp32", "x_stride": "i32"}
+    wide, narrow = {"K": 12288, "KP": 12288, "TOP": 127}, {"K": 4096, "KP": 4096, "TOP": 127}
+    quantize = {**x, "sums": "*i32", "M": "i32"}
+    norm = {**x, "residual": "*bf16", "gain": "*bf16", "total": "*bf16", "epsilon": "fp32"}
+    silu = {"gate": "*bf16", "up": "*bf16", "q": "*i8", "scales": "*fp32", "gate_stride": "i32", "up_stride": "i32", "factor": "fp32"}
+    turn = {"x": "*bf16", "y": "*bf16", "x_stride": "i32", "y_stride": "i32", "factor": "fp32"}
+    jobs = [
+        Job("rows quantize 4096", rows.quantize_rows, quantize, {**narrow, "GROUP": 128, "SUMS": 0, "WIDTH": 4096}, 8),
+        Job("rows quantize 12288 sums", rows.quantize_rows, quantize, {**wide, "GROUP": 128, "SUMS": 96, "WIDTH": 16384}, 8),
+        Job("rows norm and quantize 4096", rows.norm_quantize, norm, {**narrow, "ADD": True, "WIDTH": 4096}, 8),
+        Job("rows silu and quantize 12288", rows.silu_quantize, silu, {**wide, "BLOCK": 1, "WIDTH": 16384}, 8),
+        Job("rows silu, hadamard 128 and quantize 12288", rows.silu_quantize, silu, {**wide, "BLOCK": 128, "WIDTH": 16384}, 8),
+        Job("rows hadamard 128", rows.hadamard, turn, {"K": 12288, "BLOCK": 128, "WIDTH": 4096}, 8),
+        Job("rows hadamard 4096", rows.hadamard, turn, {"K": 12288, "BLOCK": 4096, "WIDTH": 4096}, 8),
+    ]
+    return [replace(job, product=False) for job in jobs]
+
+
 def shipped() -> list[Job]:
     """Every kernel with every configuration that the tables ship, each once."""
     jobs: dict[str, Job] = {}
@@ -113,6 +156,18 @@ def shipped() -> list[Job]:
                 if not config.dense:
                     job = weight_only_job(shape, config)
                     jobs[job.name] = job
+        for bits, group in ((8, k), (4, k), (4, 128)):
+            shape = Shape("w8", bits, k, n, group)
+            for size in BUCKETS:
+                job = integer_job(shape, choose(shape, size))
+                jobs[job.name] = job
+    shape = Shape("w8", 4, 12288, 4096, 128)
+    for job in (
+        replace(integer_job(replace(shape, group=12288), choose(shape, 32)), sample=True),
+        integer_job(shape, choose(shape, 32), zeros=True),
+        *row_jobs(),
+    ):
+        jobs[job.name] = job
     for bits in (2, 3, 4, 8):
         shape = Shape("w16", bits, 12288, 4096, 128)
         job = replace(weight_only_job(shape, choose(shape, 32)), sample=bits in (3, 4, 8))
@@ -202,11 +257,11 @@ def faults(job: Job, found: dict[str, Any]) -> list[str]:
     wrong = [f"{found[what]} {what}" for what in ("stack", "spills") if found[what]]
     if job.product and not found["products"]:
         wrong.append("no tensor-core instruction")
-    limit = LIMITS.get(job.name.split()[0])
+    limit = LIMITS.get(" ".join(job.name.split()[:2]))
     count = found.get("per_weight")
-    exempt = count and count["unrolled"]
-    exempt = exempt or " plain" in job.name or job.constants.get("ZEROS") or job.constants.get("GROUP", 128) < 128
-    if limit and count and found["target"] == "sm_90" and not exempt:
+    # Where all turns are unrolled, what stands before and behind the loop would be counted with it.
+    exempt = not count or count["unrolled"] or job.constants["ZEROS"] or not job.constants["ASM"] or job.constants["BM"] > 64
+    if limit and found["target"] == "sm_90" and not exempt:
         for what, most in zip(("instructions", "integer"), limit, strict=True):
             if count[what] > most or not count[what]:
                 wrong.append(f"{count[what]} {what} a weight, at most {most}")

@@ -107,7 +107,9 @@ def rule(shape: Shape, size: int, device: Device = H200) -> Config:
         and 2 * splits * size * shape.n * 8 <= shape.weight_bytes
     ):
         splits *= 2
-    return Config(bn, bm, splits, warps=4, stages=3, pre=shape.kernel == "w16" and bm >= 64)
+    # Sums of groups beside those of all of K are twice the registers: the tile is then spread over more threads.
+    both = shape.kernel == "w8" and shape.group < shape.k and bm > 64
+    return Config(bn, bm, splits, warps=8 if both else 4, stages=3, pre=shape.kernel == "w16" and bm >= 64)
 
 
 @cache

@@ -8,6 +8,11 @@ A block is a run of K that one set of words holds; field i of word j stands for 
     3      256     the two low bits, as above  int8 [.., 32]: bit i is the third bit of field i
     8      128     uint8 [.., 128], in order
 
+For 8-bit activations (`arrange_integers`) blocks are 128 wide, and hold codes less their middle:
+
+    8      128     int8 [.., 128], in order
+    4      128     int8 [.., 64]: feature j in the low nibble of byte j, feature 64 + j in the high one
+
 So a field is a tile of a product as it is, with nothing to interleave, and every group that 32 divides is whole fields.
 Words are stored tile after tile, [⌈N/64⌉, ⌈K/block⌉, 64, words]: what a program reads in one step is one run of memory. N is
 padded to 128 and K to whole blocks, with zeros, so that weights are read without a mask.
@@ -69,6 +74,29 @@ def restore(low: Tensor, high: Tensor | None, bits: int, out_features: int, in_f
             fields.append(field if high is None else field | (((high.view(torch.uint8) >> i) & 1) << 2))
         codes = torch.stack(fields, -2).transpose(1, 2)
     return codes.reshape(low.shape[0] * ROWS, -1)[:out_features, :in_features].contiguous()
+
+
+def arrange_integers(codes: Tensor, bits: int) -> Tensor:
+    """Words of codes uint8 [N, K] of 4 or 8 bits for 8-bit activations; past the end of K they are the middle, 0."""
+    n, k = codes.shape
+    blocks, tiles = -(-k // PADDED), padded(n) // ROWS
+    width = PADDED * bits // 8
+    words = torch.zeros(tiles, blocks, ROWS, width, dtype=torch.int8, device=codes.device)
+    step = max(1, CHUNK // (ROWS * blocks * PADDED))
+    for start in range(0, tiles, step):
+        part = codes[start * ROWS : (start + step) * ROWS] ^ (1 << (bits - 1))  # less the middle, in two's complement
+        part = F.pad(part, (0, blocks * PADDED - k, 0, (min(start + step, tiles) - start) * ROWS - part.shape[0]))
+        runs = part.reshape(-1, ROWS, blocks, 8 // bits, width).transpose(1, 2)
+        byte = runs[..., 0, :] if bits == 8 else runs[..., 0, :] & 15 | runs[..., 1, :] << 4
+        words[start : start + step] = byte.view(torch.int8)
+    return words
+
+
+def restore_integers(words: Tensor, bits: int, out_features: int, in_features: int) -> Tensor:
+    """Codes less their middle, int8 [N, K]: undo `arrange_integers`."""
+    if bits == 4:
+        words = torch.cat(((words << 4) >> 4, words >> 4), -1)
+    return words.transpose(1, 2).reshape(words.shape[0] * ROWS, -1)[:out_features, :in_features].contiguous()
 
 
 def columns(values: Tensor, fill: float = 0) -> Tensor:
