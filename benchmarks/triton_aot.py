@@ -83,23 +83,23 @@ class Job:
     sample: bool = False
 
 
-def weight_only_job(shape: Shape, config: Config, *, zeros: bool = False, asm: bool = True, kind: str = "bf16") -> Job:
+def weight_only_job(shape: Shape, config: Config, *, zeros: bool = False, asm: bool = True, kind: str = "bf16", code: int = 0) -> Job:
     """The product of 16-bit activations, as `kernels/triton/weight_only.py` launches it."""
     word = "*u8" if shape.bits == 8 else "*i16"
     parts = config.splits > 1
     pointers = {
         "x": f"*{kind}", "low": word, "high": "*i8" if shape.bits == 3 else word, "scales": "*bf16",
-        "zeros": "*u8" if zeros else word, "bias": word, "y": "*fp32" if parts else f"*{kind}",
+        "zeros": "*u8" if zeros else word, "table": "*fp32" if code in (1, 2) else word, "bias": word, "y": "*fp32" if parts else f"*{kind}",
         "M": "i32", "x_stride": "i32", "y_stride": "i32",
     }  # fmt: skip
     constants = {
         "N": shape.n, "NP": padded(shape.n), "K": shape.k, "BITS": shape.bits, "GROUP": shape.group, "ZEROS": zeros,
-        "BIAS": False, "BN": config.bn, "BM": config.bm, "SPLITS": config.splits, "PRE": config.pre, "ASM": asm,
+        "CODE": code, "BIAS": False, "BN": config.bn, "BM": config.bm, "SPLITS": config.splits, "PRE": config.pre, "ASM": asm,
         "CT": {"bf16": tl.bfloat16, "fp16": tl.float16}[kind],
     }  # fmt: skip
     block = 128 if shape.bits in (4, 8) else 256
     group = "channel" if shape.group >= shape.k else f"g{shape.group}"
-    name = f"w{shape.bits}a16 {group}{' zeros' if zeros else ''}{'' if asm else ' plain'} {shape.k}x{shape.n}"
+    name = f"w{shape.bits}a16 {group}{('', ' nf4', ' codebook', ' fp8')[code]}{' zeros' if zeros else ''}{'' if asm else ' plain'} {shape.k}x{shape.n}"
     tile = f"{config.bm}x{config.bn} splits {config.splits}"
     job = Job(f"{name}, {tile}", weight_only.weight_only, pointers, constants, config.warps, config.stages)
     blocks = -(-shape.k // block)

@@ -29,6 +29,9 @@ from dlqc.kernels.triton.device import weight_only as device
 from dlqc.kernels.triton.dispatch import Config, Shape, bucket, choose
 from dlqc.kernels.triton.language import tl
 
+#: What codes stand for: themselves, entries of one table, entries of a table for each row and group, numbers in e4m3.
+INTEGERS, SHARED, PER_GROUP, FLOAT8 = range(4)
+
 
 @torch.library.custom_op("dlqc_triton::weight_only", mutates_args=())
 def weight_only(
@@ -54,15 +57,7 @@ def weight_only(
     if act is not None:
         flat = act.fake_quantize(flat.to(torch.float32)).to(x.dtype)
     packed = Packed(low, high, scales, zeros, in_features, out_features, bits, group or in_features)
-    if not runtime.launchable(x):
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        return outcome(flat.to(wide) @ packed.dequantize().to(wide).T, bias, x)
-    config = choose(packed.shape, flat.shape[0], runtime.device_of(x))
-    if config.dense:
-        return multiply_dense(flat, packed, bias, config).to(x.dtype).reshape(*x.shape[:-1], out_features)
-    y = flat.new_empty(flat.shape[0], out_features, dtype=runtime.interpretable(x))
-    launch(flat, packed, bias, y, config)
-    return y.to(x.dtype).reshape(*x.shape[:-1], out_features)
+    return product(x, flat, packed, bias)
 
 
 @weight_only.register_fake
@@ -86,16 +81,22 @@ def _(
 
 @dataclass(frozen=True)
 class Packed:
-    """A weight in the layout of this kernel; `group` is K for one scale per channel."""
+    """A weight in the layout of this kernel; `group` is K for one scale per channel.
+
+    `code` says what codes stand for, as in device/weight_only.py; then `table` float32 [2^bits] or [G, N', 2^bits], and no scales with
+    the latter.
+    """
 
     low: Tensor
     high: Tensor | None
-    scales: Tensor
+    scales: Tensor | None
     zeros: Tensor | None
     k: int
     n: int
     bits: int
     group: int
+    code: int = 0
+    table: Tensor | None = None
 
     @property
     def shape(self) -> Shape:
@@ -104,21 +105,52 @@ class Packed:
 
     def dequantize(self) -> Tensor:
         """Ŵ float32 [N, K], in plain PyTorch."""
-        codes = packing.restore(self.low, self.high, self.bits, self.n, self.k).to(torch.float32)
-        zero = 1 << (self.bits - 1) if self.zeros is None else _spread(self.zeros, self)
-        return (codes - zero) * _spread(self.scales, self)
+        codes = packing.restore(self.low, self.high, self.bits, self.n, self.k)
+        if self.code == PER_GROUP:
+            assert self.table is not None
+            group = torch.arange(self.k, device=codes.device) // self.group
+            row = torch.arange(self.n, device=codes.device).unsqueeze(1)
+            return self.table[group, row, codes.long()].to(torch.float32)
+        if self.code == SHARED:
+            assert self.table is not None
+            values = self.table[codes.long()].to(torch.float32)
+        elif self.code == FLOAT8:
+            values = codes.view(torch.float8_e4m3fn).to(torch.float32)
+        else:
+            zero = 1 << (self.bits - 1) if self.zeros is None else self._spread(self.zeros)
+            values = codes.to(torch.float32) - zero
+        assert self.scales is not None
+        return values * self._spread(self.scales)
+
+    def _spread(self, values: Tensor) -> Tensor:
+        """Parameters [G, N'] as float32 [N, K]."""
+        return values[:, : self.n].T.to(torch.float32).repeat_interleave(self.group, 1)[:, : self.k]
+
+    @property
+    def pointers(self) -> tuple[Tensor, ...]:
+        """What kernels take, `low` in place of what is not there and not read."""
+        parts = (self.high, self.scales, self.zeros, self.table)
+        return (self.low, *(self.low if part is None else part for part in parts))
 
     def constants(self, product: torch.dtype) -> dict[str, object]:
         """The compile-time arguments that the weight decides."""
         kinds = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
         asm = product != torch.float32 and torch.version.hip is None and not runtime.interpreting()
         sizes = {"N": self.n, "NP": packing.padded(self.n), "K": self.k, "BITS": self.bits, "GROUP": self.group}
-        return {**sizes, "ZEROS": self.zeros is not None, "ASM": asm, "CT": kinds[product]}
+        return {**sizes, "ZEROS": self.zeros is not None, "CODE": self.code, "ASM": asm, "CT": kinds[product]}
 
 
-def _spread(values: Tensor, packed: Packed) -> Tensor:
-    """Parameters [G, N'] as float32 [N, K]."""
-    return values[:, : packed.n].T.to(torch.float32).repeat_interleave(packed.group, 1)
+def product(x: Tensor, flat: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    """y [..., N] of x [..., K], `flat` being what x is multiplied as, [M, K]: by the kernel, or by the definition."""
+    if not runtime.launchable(x):
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        return outcome(flat.to(wide) @ packed.dequantize().to(wide).T, bias, x)
+    config = choose(packed.shape, flat.shape[0], runtime.device_of(x))
+    if config.dense:
+        return multiply_dense(flat, packed, bias, config).to(x.dtype).reshape(*x.shape[:-1], packed.n)
+    y = flat.new_empty(flat.shape[0], packed.n, dtype=runtime.interpretable(x))
+    launch(flat, packed, bias, y, config)
+    return y.to(x.dtype).reshape(*x.shape[:-1], packed.n)
 
 
 def launch(x: Tensor, packed: Packed, bias: Tensor | None, y: Tensor, config: Config) -> None:
@@ -130,9 +162,7 @@ def launch(x: Tensor, packed: Packed, bias: Tensor | None, y: Tensor, config: Co
     spare = packed.low  # stands for a tensor that is not there and is not read
     with runtime.on(x):
         device.weight_only[grid](
-            *(x, packed.low, spare if packed.high is None else packed.high, packed.scales),
-            *(spare if packed.zeros is None else packed.zeros, spare if bias is None else bias),
-            *(target, m, x.stride(0), target.stride(0)),
+            *(x, *packed.pointers, spare if bias is None else bias, target, m, x.stride(0), target.stride(0)),
             **packed.constants(runtime.product_dtype(x)),
             **{"BIAS": bias is not None, "BN": config.bn, "BM": config.bm, "SPLITS": splits, "PRE": config.pre},
             **{"num_warps": config.warps, "num_stages": config.stages},
@@ -149,12 +179,10 @@ def multiply_dense(x: Tensor, packed: Packed, bias: Tensor | None, config: Confi
     """y [M, N] by the library's product; rows are padded to the bucket, since the library chooses its code by their number."""
     product = runtime.product_dtype(x)
     weight = torch.empty(packed.n, packed.k, dtype=product, device=x.device)
-    spare = packed.low
     grid = (packing.padded(packed.n) // config.bn, packed.low.shape[1])
     with runtime.on(x):
         device.dense[grid](
-            *(packed.low, spare if packed.high is None else packed.high, packed.scales),
-            *(spare if packed.zeros is None else packed.zeros, weight),
+            *(*packed.pointers, weight),
             **packed.constants(product),
             **{"BN": config.bn, "num_warps": config.warps},
         )

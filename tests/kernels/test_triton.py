@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dlqc.kernels.triton.device import weight_only as device
+from dlqc.kernels.triton.device import numbers as device
 
 ROOT = Path(__file__).parents[2]
 pytest.importorskip("triton", reason="triton is not installed")
