@@ -34,7 +34,7 @@ def run(problem: Any, x: torch.Tensor, config: Config) -> torch.Tensor:
     return y
 
 
-@settings(max_examples=20, deadline=None, phases=[Phase.generate])
+@settings(max_examples=12, deadline=None, phases=[Phase.generate])
 @given(data=st.data())
 def test_values(judge: Any, data: st.DataObject) -> None:
     group = data.draw(st.sampled_from([None, 128, 256, 384]))

@@ -46,7 +46,7 @@ def problems(draw: st.DrawFn, judge: Any) -> Any:
     return judge.make(LinearSpec(k, draw(st.integers(1, 140)), fmt, None, draw(st.booleans())), draw(st.integers(0, 99)))
 
 
-@settings(max_examples=20, deadline=None, phases=[Phase.generate])
+@settings(max_examples=12, deadline=None, phases=[Phase.generate])
 @given(data=st.data())
 def test_values(judge: Any, data: st.DataObject) -> None:
     problem = data.draw(problems(judge))
