@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 import warnings
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +30,24 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dlqc.kernels.triton.device import head, integer, rows, weight_only
+from dlqc.kernels.triton import head
+from dlqc.kernels.triton.device import head as head_device
+from dlqc.kernels.triton.device import integer, rows, weight_only
 from dlqc.kernels.triton.dispatch import BUCKETS, Config, Shape, choose
 from dlqc.kernels.triton.language import tl
 from dlqc.kernels.triton.packing import padded
+from dlqc.kernels.triton.runtime import H200, Device
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TARGETS = {
     **{f"sm_{cc}": GPUTarget("cuda", cc, 32) for cc in (80, 89, 90, 100)},
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+#: What stands for a target: one common device, its units and the shared memory that a program can have.
+DEVICES = {
+    "sm_80": Device("A100", 108, 166912, False), "sm_89": Device("L40S", 142, 101376, False), "sm_90": H200,
+    "sm_100": Device("B200", 148, 232448), "gfx942": Device("MI300X", 304, 65536, False),
+}  # fmt: skip
 #: Tensor-core instructions, by target. Hopper's are wgmma, which is what the layout of the products is for.
 PRODUCT = {
     "sm_80": r"\b[HI]MMA\b",
@@ -68,7 +76,7 @@ class Job:
     Attributes:
         name: of the kernel, and of what sets it apart. weights: codes that one program reads in one turn of its loop (0: not counted).
         turns: of the loop.
-        product: whether the tensor cores must appear. targets: those that it is for.
+        product: whether the tensor cores must appear.
         sample: whether it stands for its kind in the tests.
     """
 
@@ -81,7 +89,6 @@ class Job:
     weights: int = 0
     turns: int = 1
     product: bool = True
-    targets: tuple[str, ...] = field(default=tuple(TARGETS))
     sample: bool = False
 
 
@@ -146,53 +153,57 @@ def row_jobs() -> list[Job]:
     return [replace(job, product=False) for job in jobs]
 
 
-def head_job(bits: int, tokens: int) -> Job:
+def head_job(bits: int, tokens: int, stages: int) -> Job:
     """Head and argmax of LLaDA's vocabulary, as `kernels/triton/head.py` launches it."""
     shape, pre = Shape("w16", bits, 4096, 126464, 128), tokens >= 64
-    job = weight_only_job(shape, Config(bn=128, bm=tokens, pre=pre))
+    job = weight_only_job(shape, Config(bn=128, bm=tokens, pre=pre, stages=stages))
     drop, constants = ("y", "y_stride"), {k: v for k, v in job.constants.items() if k != "SPLITS"}
     pointers = {k: v for k, v in job.pointers.items() if k not in drop}
     pointers |= {"tops": "*fp32", "tokens": "*i32", "totals": "*fp32"}
     name = f"head w{bits}a16 g128 4096x126464, {tokens}x128"
-    return replace(job, name=name, function=head.confident, pointers=pointers, constants=constants)
+    return replace(job, name=name, function=head_device.confident, pointers=pointers, constants=constants)
 
 
-def shipped() -> list[Job]:
-    """Every kernel with every configuration that the tables ship, each once."""
+def shipped(target: str) -> list[Job]:
+    """Every kernel with every configuration that `choose` has for the device, each once."""
+    device = DEVICES[target]
+    sizes = BUCKETS if target == "sm_90" else (16, 64, 128, 1024)
     jobs: dict[str, Job] = {}
-    for k, n in LLADA:
-        only = tuple(TARGETS) if (k, n) == LLADA[0] else ("sm_90",)
-        for bits, group in ((4, 128), (4, 32), (4, k), (2, 128), (3, 128), (8, k)):
-            shape = Shape("w16", bits, k, n, group)
-            for size in BUCKETS:
-                config = choose(shape, size)
-                if not config.dense:
-                    job = replace(weight_only_job(shape, config), targets=only)
-                    jobs[job.name] = job
-        for bits, group in ((8, k), (4, k), (4, 128)):
-            shape = Shape("w8", bits, k, n, group)
-            for size in BUCKETS:
-                job = replace(integer_job(shape, choose(shape, size)), targets=only)
-                jobs[job.name] = job
-    shape = Shape("w8", 4, 12288, 4096, 128)
-    for job in (
-        replace(integer_job(replace(shape, group=12288), choose(shape, 32)), sample=True),
-        integer_job(shape, choose(shape, 32), zeros=True),
-        *(weight_only_job(Shape("w16", 4, 4096, 4096, 64), Config(bm=size), code=1) for size in (16, 64)),
-        *(weight_only_job(Shape("w16", 3, 4096, 4096, 4096), Config(bm=size), code=2) for size in (16, 64)),
-        *(weight_only_job(Shape("w16", 8, 4096, 4096, 4096), Config(bm=size), code=3) for size in (16, 64)),
-        *(head_job(bits, tokens) for bits in (4, 8) for tokens in (32, 64)),
-        *row_jobs(),
-    ):
-        jobs[job.name] = job
+
+    def add(job: Job) -> None:
+        jobs.setdefault(job.name, job)
+
     for bits in (2, 3, 4, 8):
         shape = Shape("w16", bits, 12288, 4096, 128)
-        job = replace(weight_only_job(shape, choose(shape, 32)), sample=bits in (3, 4))
-        jobs[job.name] = job
+        add(replace(weight_only_job(shape, choose(shape, 32, device)), sample=bits in (3, 4)))
+    channel = Shape("w8", 4, 12288, 4096, 12288)
+    add(replace(integer_job(channel, choose(channel, 32, device)), sample=True))
+    for k, n in LLADA if target == "sm_90" else LLADA[:1]:
+        for bits, group in ((4, 128), (4, 32), (4, k), (2, 128), (3, 128), (8, k)):
+            shape = Shape("w16", bits, k, n, group)
+            for size in sizes:
+                config = choose(shape, size, device)
+                if not config.dense:
+                    add(weight_only_job(shape, config))
+        for bits, group in ((8, k), (4, k), (4, 128)):
+            shape = Shape("w8", bits, k, n, group)
+            for size in sizes:
+                add(integer_job(shape, choose(shape, size, device)))
+    grouped = Shape("w8", 4, 12288, 4096, 128)
+    add(integer_job(grouped, choose(grouped, 32, device), zeros=True))
+    for code, bits, group in ((1, 4, 64), (2, 3, 4096), (3, 8, 4096)):
+        shape = Shape("coded", bits, 4096, 4096, group)
+        for size in (16, 64):
+            add(weight_only_job(shape, choose(shape, size, device), code=code))
     shape = Shape("w16", 4, 4096, 4096, 128)
     for extra in ({"zeros": True}, {"asm": False}, {"kind": "fp16"}):
-        job = weight_only_job(shape, choose(shape, 32), **extra)
-        jobs[f"{job.name} {next(iter(extra))}"] = job
+        job = weight_only_job(shape, choose(shape, 32, device), **extra)
+        add(replace(job, name=f"{job.name} {next(iter(extra))}"))
+    for bits in (4, 8):
+        for tokens in (32, 64):
+            add(head_job(bits, tokens, head.stages(bits, tokens, device)))
+    for job in row_jobs():
+        add(job)
     return list(jobs.values())
 
 
@@ -272,6 +283,8 @@ def examine(job: Job, target: str) -> dict[str, Any]:
 def faults(job: Job, found: dict[str, Any]) -> list[str]:
     """What a gate says against a compiled kernel."""
     wrong = [f"{found[what]} {what}" for what in ("stack", "spills") if found[what]]
+    if found["shared"] > DEVICES[found["target"]].shared:
+        wrong.append(f"{found['shared']} bytes of shared memory")
     if job.product and not found["products"]:
         wrong.append("no tensor-core instruction")
     limit = LIMITS.get(" ".join(job.name.split()[:2]))
@@ -295,16 +308,12 @@ def main() -> int:
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("kernels are interpreted under TRITON_INTERPRET=1 and cannot be compiled. Unset it")
-    jobs = [job for job in shipped() if job.name.startswith(options.only)]
-    if options.sample:
-        jobs = [job for job in jobs if job.sample]
-    if not jobs:
-        parser.error(f"no kernel begins with {options.only!r}. Known: {', '.join(sorted({j.name for j in shipped()}))}")
     rows, failed = [], 0
-    for job in jobs:
-        for target in options.targets:
-            if target not in job.targets:
-                continue
+    for target in options.targets:
+        jobs = [job for job in shipped(target) if job.name.startswith(options.only) and (job.sample or not options.sample)]
+        if not jobs:
+            parser.error(f"no kernel begins with {options.only!r}. Known: {', '.join(j.name for j in shipped(target))}")
+        for job in jobs:
             found = examine(job, target)
             found["faults"] = faults(job, found)
             failed += bool(found["faults"])

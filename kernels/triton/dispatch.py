@@ -49,7 +49,7 @@ class Shape:
     """What a choice depends on besides the device and the tokens.
 
     Attributes:
-        kernel: "w16" or "w8". bits: of a weight. k, n: input and output features. group: input features with one scale.
+        kernel: "w16", "coded" (as w16, for formats that are not integers) or "w8". bits: of a weight. k, n: input and output features. group: input features with one scale.
     """
 
     kernel: str
@@ -94,12 +94,13 @@ def rule(shape: Shape, size: int, device: Device = H200) -> Config:
     split, as long as writing and reading the parts costs less than half of reading the weight. Many tokens wait for the tensor
     cores: one large tile a program, and scales applied to weights, since there are fewer of them than of sums.
     """
-    if shape.kernel == "w16" and size >= DENSE:
+    wide = shape.kernel != "w8"
+    if wide and size >= DENSE:
         return Config(bn=64, dense=True)
     bm = min(size, 128)
     bn = 64 if size < 64 else 128
     programs = padded(shape.n) // bn * -(-size // bm)
-    blocks = -(-shape.k // (BLOCKS[shape.bits] if shape.kernel == "w16" else 128))
+    blocks = -(-shape.k // (BLOCKS[shape.bits] if wide else 128))
     splits = 1
     while (
         2 * splits * programs <= 4 * device.units
@@ -107,9 +108,15 @@ def rule(shape: Shape, size: int, device: Device = H200) -> Config:
         and 2 * splits * size * shape.n * 8 <= shape.weight_bytes
     ):
         splits *= 2
-    # Sums of groups beside those of all of K are twice the registers: the tile is then spread over more threads.
-    both = shape.kernel == "w8" and shape.group < shape.k and bm > 64
-    return Config(bn, bm, splits, warps=8 if both else 4, stages=3, pre=shape.kernel == "w16" and bm >= 64)
+    # Sums of groups beside those of all of K are twice the registers: the tile is then spread over more threads, as it is where
+    # a product is one warp's.
+    both = not wide and shape.group < shape.k
+    warps = 8 if bm > 64 and (both or not device.warpgroups) else 4
+    block = BLOCKS[shape.bits] if wide else 128
+    stage = bm * block * (2 if wide else 1) + bn * block * shape.bits // 8
+    spare = device.shared - (48 << 10 if shape.kernel == "coded" else 0)  # entries of tables change places there
+    stages = max(1, min(3, spare // stage))
+    return Config(bn, bm, splits, warps, stages, pre=wide and bm >= 64)
 
 
 @cache

@@ -17,7 +17,7 @@ from torch import Tensor
 from dlqc.kernels.reference.layout import rows
 from dlqc.kernels.triton import packing, runtime
 from dlqc.kernels.triton.device import head as device
-from dlqc.kernels.triton.dispatch import bucket
+from dlqc.kernels.triton.dispatch import Shape, bucket, rule
 from dlqc.kernels.triton.weight_only import Packed
 
 TILE = 128
@@ -67,6 +67,11 @@ def _(
     return x.new_empty(x.shape[:-1], dtype=torch.int64), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
+def stages(bits: int, bm: int, device: runtime.Device) -> int:
+    """Depth of the pipeline, as shared memory allows."""
+    return rule(Shape("w16", bits, TILE, TILE, TILE), bm, device).stages
+
+
 def launch(x: Tensor, packed: Packed, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """token [M] and confidence [M] of x [M, K]."""
     x = x if x.stride(1) == 1 else x.contiguous()
@@ -80,7 +85,8 @@ def launch(x: Tensor, packed: Packed, bias: Tensor | None) -> tuple[Tensor, Tens
         device.confident[tiles, -(-m // bm)](
             *(x, *packed.pointers, packed.low if bias is None else bias, *parts, m, x.stride(0)),
             **packed.constants(runtime.product_dtype(x)),
-            **{"BIAS": bias is not None, "BN": TILE, "BM": bm, "PRE": bm >= 64, "num_warps": 4, "num_stages": 3},
+            **{"BIAS": bias is not None, "BN": TILE, "BM": bm, "PRE": bm >= 64},
+            **{"num_warps": 4, "num_stages": stages(packed.bits, bm, runtime.device_of(x))},
         )
         width = max(16, 1 << (tiles - 1).bit_length())
         device.most_confident[m,](*parts, token, confidence, m, TILES=tiles, WIDTH=width)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -24,19 +25,18 @@ class Device:
     """What configurations depend on.
 
     Attributes:
-        name: as torch says it. units: multiprocessors. bandwidth: bytes a second. flops: 16-bit operations a second, dense.
-        nvidia: whether inline assembly is NVIDIA's.
+        name: as torch says it. units: multiprocessors. shared: bytes of shared memory that a program can have.
+        warpgroups: whether four warps make one product (Hopper and later), so that a large tile needs no more of them.
     """
 
     name: str
     units: int
-    bandwidth: float
-    flops: float
-    nvidia: bool = True
+    shared: int
+    warpgroups: bool = True
 
 
-#: The device of the shipped tables, by its data sheet less what a copy and a large product lose.
-H200 = Device("NVIDIA H200", 132, 4.3e12, 788e12)
+#: The device of the shipped table, whose rule is also what is chosen without a GPU.
+H200 = Device("NVIDIA H200", 132, 232448)
 
 
 def interpreting() -> bool:
@@ -69,10 +69,14 @@ def device_of(x: torch.Tensor) -> Device:
     """The device that holds x; that of the shipped tables while interpreting."""
     if not x.is_cuda:
         return H200
-    found = torch.cuda.get_device_properties(x.device)
-    known = H200 if found.name.startswith(H200.name) else None
-    # Unknown devices get the ratio of this one: only the number of units moves a choice.
-    return known or Device(found.name, found.multi_processor_count, H200.bandwidth, H200.flops, torch.version.hip is None)
+    return _device(x.device.index)
+
+
+@cache
+def _device(index: int) -> Device:
+    found = torch.cuda.get_device_properties(index)
+    shared = getattr(found, "shared_memory_per_block_optin", None) or found.shared_memory_per_block
+    return Device(found.name, found.multi_processor_count, shared, torch.version.hip is None and found.major >= 9)
 
 
 def on(x: torch.Tensor) -> AbstractContextManager[object]:

@@ -101,7 +101,7 @@ class Packed:
     @property
     def shape(self) -> Shape:
         """What the choice of a configuration depends on."""
-        return Shape("w16", self.bits, self.k, self.n, self.group)
+        return Shape("coded" if self.code else "w16", self.bits, self.k, self.n, self.group)
 
     def dequantize(self) -> Tensor:
         """Ŵ float32 [N, K], in plain PyTorch."""

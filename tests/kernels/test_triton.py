@@ -201,14 +201,16 @@ def test_tables_are_complete_and_unknown_devices_follow_the_rule() -> None:
             assert sorted(sizes) == list(dispatch.BUCKETS)
             for size, config in sizes.items():
                 assert config.dense or (config.bm <= size and 128 % config.bn == 0 and config.splits >= 1)
-    other = runtime.Device("another", 60, 1e12, 1e14)
+    other = runtime.Device("another", 60, 65536, False)
     assert dispatch.choose(SHAPE, 32, other) == dispatch.rule(SHAPE, 32, other)
     assert dispatch.rule(SHAPE, 32, other).splits < dispatch.rule(SHAPE, 32).splits
+    assert dispatch.rule(SHAPE, 128, other).stages < dispatch.rule(SHAPE, 128).stages
+    assert dispatch.rule(SHAPE, 128, other).warps > dispatch.rule(SHAPE, 128).warps
 
 
 def test_a_table_has_the_word(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     found = {(SHAPE.key, 32): dispatch.Config(bn=128, bm=32, splits=2)}
-    device_ = runtime.Device("mine", 60, 1e12, 1e14)
+    device_ = runtime.Device("mine", 60, 65536)
     (tmp_path / "mine.json").write_text(json.dumps(dispatch.as_table(device_, [SHAPE], "measured", found)))
     monkeypatch.setattr(dispatch, "FOLDER", tmp_path)
     dispatch.table.cache_clear()
