@@ -1,7 +1,7 @@
 """Low-bit linears on this GPU against every peer that is installed, in one process and under ten minutes.
 
     python benchmarks/gpu.py --out docs/results/gpu.json            everything; a figure is written beside the JSON
-    python benchmarks/gpu.py --plan                                 what would be run and what the roofline predicts; needs no GPU
+    python benchmarks/gpu.py --plan                                 what would be run, with predicted floors; needs no GPU
     TRITON_INTERPRET=1 python benchmarks/gpu.py --rehearse          every implementation on tiny shapes on the CPU, without times
     python benchmarks/gpu.py --tune                                 try tiles and splits, rewrite the device's table in configs/
 
@@ -25,7 +25,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,13 @@ from torch import Tensor
 from dlqc.kernels.triton import dispatch, integer, packing, runtime, weight_only
 from dlqc.kernels.triton.device import weight_only as device
 
-SHAPES = {"attention": (4096, 4096), "up or qkv": (4096, 12288), "down": (12288, 4096), "gate-up": (4096, 24576), "head": (4096, 126464)}
+SHAPES = {
+    "attention": (4096, 4096),
+    "up or qkv": (4096, 12288),
+    "down": (12288, 4096),
+    "gate-up": (4096, 24576),
+    "head": (4096, 126464),
+}
 TOKENS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 #: What a data sheet says of an H200, less what a copy and a large product lose: only for `--plan`.
 PREDICTED = {"copy": 4.3e12, "bf16": 788e12, "int8": 1576e12, "fp8": 1576e12}
@@ -110,7 +117,16 @@ class Clock:
 def ours(k: int, n: int, device_: str) -> list[Entry]:
     """The kernels of this project, each on its own random weight."""
     made = []
-    for bits, group, act in ((4, 128, 16), (4, k, 16), (3, 128, 16), (2, 128, 16), (8, k, 16), (8, k, 8), (4, k, 8), (4, 128, 8)):
+    for bits, group, act in (
+        (4, 128, 16),
+        (4, k, 16),
+        (3, 128, 16),
+        (2, 128, 16),
+        (8, k, 16),
+        (8, k, 8),
+        (4, k, 8),
+        (4, 128, 8),
+    ):
         codes = torch.randint(0, 1 << bits, (n, k), dtype=torch.uint8, device=device_)
         scales = (torch.rand(n, k // group, device=device_) + 0.5).bfloat16() / (k**0.5 * (1 << (bits - 1)))
         shown = min(n, 128)
@@ -124,10 +140,13 @@ def ours(k: int, n: int, device_: str) -> list[Entry]:
         else:
             packed = integer.Packed(packing.arrange_integers(codes, bits), held, None, k, n, bits, group)
         made.append(Entry(name, bits + 16 / group, act, _copies(packed), truth, 4e-3 if act == 16 else 2e-2))
+        if act == 8:
+            given = Given(partial(integer.quantize, bits=8, packed=packed))
+            made.append(replace(made[-1], name=f"{name}, codes given", copies=_copies(packed, given)))
     return made
 
 
-def _copies(packed: Any) -> Callable[[int], list[Callable[[Tensor], Tensor]]]:
+def _copies(packed: Any, given: Given | None = None) -> Callable[[int], list[Callable[[Tensor], Tensor]]]:
     def copies(count: int) -> list[Callable[[Tensor], Tensor]]:
         calls = []
         for _ in range(count):
@@ -135,18 +154,18 @@ def _copies(packed: Any) -> Callable[[int], list[Callable[[Tensor], Tensor]]]:
                 own = replace(packed, low=packed.low.clone(), high=None if packed.high is None else packed.high.clone())
             else:
                 own = replace(packed, words=packed.words.clone())
-            calls.append(lambda x, own=own: run(own, x))
+            calls.append(partial(run, own, given=given))
         return calls
 
     return copies
 
 
-def run(packed: Any, x: Tensor, config: dispatch.Config | None = None) -> Tensor:
+def run(packed: Any, x: Tensor, config: dispatch.Config | None = None, given: Given | None = None) -> Tensor:
     """y [M, N], by the op's own choice or a given configuration."""
     config = config or dispatch.choose(packed.shape, x.shape[0], runtime.device_of(x))
     y = torch.empty(x.shape[0], packed.n, dtype=runtime.interpretable(x), device=x.device)
     if isinstance(packed, integer.Packed):
-        integer.launch(integer.quantize(x, 8, packed), packed, None, y, config)
+        integer.launch(given(x) if given else integer.quantize(x, 8, packed), packed, None, y, config)
     elif config.dense:
         return weight_only.multiply_dense(x, packed, None, config)
     else:
@@ -154,44 +173,83 @@ def run(packed: Any, x: Tensor, config: dispatch.Config | None = None) -> Tensor
     return y
 
 
+def turns(
+    weight: Tensor, call: Callable[[Tensor, Tensor], Tensor]
+) -> Callable[[int], list[Callable[[Tensor], Tensor]]]:
+    """Copies of `call(weight, x)` for `Entry.copies`."""
+    return lambda count: [partial(call, weight.clone()) for _ in range(count)]
+
+
+class Given:
+    """What quantization makes of x, made once for each x: to time a product by itself."""
+
+    def __init__(self, quantize: Callable[[Tensor], Any]) -> None:
+        self.quantize, self.seen = quantize, {}
+
+    def __call__(self, x: Tensor) -> Any:
+        if id(x) not in self.seen:
+            self.seen[id(x)] = (x, self.quantize(x))
+        return self.seen[id(x)][1]
+
+
+def _rows(dtype: torch.dtype, top: float) -> Given:
+    def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+        scale = x.abs().amax(1, keepdim=True).float() / top
+        codes = x.float() / scale
+        return (codes.round() if dtype == torch.int8 else codes).to(dtype), scale
+
+    return Given(quantize)
+
+
 def library(k: int, n: int, device_: str) -> list[Entry]:
-    """cuBLAS in 16 bits, torch's int4, int8 and FP8 products, and what else is installed."""
+    """cuBLAS in 16 bits, torch's int4, int8 and FP8 products (codes given), and what else is installed."""
     w = torch.randn(n, k, device=device_).div_(k**0.5).bfloat16()
     truth = w[: min(n, 128)].double()
-    made = [Entry("bf16", 16, 16, lambda count: [lambda x, w=w.clone(): F.linear(x, w.to(x.dtype)) for _ in range(count)], truth)]
+    made = [Entry("bf16", 16, 16, turns(w, lambda w, x: F.linear(x, w.to(x.dtype))), truth)]
     if device_ == "cpu":
         return made
-    scale = w.abs().amax(1, keepdim=True).float() / 127
-    q = (w.float() / scale).round().to(torch.int8)
+    tokens = _rows(torch.int8, 127)
+    q, scale = tokens.quantize(w)
 
-    def int_mm(x: Tensor, q: Tensor) -> Tensor:
-        s = x.abs().amax(1, keepdim=True).float() / 127
-        return (torch._int_mm((x / s).round().to(torch.int8), q.T) * s * scale.T).bfloat16()
+    def int_mm(q: Tensor, x: Tensor) -> Tensor:
+        codes, s = tokens(x)
+        return (torch._int_mm(codes, q.T) * s * scale.T).bfloat16()
 
-    made.append(Entry("torch _int_mm", 8, 8, lambda c: [lambda x, q=q.clone(): int_mm(x, q) for _ in range(c)], truth, 2e-2))
+    made.append(Entry("torch _int_mm", 8, 8, turns(q, int_mm), truth, 2e-2))
     if torch.cuda.get_device_capability() >= (8, 9):
-        most = w.abs().amax(1, keepdim=True).float() / 448
-        e4m3 = (w.float() / most).to(torch.float8_e4m3fn)
+        floats = _rows(torch.float8_e4m3fn, 448)
+        e4m3, most = floats.quantize(w)
 
-        def scaled_mm(x: Tensor, e4m3: Tensor) -> Tensor:
-            s = x.abs().amax(1, keepdim=True).float() / 448
-            return torch._scaled_mm((x / s).to(torch.float8_e4m3fn), e4m3.T, s, most.T, out_dtype=torch.bfloat16)
+        def scaled_mm(e4m3: Tensor, x: Tensor) -> Tensor:
+            codes, s = floats(x)
+            return torch._scaled_mm(codes, e4m3.T, s, most.T.contiguous(), out_dtype=torch.bfloat16)
 
-        made.append(
-            Entry("fp8 torch _scaled_mm rows", 8, 8, lambda c: [lambda x, e=e4m3.clone(): scaled_mm(x, e) for _ in range(c)], truth, 6e-2)
-        )
+        made.append(Entry("fp8 torch _scaled_mm rows", 8, 8, turns(e4m3, scaled_mm), truth, 6e-2))
     codes = torch.randint(0, 16, (n, k), dtype=torch.int32, device=device_)
-    both = torch.stack((torch.full((k // 128, n), 0.01, device=device_), torch.zeros(k // 128, n, device=device_)), -1).bfloat16()
-    four = torch.ops.aten._convert_weight_to_int4pack((codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8), 8)
-    dense = (codes[: min(n, 128)].double() - 8) * float(both[0, 0, 0])
-    made.append(
-        Entry("torch int4 (tinygemm) g128", 4.25, 16, lambda c: [
-            lambda x, f=four.clone(): torch.ops.aten._weight_int4pack_mm(x, f, 128, both) for _ in range(c)
-        ], dense)
-    )  # fmt: skip
-    for module, add in (("gemlite", gemlite), ("bitsandbytes", bitsandbytes)):
-        if importlib.util.find_spec(module):
-            made.append(add(w))
+    scales = torch.full((k // 128, n), 0.01, dtype=torch.bfloat16, device=device_)
+    both = torch.stack((scales, torch.zeros_like(scales)), -1).contiguous()
+    dense = (codes[: min(n, 128)].double() - 8) * float(scales[0, 0])
+    for name, add in (
+        (
+            "tinygemm",
+            lambda: torch.ops.aten._convert_weight_to_int4pack(
+                (codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8), 8
+            ),
+        ),
+        ("gemlite", lambda: gemlite(w)),
+        ("bitsandbytes", lambda: bitsandbytes(w)),
+    ):
+        if name != "tinygemm" and not importlib.util.find_spec(name):
+            continue
+        try:
+            found = add()
+        except Exception as error:  # a peer's fault must not end the run
+            print(f"{name} is left out: {type(error).__name__}: {error}"[:200])
+            continue
+        if name == "tinygemm":
+            call = turns(found, lambda f, x: torch.ops.aten._weight_int4pack_mm(x, f, 128, both))
+            found = Entry("torch int4 (tinygemm) g128", 4.25, 16, call, dense)
+        made.append(found)
     return made
 
 
@@ -210,7 +268,7 @@ def bitsandbytes(w: Tensor) -> Entry:
     packed, state = bnb.quantize_4bit(w, quant_type="nf4", blocksize=64)
     from bitsandbytes import matmul_4bit
 
-    calls = lambda count: [lambda x, p=packed.clone(): matmul_4bit(x, p.t(), state) for _ in range(count)]  # noqa: E731
+    calls = turns(packed, lambda p, x: matmul_4bit(x, p.t(), state))
     return Entry("bitsandbytes nf4", 4.5, 16, calls, bnb.dequantize_4bit(packed, state)[:128].double())
 
 
@@ -221,8 +279,7 @@ def ceilings(clock: Clock, device_: str) -> dict[str, float]:
     found = {}
     source = torch.empty(1 << 30, dtype=torch.uint8, device=device_)
     target = torch.empty_like(source)
-    found["copy"] = 2 * source.numel() / clock.seconds([lambda: target.copy_(source)])
-    del source, target
+    found["copy"] = 2 * source.numel() / clock.seconds([partial(target.copy_, source)])
     d, work = 8192, 2 * 8192**3
     a, b = (torch.randn(d, d, device=device_).bfloat16() for _ in range(2))
     found["bf16"] = work / clock.seconds([lambda: a @ b] * 4)
@@ -235,7 +292,9 @@ def ceilings(clock: Clock, device_: str) -> dict[str, float]:
         run_ = lambda s, t: torch._scaled_mm(p, q.T, s, t, out_dtype=torch.bfloat16)  # noqa: E731
         found["fp8"] = work / clock.seconds([lambda: run_(one, one)] * 4)
         found["fp8 rows"] = work / clock.seconds([lambda: run_(ones, ones.T)] * 4)
-        found["int8"] = max(found["int8"], found["fp8"])  # the tensor cores' rate is one; torch's int8 may be an old kernel
+        found["int8"] = max(
+            found["int8"], found["fp8"]
+        )  # the tensor cores' rate is one; torch's int8 may be an old kernel
     empty = torch.zeros(1, 32, device=device_)
     count: dict[str, Any] = {"N": 32, "SPLITS": 1, "BIAS": False, "BLOCK": 32}
     found["empty kernel"] = clock.seconds([lambda: device.add_splits[1, 1](empty, empty, empty, 1, 32, **count)] * 200)
@@ -305,7 +364,13 @@ def measure(options: argparse.Namespace, clock: Clock, device_: str) -> dict[str
             bits = same_bits(entry, k, device_) if own else None
             for m in tokens:
                 x = torch.randn(m, k, device=device_).to(dtype)
-                error = error_of(entry, calls[0], x)
+                try:
+                    error = error_of(entry, calls[0], x)
+                except RuntimeError as refused:
+                    if own:
+                        raise
+                    wrong.append(f"{entry.name} at {label}, {m} tokens: {refused}"[:200])
+                    continue
                 if not error <= entry.tolerance or bits is False:
                     wrong.append(f"{entry.name} at {label}, {m} tokens: error {error:.2g}, same bits {bits}")
                     continue
@@ -379,7 +444,10 @@ def model(clock: Clock, device_: str, rehearse: bool) -> list[dict[str, Any]]:
                 return head(x[: min(len(x), 256)])  # masked rows only
 
             rows.append({"kind": kind, "tokens": m, "block_ms": one * 1e3, "step_ms": clock.seconds([step]) * 1e3})
-            print(f"block {kind:6} {m:5} tokens {rows[-1]['block_ms']:8.3f} ms, step {rows[-1]['step_ms']:8.3f} ms", flush=True)
+            print(
+                f"block {kind:6} {m:5} tokens {rows[-1]['block_ms']:8.3f} ms, step {rows[-1]['step_ms']:8.3f} ms",
+                flush=True,
+            )
         del blocks, head
     return rows
 
@@ -394,7 +462,11 @@ def plan(options: argparse.Namespace) -> None:
     )]  # fmt: skip
     for label in options.shapes:
         k, n = SHAPES[label]
-        print(f"\n{label}: K={k}, N={n}\n{'M':>5} " + "".join(f"{e.name:>18}" for e in kinds) + "   tile MxN, splits of W4A16")
+        print(
+            f"\n{label}: K={k}, N={n}\n{'M':>5} "
+            + "".join(f"{e.name:>18}" for e in kinds)
+            + "   tile MxN, splits of W4A16"
+        )
         for m in options.tokens:
             times = [floor(m, k, n, e, PREDICTED) for e in kinds]
             config = dispatch.choose(dispatch.Shape("w16", 4, k, n, 128), m)
@@ -409,7 +481,14 @@ def tune(options: argparse.Namespace, clock: Clock, device_: str) -> None:
     shapes, found = [], {}
     for label in options.shapes:
         k, n = SHAPES[label]
-        for entry_bits, group, kernel in ((4, 128, "w16"), (4, k, "w16"), (8, k, "w16"), (8, k, "w8"), (4, k, "w8"), (4, 128, "w8")):
+        for entry_bits, group, kernel in (
+            (4, 128, "w16"),
+            (4, k, "w16"),
+            (8, k, "w16"),
+            (8, k, "w8"),
+            (4, k, "w8"),
+            (4, 128, "w8"),
+        ):
             shape = dispatch.Shape(kernel, entry_bits, k, n, group)
             if shape in shapes:
                 continue
@@ -420,7 +499,9 @@ def tune(options: argparse.Namespace, clock: Clock, device_: str) -> None:
             if kernel == "w16":
                 packed = weight_only.Packed(*packing.arrange(codes, entry_bits), scales, None, k, n, entry_bits, group)
             else:
-                packed = integer.Packed(packing.arrange_integers(codes, entry_bits), scales, None, k, n, entry_bits, group)
+                packed = integer.Packed(
+                    packing.arrange_integers(codes, entry_bits), scales, None, k, n, entry_bits, group
+                )
             for size in dispatch.BUCKETS:
                 x = torch.randn(size, k, device=device_).bfloat16()
                 start = dispatch.rule(shape, size, where)
@@ -440,7 +521,10 @@ def tune(options: argparse.Namespace, clock: Clock, device_: str) -> None:
                         print(f"{shape.key} {size}: {config} left out ({type(error).__name__})")
                 best = min(times, key=times.__getitem__)
                 found[shape.key, size] = best
-                print(f"{shape.key} {size}: {best}, {times[best] * 1e6:.2f} us; the rule's {times[start] * 1e6:.2f}", flush=True)
+                print(
+                    f"{shape.key} {size}: {best}, {times[best] * 1e6:.2f} us; the rule's {times[start] * 1e6:.2f}",
+                    flush=True,
+                )
     path = dispatch.FOLDER / f"{name.lower().replace(' ', '_')}.json"
     path.write_text(json.dumps(dispatch.as_table(where, shapes, "measured", found), indent=1) + "\n", encoding="utf-8")
     print(f"wrote {path}")
@@ -467,7 +551,9 @@ def figure(found: dict[str, Any], path: Path) -> None:
     _, axes = plt.subplots(1, len(labels), figsize=(4 * len(labels), 4), squeeze=False)
     for axis, label in zip(axes[0], labels, strict=True):
         for name in dict.fromkeys(row["name"] for row in found["rows"]):
-            points = [(r["tokens"], 1 / r["over_bf16"]) for r in found["rows"] if (r["shape"], r["name"]) == (label, name)]
+            points = [
+                (r["tokens"], 1 / r["over_bf16"]) for r in found["rows"] if (r["shape"], r["name"]) == (label, name)
+            ]
             axis.plot(*zip(*points, strict=True), marker=".", label=name)
         axis.set(xscale="log", xlabel="tokens", ylabel="speed over bf16", title=label)
     axes[0][0].legend(fontsize=6)
@@ -478,8 +564,12 @@ def figure(found: dict[str, Any], path: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="where to write the JSON")
-    parser.add_argument("--plan", action="store_true", help="print what would be run and the predicted floors; needs no GPU")
-    parser.add_argument("--rehearse", action="store_true", help="tiny shapes on the CPU in the interpreter, without times")
+    parser.add_argument(
+        "--plan", action="store_true", help="print what would be run and the predicted floors; needs no GPU"
+    )
+    parser.add_argument(
+        "--rehearse", action="store_true", help="tiny shapes on the CPU in the interpreter, without times"
+    )
     parser.add_argument("--tune", action="store_true", help="rewrite the table of this device")
     parser.add_argument("--no-model", action="store_true", help="leave out blocks and steps")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
@@ -491,9 +581,13 @@ def main() -> int:
         return 0
     if options.rehearse and not runtime.interpreting():
         parser.error("a rehearsal is interpreted. Set TRITON_INTERPRET=1")
-    if not options.rehearse and (os.environ.get("TRITON_INTERPRET") == "1" or (reason := runtime.unavailable()) is not None):
+    if not options.rehearse and (
+        os.environ.get("TRITON_INTERPRET") == "1" or (reason := runtime.unavailable()) is not None
+    ):
         reason = "kernels are interpreted" if os.environ.get("TRITON_INTERPRET") == "1" else reason
-        parser.error(f"nothing can be measured here: {reason}. Run it on a machine with a GPU, or use --plan or --rehearse")
+        parser.error(
+            f"nothing can be measured here: {reason}. Run it on a machine with a GPU, or use --plan or --rehearse"
+        )
     clock, device_ = Clock(options.repeats, options.rehearse), "cpu" if options.rehearse else "cuda"
     started = time.perf_counter()
     torch.manual_seed(0)
@@ -507,7 +601,7 @@ def main() -> int:
         figure(found, options.out.with_suffix(".svg"))
     for line in found["wrong"]:
         print("left out:", line)
-    return 1 if found["wrong"] else 0
+    return 1 if any(line.startswith("W") for line in found["wrong"]) else 0
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python benchmarks/triton_aot.py --out docs/results/triton_aot.json           every kernel, shipped configuration and target
     python benchmarks/triton_aot.py --sample --targets sm_90                      one of each kind (what the tests do)
 
-For each kernel, configuration and target the file holds: registers, bytes of stack and spilled words, shared memory, the tensor-core
-instructions in the machine code, and for products with packed weights the instructions, integer instructions and waits in the
+For each kernel, configuration and target the file holds: registers, bytes of stack and spilled words, shared memory, the
+tensor-core instructions in the machine code, and for products with packed weights the instructions, integer instructions and waits in the
 loop for each weight. Machine code is read with the tools in Triton's wheel. This proves the shape of the code; it proves neither
 its speed nor that it is right. It must run without TRITON_INTERPRET.
 
@@ -64,8 +64,8 @@ LIMITS = {
     "w4a8 channel": (1.4, 0.7), "w4a8 g128": (2.4, 1.2),
 }  # fmt: skip
 
-#: Input and output features: attention's, the feed-forward's, and gate and up in one. Tables are one device's; other targets compile
-#: what they choose for the first shape.
+#: Input and output features: attention's, the feed-forward's, and gate and up in one. Tables are one device's; other targets
+#: compile what they choose for the first shape.
 LLADA = ((4096, 4096), (4096, 12288), (12288, 4096), (4096, 24576))
 
 
@@ -74,8 +74,8 @@ class Job:
     """One compilation: a kernel, its arguments by name, and how it is launched.
 
     Attributes:
-        name: of the kernel, and of what sets it apart. weights: codes that one program reads in one turn of its loop (0: not counted).
-        turns: of the loop.
+        name: of the kernel, and of what sets it apart.
+        weights: codes that one program reads in one turn of its loop (0: not counted). turns: of the loop.
         product: whether the tensor cores must appear.
         sample: whether it stands for its kind in the tests.
     """
@@ -92,13 +92,16 @@ class Job:
     sample: bool = False
 
 
-def weight_only_job(shape: Shape, config: Config, *, zeros: bool = False, asm: bool = True, kind: str = "bf16", code: int = 0) -> Job:
+def weight_only_job(
+    shape: Shape, config: Config, *, zeros: bool = False, asm: bool = True, kind: str = "bf16", code: int = 0
+) -> Job:
     """The product of 16-bit activations, as `kernels/triton/weight_only.py` launches it."""
     word = "*u8" if shape.bits == 8 else "*i16"
     parts = config.splits > 1
     pointers = {
         "x": f"*{kind}", "low": word, "high": "*i8" if shape.bits == 3 else word, "scales": "*bf16",
-        "zeros": "*u8" if zeros else word, "table": "*fp32" if code in (1, 2) else word, "bias": word, "y": "*fp32" if parts else f"*{kind}", "M": "i32", "x_stride": "i32", "y_stride": "i32",
+        "zeros": "*u8" if zeros else word, "table": "*fp32" if code in (1, 2) else word, "bias": word,
+        "y": "*fp32" if parts else f"*{kind}", "M": "i32", "x_stride": "i32", "y_stride": "i32",
     }  # fmt: skip
     constants = {
         "N": shape.n, "NP": padded(shape.n), "K": shape.k, "BITS": shape.bits, "GROUP": shape.group, "ZEROS": zeros,
@@ -107,7 +110,8 @@ def weight_only_job(shape: Shape, config: Config, *, zeros: bool = False, asm: b
     }  # fmt: skip
     block = 128 if shape.bits in (4, 8) else 256
     group = "channel" if shape.group >= shape.k else f"g{shape.group}"
-    name = f"w{shape.bits}a16 {group}{('', ' nf4', ' codebook', ' fp8')[code]}{' zeros' if zeros else ''}{'' if asm else ' plain'} {shape.k}x{shape.n}"
+    apart = f"{('', ' nf4', ' codebook', ' fp8')[code]}{' zeros' if zeros else ''}{'' if asm else ' plain'}"
+    name = f"w{shape.bits}a16 {group}{apart} {shape.k}x{shape.n}"
     tile = f"{config.bm}x{config.bn} splits {config.splits}"
     job = Job(f"{name}, {tile}", weight_only.weight_only, pointers, constants, config.warps, config.stages)
     blocks = -(-shape.k // block)
@@ -127,7 +131,9 @@ def integer_job(shape: Shape, config: Config, *, zeros: bool = False) -> Job:
         "GROUP": shape.group, "ZEROS": zeros, "BIAS": False, "BN": config.bn, "BM": config.bm, "SPLITS": config.splits,
         "ASM": True,
     }  # fmt: skip
-    name = f"w{shape.bits}a8 {'channel' if channel else f'g{shape.group}'}{' zeros' if zeros else ''} {shape.k}x{shape.n}"
+    name = (
+        f"w{shape.bits}a8 {'channel' if channel else f'g{shape.group}'}{' zeros' if zeros else ''} {shape.k}x{shape.n}"
+    )
     job = Job(f"{name}, {config.bm}x{config.bn} splits {config.splits}", integer.integer, pointers, constants)
     turns = -(-shape.k // 128 // config.splits)
     return replace(job, warps=config.warps, stages=config.stages, weights=config.bn * 128, turns=turns)
@@ -139,14 +145,34 @@ def row_jobs() -> list[Job]:
     wide, narrow = {"K": 12288, "KP": 12288, "TOP": 127}, {"K": 4096, "KP": 4096, "TOP": 127}
     quantize = {**x, "sums": "*i32", "M": "i32"}
     norm = {**x, "residual": "*bf16", "gain": "*bf16", "total": "*bf16", "epsilon": "fp32"}
-    silu = {"gate": "*bf16", "up": "*bf16", "q": "*i8", "scales": "*fp32", "gate_stride": "i32", "up_stride": "i32", "factor": "fp32"}
+    silu = {
+        "gate": "*bf16",
+        "up": "*bf16",
+        "q": "*i8",
+        "scales": "*fp32",
+        "gate_stride": "i32",
+        "up_stride": "i32",
+        "factor": "fp32",
+    }
     turn = {"x": "*bf16", "y": "*bf16", "x_stride": "i32", "y_stride": "i32", "factor": "fp32"}
     jobs = [
         Job("rows quantize 4096", rows.quantize_rows, quantize, {**narrow, "GROUP": 128, "SUMS": 0, "WIDTH": 4096}, 8),
-        Job("rows quantize 12288 sums", rows.quantize_rows, quantize, {**wide, "GROUP": 128, "SUMS": 96, "WIDTH": 16384}, 8),
+        Job(
+            "rows quantize 12288 sums",
+            rows.quantize_rows,
+            quantize,
+            {**wide, "GROUP": 128, "SUMS": 96, "WIDTH": 16384},
+            8,
+        ),
         Job("rows norm and quantize 4096", rows.norm_quantize, norm, {**narrow, "ADD": True, "WIDTH": 4096}, 8),
         Job("rows silu and quantize 12288", rows.silu_quantize, silu, {**wide, "BLOCK": 1, "WIDTH": 16384}, 8),
-        Job("rows silu, hadamard 128 and quantize 12288", rows.silu_quantize, silu, {**wide, "BLOCK": 128, "WIDTH": 16384}, 8),
+        Job(
+            "rows silu, hadamard 128 and quantize 12288",
+            rows.silu_quantize,
+            silu,
+            {**wide, "BLOCK": 128, "WIDTH": 16384},
+            8,
+        ),
         Job("rows hadamard 128", rows.hadamard, turn, {"K": 12288, "BLOCK": 128, "WIDTH": 4096}, 8),
         Job("rows hadamard 4096", rows.hadamard, turn, {"K": 12288, "BLOCK": 4096, "WIDTH": 4096}, 8),
     ]
@@ -310,7 +336,9 @@ def main() -> int:
         parser.error("kernels are interpreted under TRITON_INTERPRET=1 and cannot be compiled. Unset it")
     rows, failed = [], 0
     for target in options.targets:
-        jobs = [job for job in shipped(target) if job.name.startswith(options.only) and (job.sample or not options.sample)]
+        jobs = [
+            job for job in shipped(target) if job.name.startswith(options.only) and (job.sample or not options.sample)
+        ]
         if not jobs:
             parser.error(f"no kernel begins with {options.only!r}. Known: {', '.join(j.name for j in shipped(target))}")
         for job in jobs:
@@ -326,7 +354,12 @@ def main() -> int:
                 flush=True,
             )
     if options.out:
-        made = {"command": "python benchmarks/triton_aot.py", "triton": triton.__version__, "limits": LIMITS, "rows": rows}
+        made = {
+            "command": "python benchmarks/triton_aot.py",
+            "triton": triton.__version__,
+            "limits": LIMITS,
+            "rows": rows,
+        }
         options.out.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
     print(f"{len(rows)} compiled, {failed} outside of the gates")
     return 1 if failed else 0

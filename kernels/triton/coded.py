@@ -4,9 +4,9 @@
                                       codebook   table of the row and group [code]
                                       fp8        code as E4M3 · scale of the tensor, channel or block
 
-Shapes, dtypes, layout and order: as of `weight_only`; tables are float32 and their entries are rounded to the dtype of the product.
-Entries are read through the first-level cache, one load a weight, so these formats save memory rather than time. E4M3 is decoded from
-its bits and needs no FP8 instructions.
+Shapes, dtypes, layout and order: as of `weight_only`; tables are float32 and their entries are rounded to the dtype of the
+product. Entries are read through the first-level cache, one load a weight, so these formats save memory rather than time. E4M3 is
+decoded from its bits and needs no FP8 instructions.
 """
 
 from __future__ import annotations
@@ -117,8 +117,10 @@ class CodedWeights:
         else:
             assert isinstance(stored, Fp8Weight)
             codes, bits, code = stored.codes.view(torch.uint8), 8, FLOAT8
-            scale = stored.scales if stored.format.unit == "channel" else stored.scales.repeat_interleave(
-                BLOCK if stored.format.unit == "block" else n, 0
+            scale = (
+                stored.scales
+                if stored.format.unit == "channel"
+                else stored.scales.repeat_interleave(BLOCK if stored.format.unit == "block" else n, 0)
             )
             scales = packing.columns(scale[:n])
         low, high = packing.arrange(codes, bits)

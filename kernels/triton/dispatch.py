@@ -49,7 +49,8 @@ class Shape:
     """What a choice depends on besides the device and the tokens.
 
     Attributes:
-        kernel: "w16", "coded" (as w16, for formats that are not integers) or "w8". bits: of a weight. k, n: input and output features. group: input features with one scale.
+        kernel: "w16", "coded" (as w16, for formats that are not integers) or "w8". bits: of a weight.
+        k, n: input and output features. group: input features with one scale.
     """
 
     kernel: str

@@ -2,8 +2,8 @@
 
     y = (Σ_k (code - zero) · q) · s_w · s_x + b,    q, s_x = codes and scales of x, one scale per token, quantized on the fly
 
-Shapes:  x [..., K]; words as of `packing.arrange_integers`; scales [G, N'], zeros uint8 [G, N'] or None with N' = N padded to 128;
-         bias [N] or None → [..., N].
+Shapes:  x [..., K]; words as of `packing.arrange_integers`; scales [G, N'], zeros uint8 [G, N'] or None, N' being
+         N padded to 128; bias [N] or None → [..., N].
 Dtypes:  codes of x are those of `ActFormat.quantize_dynamic`. Sums over K (over 128 features where the weight has groups) are
          int32 and exact; scales, zero points of groups, and the bias are applied in float32; then the dtype of x.
 Layout:  4-bit codes stay in 4 bits; one packed copy for every number of tokens.

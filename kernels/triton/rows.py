@@ -52,9 +52,7 @@ def norm_quantize(
 
 
 @norm_quantize.register_fake
-def _(
-    x: Tensor, residual: Tensor | None, gain: Tensor, epsilon: float, act_bits: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(x: Tensor, residual: Tensor | None, gain: Tensor, epsilon: float, act_bits: int) -> tuple[Tensor, Tensor, Tensor]:
     q, scale = _blank(x)
     return q, scale, x.new_empty(0) if residual is None else x.new_empty(x.shape)
 
@@ -105,7 +103,9 @@ def _(x: Tensor, block: int) -> Tensor:
 
 def _flat(x: Tensor, width: int) -> Tensor:
     if x.dim() == 0 or x.shape[-1] != width or not x.dtype.is_floating_point:
-        raise ContractError(f"the input is {tuple(x.shape)} {x.dtype}, not [..., {width}] of a floating dtype", where="x")
+        raise ContractError(
+            f"the input is {tuple(x.shape)} {x.dtype}, not [..., {width}] of a floating dtype", where="x"
+        )
     return x.reshape(-1, width).contiguous()
 
 

@@ -83,8 +83,8 @@ def _(
 class Packed:
     """A weight in the layout of this kernel; `group` is K for one scale per channel.
 
-    `code` says what codes stand for, as in device/weight_only.py; then `table` float32 [2^bits] or [G, N', 2^bits], and no scales with
-    the latter.
+    `code` says what codes stand for, as in device/weight_only.py; `table` is float32 [2^bits], or [G, N', 2^bits], and then there
+    are no scales.
     """
 
     low: Tensor

@@ -29,7 +29,10 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 def child(*command: str, **environment: str) -> str:
     """What a fresh process says; it must not fail."""
-    settings = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
+    settings = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]),
+    }
     done = subprocess.run(
         [sys.executable, *command], capture_output=True, text=True, cwd=ROOT, env=settings | environment, check=False
     )
@@ -47,7 +50,6 @@ def test_compiled_ahead_of_time(tmp_path: Path) -> None:
     """A few kernels within the gates of `benchmarks/triton_aot.py`, which compiles all of them."""
     said = child("benchmarks/triton_aot.py", "--sample", "--targets", "sm_90", TRITON_CACHE_DIR=str(tmp_path))
     assert said.splitlines()[-1].endswith("compiled, 0 outside of the gates")
-
 
 
 WITHOUT = """
@@ -77,7 +79,9 @@ def test_what_a_machine_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = LinearSpec(128, 64, IntFormat(4, 32), None, False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_kernel(BACKEND, spec)[1]["weight_only"] == "torch sees no GPU"
-    with pytest.raises(LoweringError, match=r"backend 'triton' cannot run here: torch sees no GPU\. Use backend='auto'"):
+    with pytest.raises(
+        LoweringError, match=r"backend 'triton' cannot run here: torch sees no GPU\. Use backend='auto'"
+    ):
         load_backend("triton")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
@@ -264,9 +268,7 @@ def execute(text: str, operands: dict[str, torch.Tensor]) -> dict[str, torch.Ten
         elif name == "lop3.b32":
             table = int(names[3], 0)
             a, b, c = values[:3]
-            made = sum(
-                ((table >> ((a >> i & 1) << 2 | (b >> i & 1) << 1 | (c >> i & 1))) & 1) << i for i in range(32)
-            )
+            made = sum(((table >> ((a >> i & 1) << 2 | (b >> i & 1) << 1 | (c >> i & 1))) & 1) << i for i in range(32))
         elif name == "prmt.b32":
             bytes_ = [values[i // 4] >> 8 * (i % 4) & 0xFF for i in range(8)]
             made = sum(bytes_[int(names[2], 0) >> 4 * i & 7] << 8 * i for i in range(4))

@@ -13,7 +13,7 @@ def confident(
     CODE: tl.constexpr, BIAS: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, PRE: tl.constexpr,
     ASM: tl.constexpr, CT: tl.constexpr,
 ):  # fmt: skip
-    """Of the logits of BN tokens: the largest, whose it is (of equal ones the first), and Σ exp(logit - largest); [tiles, M] each."""
+    """Of the logits of BN tokens: the largest, whose it is (the first of equals), and Σ exp(logit - largest); [tiles, M] each."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     logits = product(

@@ -24,7 +24,12 @@ def lower(word, ASM: tl.constexpr):
     """16 times the lower nibbles, int8."""
     if ASM:
         return tl.inline_asm_elementwise(
-            "{ .reg .b32 t; shl.b32 t, $1, 4; and.b32 $0, t, 0xF0F0F0F0; }", "=r,r", [word], tl.int8, is_pure=True, pack=4
+            "{ .reg .b32 t; shl.b32 t, $1, 4; and.b32 $0, t, 0xF0F0F0F0; }",
+            "=r,r",
+            [word],
+            tl.int8,
+            is_pure=True,
+            pack=4,
         )
     else:
         return (word << 4).to(tl.int8)

@@ -30,7 +30,7 @@ def pair_of_planes(run, magic, one, kind):
 
 @at_compile_time
 def four_bytes(kind):
-    """Four bytes in a register ($2) to four numbers: 0x4B0000qq are the bits of 2²³ + q in float32; $3 to $6 are -(2²³ + zero)."""
+    """Four bytes in a register ($2) to four numbers: 0x4B0000qq are the bits of 2²³ + q in float32; zeros in $3 to $6."""
     steps = [f"prmt.b32 t{i}, $2, 0x4B000000, 0x765{i}; add.f32 t{i}, t{i}, ${3 + i};" for i in range(4)]
     narrow = f"cvt.rn.{kind}.f32 $0, t1, t0; cvt.rn.{kind}.f32 $1, t3, t2;"
     return f"{{ .reg .f32 t0, t1, t2, t3; {' '.join(steps)} {narrow} }}"
@@ -60,20 +60,30 @@ def levels(word, zero, SHIFT: tl.constexpr, MASK: tl.constexpr, CT: tl.constexpr
 
 
 @jit
-def levels_of_planes(low, high, zero, I: tl.constexpr, CT: tl.constexpr, ASM: tl.constexpr):
-    """Likewise for 3 bits: field I of the words `low` and bit I of the bytes `high`."""
+def levels_of_planes(low, high, zero, RUN: tl.constexpr, CT: tl.constexpr, ASM: tl.constexpr):
+    """Likewise for 3 bits: field RUN of the words `low` and bit RUN of the bytes `high`."""
     high = high.to(tl.int16)
     if not ASM:
-        code = ((low >> (2 * I)) & 3) | (((high >> I) & 1) << 2)
+        code = ((low >> (2 * RUN)) & 3) | (((high >> RUN) & 1) << 2)
         return levels(code.to(tl.int16), zero, 0, 7, CT, False)
     low, zero = tl.broadcast(low, zero)
     if CT == tl.bfloat16:
         value = tl.inline_asm_elementwise(
-            pair_of_planes(I, 0x4300, 0x3F80, "bf16x2"), "=r,r,r,r", [low, high, zero], tl.bfloat16, is_pure=True, pack=2
+            pair_of_planes(RUN, 0x4300, 0x3F80, "bf16x2"),
+            "=r,r,r,r",
+            [low, high, zero],
+            tl.bfloat16,
+            is_pure=True,
+            pack=2,
         )
     else:
         value = tl.inline_asm_elementwise(
-            pair_of_planes(I, 0x6400, 0x3C00, "f16x2"), "=r,r,r,r", [low, high, zero], tl.float16, is_pure=True, pack=2
+            pair_of_planes(RUN, 0x6400, 0x3C00, "f16x2"),
+            "=r,r,r,r",
+            [low, high, zero],
+            tl.float16,
+            is_pure=True,
+            pack=2,
         )
     return value
 
@@ -131,27 +141,27 @@ def float8(word, CT: tl.constexpr):
 
 @jit
 def field(
-    low, high, here, zero, table, entry, I: tl.constexpr, BITS: tl.constexpr, CT: tl.constexpr, ASM: tl.constexpr,
+    low, high, here, zero, table, entry, RUN: tl.constexpr, BITS: tl.constexpr, CT: tl.constexpr, ASM: tl.constexpr,
     CODE: tl.constexpr,
 ):  # fmt: skip
-    """Run I of a block, [BN, 32]: codes less their zero points, or what they stand for (CODE as of `product`).
+    """Run RUN of a block, [BN, 32]: codes less their zero points, or what they stand for (CODE as of `product`).
 
     `low`, `high` are words; with 8 bits `low` is where they are. `entry` [BN, 1] is where a row's table begins.
     """
     if BITS == 8:
-        word = tl.load(low + here + 32 * I)
+        word = tl.load(low + here + 32 * RUN)
         if CODE == 3:
             value = float8(word, CT)
         else:
             value = levels_of_bytes(word, zero, CT, ASM)
     elif CODE > 0:
         if BITS == 3:
-            code = ((low >> (2 * I)) & 3) | (((high.to(tl.int16) >> I) & 1) << 2)
+            code = ((low >> (2 * RUN)) & 3) | (((high.to(tl.int16) >> RUN) & 1) << 2)
         else:
-            code = (low >> (BITS * I)) & ((1 << BITS) - 1)
+            code = (low >> (BITS * RUN)) & ((1 << BITS) - 1)
         value = tl.load(table + (entry + code)).to(CT)
     elif BITS == 3:
-        value = levels_of_planes(low, high, zero, I, CT, ASM)
+        value = levels_of_planes(low, high, zero, RUN, CT, ASM)
     else:
-        value = levels(low, zero, BITS * I, (1 << BITS) - 1, CT, ASM)
+        value = levels(low, zero, BITS * RUN, (1 << BITS) - 1, CT, ASM)
     return value

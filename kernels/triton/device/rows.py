@@ -25,7 +25,9 @@ def to_codes(value, TOP: tl.constexpr):
 
 
 @jit
-def keep_codes(code, scale, q, scales, sums, row, M, KP: tl.constexpr, GROUP: tl.constexpr, SUMS: tl.constexpr, WIDTH: tl.constexpr):
+def keep_codes(
+    code, scale, q, scales, sums, row, M, KP: tl.constexpr, GROUP: tl.constexpr, SUMS: tl.constexpr, WIDTH: tl.constexpr
+):
     """Store a row of codes, its scale, and its sums over groups; the row ends with zeros up to KP."""
     k = tl.arange(0, WIDTH)
     tl.store(q + row.to(tl.int64) * KP + k, code, mask=k < KP)

@@ -1,6 +1,8 @@
 """Tests of Triton kernels in Triton's interpreter, which has to be chosen before Triton is imported.
 
-`test_triton.py`, one folder up, runs this folder in a process of its own; by hand: TRITON_INTERPRET=1 pytest tests/kernels/interpreted
+`test_triton.py`, one folder up, runs this folder in a process of its own. By hand:
+
+    TRITON_INTERPRET=1 pytest tests/kernels/interpreted
 """
 
 from __future__ import annotations

@@ -101,7 +101,9 @@ def test_block_hadamard(block: int, k: int) -> None:
     truth = (x.double().reshape(2, 2, -1, block) @ matrix).reshape(x.shape)
     torch.testing.assert_close(rows.block_hadamard(x, block).double(), truth, rtol=0, atol=1e-5)
     torch.testing.assert_close(rows.block_hadamard(x.double(), block), truth, rtol=0, atol=1e-12)
-    with pytest.raises(ContractError, match=f"block: blocks of 3 do not turn {k} features. Use a power of two up to 4096"):
+    with pytest.raises(
+        ContractError, match=f"block: blocks of 3 do not turn {k} features. Use a power of two up to 4096"
+    ):
         rows.block_hadamard(x, 3)
 
 

@@ -13,7 +13,6 @@ from dlqc.errors import FeasibilityError
 IDS = torch.randint(0, VOCAB, (1, 9), generator=torch.Generator().manual_seed(3))
 
 
-
 def compiled(backend: str, passes: str) -> Compiled:
     return dlqc.compile(ZOO["gpt2"](), f"{passes}, lower", backend=backend, mask_id=MASK, progress=False)
 
@@ -30,5 +29,8 @@ def test_sites_without_a_kernel_are_listed() -> None:
         compiled("triton", "quantize_weights(bits=4, group_size=16, method=rtn), pack")
     said = str(caught.value)
     assert said.count("no kernel of backend 'triton' supports it") == 8
-    assert "integer: activations are not quantized; weight_only: weights have a scale per group of 16, it needs a multiple" in said
+    assert (
+        "integer: activations are not quantized; weight_only: weights have a scale per group of 16, it needs a multiple"
+        in said
+    )
     assert "(and 4 more)" in said

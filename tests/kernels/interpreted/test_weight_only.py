@@ -43,7 +43,9 @@ def problems(draw: st.DrawFn, judge: Any) -> Any:
     k = draw(st.integers(1, 300)) if group is None else group * draw(st.integers(1, 2 if group > 64 else 5))
     scale = draw(st.sampled_from(["bfloat16", "float16", "float32"]))
     fmt = IntFormat(bits, group, draw(st.booleans()), scale)
-    return judge.make(LinearSpec(k, draw(st.integers(1, 140)), fmt, None, draw(st.booleans())), draw(st.integers(0, 99)))
+    return judge.make(
+        LinearSpec(k, draw(st.integers(1, 140)), fmt, None, draw(st.booleans())), draw(st.integers(0, 99))
+    )
 
 
 @settings(max_examples=12, deadline=None, phases=[Phase.generate])
@@ -80,7 +82,9 @@ def test_dense_weights(judge: Any, bits: int) -> None:
     assert problem.excess(x, y, judge.rounding(KERNEL, x.dtype)) <= 1
 
 
-@pytest.mark.parametrize(("bits", "planted"), [*((bits, "code") for bits in BITS), (4, "scale"), (3, "zero"), (8, "zero")])
+@pytest.mark.parametrize(
+    ("bits", "planted"), [*((bits, "code") for bits in BITS), (4, "scale"), (3, "zero"), (8, "zero")]
+)
 def test_planted_errors_break_the_bound(judge: Any, bits: int, planted: str) -> None:
     problem = judge.make(LinearSpec(288, 70, IntFormat(bits, 32, False), None, False), 3)
     wrong = judge.make(problem.spec, 3)
@@ -103,7 +107,11 @@ def test_memory_around_is_left_alone(judge: Any, bits: int, splits: int) -> None
     """Every tensor ends where memory ends, rows of x and y are further apart than they are long."""
     problem = judge.make(LinearSpec(280, 53, IntFormat(bits, None, False), None, True), 1)
     weight, bias = packed(problem)
-    parts = {role: at_the_end(part) for role in ("low", "high", "scales", "zeros") if (part := getattr(weight, role)) is not None}
+    parts = {
+        role: at_the_end(part)
+        for role in ("low", "high", "scales", "zeros")
+        if (part := getattr(weight, role)) is not None
+    }
     weight, bias = replace(weight, **parts), at_the_end(bias)
     m, n, k = 5, 53, 280
     whole = at_the_end(torch.full(((m - 1) * (k + 7) + k,), torch.nan))
@@ -133,7 +141,12 @@ def test_the_op_launches_what_the_definition_says(judge: Any) -> None:
     """Through the op: a batch, a quantized activation, bfloat16, no tokens; float64 takes the definition."""
     act = ActFormat(8, 32)
     problem = judge.make(LinearSpec(128, 70, IntFormat(4, 64, False), act, True), 1)
-    for dtype, lead in ((torch.float32, (2, 3)), (torch.bfloat16, (3,)), (torch.float64, (2,)), (torch.float16, (0, 2))):
+    for dtype, lead in (
+        (torch.float32, (2, 3)),
+        (torch.bfloat16, (3,)),
+        (torch.float64, (2,)),
+        (torch.float16, (0, 2)),
+    ):
         x = problem.input(lead, dtype, 2)
         y = problem.run(KERNEL, x)
         assert y.dtype == dtype
