@@ -5,8 +5,8 @@
     TRITON_INTERPRET=1 python benchmarks/gpu.py --rehearse          every implementation on tiny shapes on the CPU, without times
     python benchmarks/gpu.py --tune                                 try tiles and splits, rewrite the device's table in configs/
 
-What is in the file: the ceilings measured in the same run (copy, 16-bit, FP8 and int8 products of 8192³, an empty kernel in a graph); for
-each shape K->N, number of tokens M and implementation the median time, its ratio to the library's bfloat16, the fraction of the
+What is in the file: the ceilings measured in the same run (copy, 16-bit, FP8 and int8 products of 8192³, an empty kernel in a
+graph); for each shape K->N, number of tokens M and implementation the median time, its ratio to the library's bfloat16, the fraction of the
 floor max(bytes / copy, operations / product) that it reaches, and its error; blocks and steps of an LLaDA-8B-shaped model.
 
 How it is measured: an implementation is compared with float64 before any time is taken, and left out if it is wrong; weights are
@@ -384,7 +384,8 @@ def measure(options: argparse.Namespace, clock: Clock, device_: str) -> dict[str
                       f"{rows[-1]['of_floor']:5.2f} of floor  error {error:.1e}", flush=True)  # fmt: skip
             del calls
     blocks = [] if options.no_model else model(clock, device_, options.rehearse)
-    return {"command": "python benchmarks/gpu.py", "device": "cpu (rehearsal)" if device_ == "cpu" else torch.cuda.get_device_name(),
+    name = "cpu (rehearsal)" if device_ == "cpu" else torch.cuda.get_device_name()
+    return {"command": "python benchmarks/gpu.py", "device": name,
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "triton": _triton()},
             "ceilings": limits, "rows": rows, "wrong": wrong, "model": blocks}  # fmt: skip
 

@@ -20,7 +20,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -270,7 +269,6 @@ def loop(sass: list[str], product: str) -> list[str]:
 
 def examine(job: Job, target: str) -> dict[str, Any]:
     """Compile, and read registers, stack, spills, products, and the loop."""
-    started = time.perf_counter()
     kernel = build(job, target)
     found: dict[str, Any] = {"kernel": job.name, "target": target, "warps": job.warps, "stages": job.stages}
     found["shared"] = kernel.metadata.shared
@@ -302,7 +300,6 @@ def examine(job: Job, target: str) -> dict[str, Any]:
             "waits": sum("DEPBAR" in line or "BAR.SYNC" in line for line in body) // turns,
             "unrolled": turns > 1,
         }
-    found["seconds"] = round(time.perf_counter() - started, 2)
     return found
 
 
@@ -323,6 +320,16 @@ def faults(job: Job, found: dict[str, Any]) -> list[str]:
             if count[what] > most or not count[what]:
                 wrong.append(f"{count[what]} {what} a weight, at most {most}")
     return wrong
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """The file, a line a row; rows of targets that were not compiled now stay."""
+    targets = {row["target"] for row in rows}
+    old = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    kept = [row for row in old if row["target"] not in targets]
+    head = {"command": "python benchmarks/triton_aot.py", "triton": triton.__version__, "limits": LIMITS}
+    lines = ",\n".join(json.dumps(row) for row in kept + rows)
+    path.write_text(json.dumps(head)[:-1] + f', "rows": [\n{lines}\n]}}\n', encoding="utf-8")
 
 
 def main() -> int:
@@ -353,14 +360,8 @@ def main() -> int:
                 f"{found['products']} {'; '.join(found['faults'])}",
                 flush=True,
             )
-    if options.out:
-        made = {
-            "command": "python benchmarks/triton_aot.py",
-            "triton": triton.__version__,
-            "limits": LIMITS,
-            "rows": rows,
-        }
-        options.out.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+        if options.out:
+            write(options.out, rows)
     print(f"{len(rows)} compiled, {failed} outside of the gates")
     return 1 if failed else 0
 
