@@ -6,8 +6,9 @@
     python benchmarks/gpu.py --tune                                 try tiles and splits, rewrite the device's table in configs/
 
 What is in the file: the ceilings measured in the same run (copy, 16-bit, FP8 and int8 products of 8192³, an empty kernel in a
-graph); for each shape K->N, number of tokens M and implementation the median time, its ratio to the library's bfloat16, the fraction of the
-floor max(bytes / copy, operations / product) that it reaches, and its error; blocks and steps of an LLaDA-8B-shaped model.
+graph); for each shape K->N, number of tokens M and implementation the median time, its ratio to the library's bfloat16, the
+fraction of the floor max(bytes / copy, operations / product) that it reaches, and its error; blocks and steps of an
+LLaDA-8B-shaped model.
 
 How it is measured: an implementation is compared with float64 before any time is taken, and left out if it is wrong; weights are
 rotated through more than the second-level cache within one captured graph, which is replayed; the median of the replays counts.

@@ -4,9 +4,9 @@
     python benchmarks/triton_aot.py --sample --targets sm_90                      one of each kind (what the tests do)
 
 For each kernel, configuration and target the file holds: registers, bytes of stack and spilled words, shared memory, the
-tensor-core instructions in the machine code, and for products with packed weights the instructions, integer instructions and waits in the
-loop for each weight. Machine code is read with the tools in Triton's wheel. This proves the shape of the code; it proves neither
-its speed nor that it is right. It must run without TRITON_INTERPRET.
+tensor-core instructions in the machine code, and for products with packed weights the instructions, integer instructions and
+waits in the loop for each weight. Machine code is read with the tools in Triton's wheel. This proves the shape of the code; it
+proves neither its speed nor that it is right. It must run without TRITON_INTERPRET.
 
 A gate fails the run: no spills and no stack, a tensor-core instruction in each product, and the limits of `LIMITS` on sm_90.
 """

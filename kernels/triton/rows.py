@@ -123,7 +123,8 @@ def _turned(value: Tensor, block: int) -> Tensor:
     shared = index.unsqueeze(1) & index
     ones = sum((shared >> bit & 1 for bit in range(block.bit_length())), torch.zeros_like(shared))
     matrix = (1 - 2 * (ones % 2)).to(value.dtype) * block**-0.5
-    return (value.reshape(*value.shape[:-1], -1, block) @ matrix).reshape(value.shape)
+    turned: Tensor = value.reshape(*value.shape[:-1], -1, block) @ matrix
+    return turned.reshape(value.shape)
 
 
 def _codes(flat: Tensor) -> tuple[Tensor, Tensor]:
