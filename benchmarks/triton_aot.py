@@ -337,15 +337,19 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="where to write the JSON")
     parser.add_argument("--only", default="", help="kernels whose name begins with this")
     parser.add_argument("--sample", action="store_true", help="one kernel of each kind (what the tests do)")
+    parser.add_argument("--brief", action="store_true", help="the first shape and tiles of 32 tokens alone")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("kernels are interpreted under TRITON_INTERPRET=1 and cannot be compiled. Unset it")
     rows, failed = [], 0
     for target in options.targets:
-        jobs = [
-            job for job in shipped(target) if job.name.startswith(options.only) and (job.sample or not options.sample)
-        ]
+        jobs = [job for job in shipped(target) if job.name.startswith(options.only)]
+        if options.sample:
+            jobs = [job for job in jobs if job.sample]
+        if options.brief:
+            jobs = [job for job in jobs if job.constants.get("BM", 32) == 32]
+            jobs = [job for job in jobs if not job.weights or job.constants["K"] == LLADA[0][0]]
         if not jobs:
             parser.error(f"no kernel begins with {options.only!r}. Known: {', '.join(j.name for j in shipped(target))}")
         for job in jobs:
