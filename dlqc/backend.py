@@ -20,7 +20,7 @@ from dlqc.formats.contract import WeightFormat
 from dlqc.formats.integer import IntFormat
 from dlqc.weights import Weights
 
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "triton")
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Room for the triton kernels; empty until the GPU backend is built."""
+"""Kernels in Triton, for NVIDIA and AMD GPUs; `device/` is what runs there, the rest packs, chooses and launches."""

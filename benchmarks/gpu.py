@@ -1,0 +1,610 @@
+"""Low-bit linears on this GPU against every peer that is installed, in one process and under ten minutes.
+
+    python benchmarks/gpu.py --out docs/results/gpu.json            everything; a figure is written beside the JSON
+    python benchmarks/gpu.py --plan                                 what would be run, with predicted floors; needs no GPU
+    TRITON_INTERPRET=1 python benchmarks/gpu.py --rehearse          every implementation on tiny shapes on the CPU, without times
+    python benchmarks/gpu.py --tune                                 try tiles and splits, rewrite the device's table in configs/
+
+What is in the file: the ceilings measured in the same run (copy, 16-bit, FP8 and int8 products of 8192³, an empty kernel in a
+graph); for each shape K->N, number of tokens M and implementation the median time, its ratio to the library's bfloat16, the
+fraction of the floor max(bytes / copy, operations / product) that it reaches, and its error; blocks and steps of an
+LLaDA-8B-shaped model.
+
+How it is measured: an implementation is compared with float64 before any time is taken, and left out if it is wrong; weights are
+rotated through more than the second-level cache within one captured graph, which is replayed; the median of the replays counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dlqc.kernels.triton import dispatch, integer, packing, runtime, weight_only
+from dlqc.kernels.triton.device import weight_only as device
+
+SHAPES = {
+    "attention": (4096, 4096),
+    "up or qkv": (4096, 12288),
+    "down": (12288, 4096),
+    "gate-up": (4096, 24576),
+    "head": (4096, 126464),
+}
+TOKENS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+#: What a data sheet says of an H200, less what a copy and a large product lose: only for `--plan`.
+PREDICTED = {"copy": 4.3e12, "bf16": 788e12, "int8": 1576e12, "fp8": 1576e12}
+ROTATED = 256 << 20
+WRONG = 1e-2
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An implementation at one shape.
+
+    Attributes:
+        name: what tables call it. weight_bits, act_bits: for the floor.
+        copies: makes `count` calls that read different copies of the weight, each a function of x.
+        truth: rows of Ŵ, float64 [R, K], for output features 0 … R-1, or None where x̂ · Ŵ is not plain.
+        tolerance: the largest relative error in norm.
+    """
+
+    name: str
+    weight_bits: float
+    act_bits: int
+    copies: Callable[[int], list[Callable[[Tensor], Tensor]]]
+    truth: Tensor | None
+    tolerance: float = WRONG
+
+
+def floor(m: int, k: int, n: int, entry: Entry, ceilings: dict[str, float]) -> float:
+    """Seconds that the weight, x and y take at the rate of a copy, or the operations at that of a large product."""
+    size = k * n * entry.weight_bits / 8 + m * k * entry.act_bits / 8 + 2 * m * n
+    rate = ceilings["int8" if entry.act_bits == 8 else "bf16"]
+    if entry.name.startswith("fp8"):
+        rate = ceilings["fp8"]
+    return max(size / ceilings["copy"], 2 * m * k * n / rate)
+
+
+class Clock:
+    """Times on a GPU: a graph of calls, replayed."""
+
+    def __init__(self, repeats: int, rehearse: bool) -> None:
+        self.repeats, self.rehearse = repeats, rehearse
+
+    def seconds(self, calls: list[Callable[[], Any]]) -> float:
+        """Median seconds of a call, all of them captured in one graph."""
+        if self.rehearse:
+            for call in calls:
+                call()
+            return math.nan
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # compiles kernels, and fills the allocator
+            for call in calls[:2]:
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for call in calls:
+                call()
+        for _ in range(3):
+            graph.replay()
+        times = []
+        for _ in range(self.repeats):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / 1e3 / len(calls))
+        return statistics.median(times)
+
+
+def ours(k: int, n: int, device_: str) -> list[Entry]:
+    """The kernels of this project, each on its own random weight."""
+    made = []
+    for bits, group, act in (
+        (4, 128, 16),
+        (4, k, 16),
+        (3, 128, 16),
+        (2, 128, 16),
+        (8, k, 16),
+        (8, k, 8),
+        (4, k, 8),
+        (4, 128, 8),
+    ):
+        codes = torch.randint(0, 1 << bits, (n, k), dtype=torch.uint8, device=device_)
+        scales = (torch.rand(n, k // group, device=device_) + 0.5).bfloat16() / (k**0.5 * (1 << (bits - 1)))
+        shown = min(n, 128)
+        truth = (codes[:shown].double() - (1 << (bits - 1))) * scales[:shown].double().repeat_interleave(group, 1)
+        name = f"W{bits}A{act} {'channel' if group == k else f'g{group}'}"
+        held = packing.columns(scales)
+        packed: Any
+        if act == 16:
+            low, high = packing.arrange(codes, bits)
+            packed = weight_only.Packed(low, high, held, None, k, n, bits, group)
+        else:
+            packed = integer.Packed(packing.arrange_integers(codes, bits), held, None, k, n, bits, group)
+        made.append(Entry(name, bits + 16 / group, act, _copies(packed), truth, 4e-3 if act == 16 else 2e-2))
+        if act == 8:
+            given = Given(partial(integer.quantize, bits=8, packed=packed))
+            made.append(replace(made[-1], name=f"{name}, codes given", copies=_copies(packed, given)))
+    return made
+
+
+def _copies(packed: Any, given: Given | None = None) -> Callable[[int], list[Callable[[Tensor], Tensor]]]:
+    def copies(count: int) -> list[Callable[[Tensor], Tensor]]:
+        calls = []
+        for _ in range(count):
+            if isinstance(packed, weight_only.Packed):
+                own = replace(packed, low=packed.low.clone(), high=None if packed.high is None else packed.high.clone())
+            else:
+                own = replace(packed, words=packed.words.clone())
+            calls.append(partial(run, own, given=given))
+        return calls
+
+    return copies
+
+
+def run(packed: Any, x: Tensor, config: dispatch.Config | None = None, given: Given | None = None) -> Tensor:
+    """y [M, N], by the op's own choice or a given configuration."""
+    config = config or dispatch.choose(packed.shape, x.shape[0], runtime.device_of(x))
+    y = torch.empty(x.shape[0], packed.n, dtype=runtime.interpretable(x), device=x.device)
+    if isinstance(packed, integer.Packed):
+        integer.launch(given(x) if given else integer.quantize(x, 8, packed), packed, None, y, config)
+    elif config.dense:
+        return weight_only.multiply_dense(x, packed, None, config)
+    else:
+        weight_only.launch(x, packed, None, y, config)
+    return y
+
+
+def turns(
+    weight: Tensor, call: Callable[[Tensor, Tensor], Tensor]
+) -> Callable[[int], list[Callable[[Tensor], Tensor]]]:
+    """Copies of `call(weight, x)` for `Entry.copies`."""
+    return lambda count: [partial(call, weight.clone()) for _ in range(count)]
+
+
+class Given:
+    """What quantization makes of x, made once for each x: to time a product by itself."""
+
+    def __init__(self, quantize: Callable[[Tensor], Any]) -> None:
+        self.quantize, self.seen = quantize, {}
+
+    def __call__(self, x: Tensor) -> Any:
+        if id(x) not in self.seen:
+            self.seen[id(x)] = (x, self.quantize(x))
+        return self.seen[id(x)][1]
+
+
+def _rows(dtype: torch.dtype, top: float) -> Given:
+    def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+        scale = x.abs().amax(1, keepdim=True).float() / top
+        codes = x.float() / scale
+        return (codes.round() if dtype == torch.int8 else codes).to(dtype), scale
+
+    return Given(quantize)
+
+
+def library(k: int, n: int, device_: str) -> list[Entry]:
+    """cuBLAS in 16 bits, torch's int4, int8 and FP8 products (codes given), and what else is installed."""
+    w = torch.randn(n, k, device=device_).div_(k**0.5).bfloat16()
+    truth = w[: min(n, 128)].double()
+    made = [Entry("bf16", 16, 16, turns(w, lambda w, x: F.linear(x, w.to(x.dtype))), truth)]
+    if device_ == "cpu":
+        return made
+    tokens = _rows(torch.int8, 127)
+    q, scale = tokens.quantize(w)
+
+    def int_mm(q: Tensor, x: Tensor) -> Tensor:
+        codes, s = tokens(x)
+        return (torch._int_mm(codes, q.T) * s * scale.T).bfloat16()
+
+    made.append(Entry("torch _int_mm", 8, 8, turns(q, int_mm), truth, 2e-2))
+    if torch.cuda.get_device_capability() >= (8, 9):
+        floats = _rows(torch.float8_e4m3fn, 448)
+        e4m3, most = floats.quantize(w)
+
+        def scaled_mm(e4m3: Tensor, x: Tensor) -> Tensor:
+            codes, s = floats(x)
+            return torch._scaled_mm(codes, e4m3.T, s, most.T.contiguous(), out_dtype=torch.bfloat16)
+
+        made.append(Entry("fp8 torch _scaled_mm rows", 8, 8, turns(e4m3, scaled_mm), truth, 6e-2))
+    codes = torch.randint(0, 16, (n, k), dtype=torch.int32, device=device_)
+    scales = torch.full((k // 128, n), 0.01, dtype=torch.bfloat16, device=device_)
+    both = torch.stack((scales, torch.zeros_like(scales)), -1).contiguous()
+    dense = (codes[: min(n, 128)].double() - 8) * float(scales[0, 0])
+    for name, add in (
+        (
+            "tinygemm",
+            lambda: torch.ops.aten._convert_weight_to_int4pack(
+                (codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8), 8
+            ),
+        ),
+        ("gemlite", lambda: gemlite(w)),
+        ("bitsandbytes", lambda: bitsandbytes(w)),
+    ):
+        if name != "tinygemm" and not importlib.util.find_spec(name):
+            continue
+        try:
+            found = add()
+        except Exception as error:  # a peer's fault must not end the run
+            print(f"{name} is left out: {type(error).__name__}: {error}"[:200])
+            continue
+        if name == "tinygemm":
+            call = turns(found, lambda f, x: torch.ops.aten._weight_int4pack_mm(x, f, 128, both))
+            found = Entry("torch int4 (tinygemm) g128", 4.25, 16, call, dense)
+        made.append(found)
+    return made
+
+
+def gemlite(w: Tensor) -> Entry:
+    from gemlite.helper import A16W4
+
+    linear = torch.nn.Linear(w.shape[1], w.shape[0], bias=False, device=w.device, dtype=w.dtype)
+    linear.weight.data = w
+    made = A16W4(device=str(w.device)).from_linear(linear)
+    return Entry("gemlite A16W4", 4.25, 16, lambda count: [made] * count, w[:128].double(), 0.2)
+
+
+def bitsandbytes(w: Tensor) -> Entry:
+    import bitsandbytes.functional as bnb
+
+    packed, state = bnb.quantize_4bit(w, quant_type="nf4", blocksize=64)
+    from bitsandbytes import matmul_4bit
+
+    calls = turns(packed, lambda p, x: matmul_4bit(x, p.t(), state))
+    return Entry("bitsandbytes nf4", 4.5, 16, calls, bnb.dequantize_4bit(packed, state)[:128].double())
+
+
+def ceilings(clock: Clock, device_: str) -> dict[str, float]:
+    """Bytes and operations a second, and seconds of an empty kernel, on this GPU now."""
+    if clock.rehearse:
+        return dict(PREDICTED)
+    found = {}
+    source = torch.empty(1 << 30, dtype=torch.uint8, device=device_)
+    target = torch.empty_like(source)
+    found["copy"] = 2 * source.numel() / clock.seconds([partial(target.copy_, source)])
+    d, work = 8192, 2 * 8192**3
+    a, b = (torch.randn(d, d, device=device_).bfloat16() for _ in range(2))
+    found["bf16"] = work / clock.seconds([lambda: a @ b] * 4)
+    i, j = (torch.randint(-127, 128, (d, d), dtype=torch.int8, device=device_) for _ in range(2))
+    found["int8"] = work / clock.seconds([lambda: torch._int_mm(i, j.T)] * 4)
+    found["fp8"] = found["int8"]
+    if torch.cuda.get_device_capability() >= (8, 9):
+        p, q = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn)
+        one, ones = torch.ones((), device=device_), torch.ones(d, 1, device=device_)
+        run_ = lambda s, t: torch._scaled_mm(p, q.T, s, t, out_dtype=torch.bfloat16)  # noqa: E731
+        found["fp8"] = work / clock.seconds([lambda: run_(one, one)] * 4)
+        found["fp8 rows"] = work / clock.seconds([lambda: run_(ones, ones.T)] * 4)
+        found["int8"] = max(
+            found["int8"], found["fp8"]
+        )  # the tensor cores' rate is one; torch's int8 may be an old kernel
+    empty = torch.zeros(1, 32, device=device_)
+    count: dict[str, Any] = {"N": 32, "SPLITS": 1, "BIAS": False, "BLOCK": 32}
+    found["empty kernel"] = clock.seconds([lambda: device.add_splits[1, 1](empty, empty, empty, 1, 32, **count)] * 200)
+    return found
+
+
+def error_of(entry: Entry, call: Callable[[Tensor], Tensor], x: Tensor) -> float:
+    """‖y - x·Ŵᵀ‖ / ‖x·Ŵᵀ‖ on the first output features."""
+    assert entry.truth is not None
+    y = call(x)[:, : entry.truth.shape[0]].double()
+    truth = x.double() @ entry.truth.T
+    return float((y - truth).norm() / truth.norm())
+
+
+def assembly_agrees(device_: str) -> bool:
+    """Assembly against its plain twin, bit for bit, on all words of every width in both dtypes."""
+    if device_ == "cpu" or torch.version.hip is not None:
+        return True
+    for bits in (2, 3, 4, 8):
+        k = packing.BLOCKS[bits] * (8 if bits == 8 else 16)
+        low, high = packing.arrange(torch.randint(0, 1 << bits, (128, k), dtype=torch.uint8, device=device_), bits)
+        words = torch.arange(low.numel(), device=device_) % (256 if bits == 8 else 65536)
+        low = words.to(low.dtype if bits == 8 else torch.int32).to(low.dtype).reshape(low.shape)
+        zeros = torch.randint(0, 1 << bits, (1, 128), dtype=torch.uint8, device=device_)
+        ones = torch.ones(1, 128, dtype=torch.bfloat16, device=device_)
+        packed = weight_only.Packed(low, high, ones, zeros, k, 128, bits, k)
+        for dtype in (torch.bfloat16, torch.float16):
+            found = []
+            for asm in (True, False):
+                weight = torch.empty(128, k, dtype=dtype, device=device_)
+                constants = packed.constants(dtype) | {"ASM": asm}
+                device.dense[2, low.shape[1]](*packed.pointers, weight, **constants, BN=64)
+                found.append(weight)
+            if not torch.equal(*found):
+                return False
+    return True
+
+
+def same_bits(entry: Entry, k: int, device_: str) -> bool:
+    """20 runs and other batches of the same bucket, row by row."""
+    call = entry.copies(1)[0]
+    x = torch.randn(16, k, device=device_).to(torch.float32 if device_ == "cpu" else torch.bfloat16)
+    first = call(x)
+    again = all(torch.equal(call(x), first) for _ in range(2 if device_ == "cpu" else 20))
+    order = torch.randperm(16, device=device_)
+    return again and torch.equal(call(x[order]), first[order]) and torch.equal(call(x[2:9]), first[2:9])
+
+
+def measure(options: argparse.Namespace, clock: Clock, device_: str) -> dict[str, Any]:
+    """Everything, as the JSON holds it."""
+    shapes = {"tiny": (256, 128)} if options.rehearse else {s: SHAPES[s] for s in options.shapes}
+    tokens = (16, 33) if options.rehearse else options.tokens
+    dtype = torch.float32 if device_ == "cpu" else torch.bfloat16
+    limits = ceilings(clock, device_)
+    print("ceilings:", {key: f"{value:.4g}" for key, value in limits.items()}, flush=True)
+    if not assembly_agrees(device_):
+        raise SystemExit("assembly and its plain twin disagree on this GPU: no time is worth taking")
+    rows: list[dict[str, Any]] = []
+    wrong: list[str] = []
+    for label, (k, n) in shapes.items():
+        base: dict[int, float] = {}
+        for entry in (*library(k, n, device_), *ours(k, n, device_)):
+            count = max(1, -(-ROTATED // int(k * n * entry.weight_bits / 8)))
+            count = 1 if options.rehearse else min(count, 64)
+            calls = entry.copies(count)
+            own = entry.name.startswith("W")
+            bits = same_bits(entry, k, device_) if own else None
+            for m in tokens:
+                x = torch.randn(m, k, device=device_).to(dtype)
+                try:
+                    error = error_of(entry, calls[0], x)
+                except RuntimeError as refused:
+                    if own:
+                        raise
+                    wrong.append(f"{entry.name} at {label}, {m} tokens: {refused}"[:200])
+                    continue
+                if not error <= entry.tolerance or bits is False:
+                    wrong.append(f"{entry.name} at {label}, {m} tokens: error {error:.2g}, same bits {bits}")
+                    continue
+                seconds = clock.seconds([lambda call=call, x=x: call(x) for call in calls])
+                base.setdefault(m, seconds)
+                rows.append({
+                    "shape": label, "k": k, "n": n, "tokens": m, "name": entry.name, "seconds": seconds, "error": error,
+                    "over_bf16": seconds / base[m], "of_floor": floor(m, k, n, entry, limits) / seconds,
+                })  # fmt: skip
+                print(f"{label:12} {m:5} {entry.name:28} {seconds * 1e6:9.2f} us  {seconds / base[m]:5.2f} x bf16  "
+                      f"{rows[-1]['of_floor']:5.2f} of floor  error {error:.1e}", flush=True)  # fmt: skip
+            del calls
+    blocks = [] if options.no_model else model(clock, device_, options.rehearse)
+    name = "cpu (rehearsal)" if device_ == "cpu" else torch.cuda.get_device_name()
+    return {"command": "python benchmarks/gpu.py", "device": name,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "triton": _triton()},
+            "ceilings": limits, "rows": rows, "wrong": wrong, "model": blocks}  # fmt: skip
+
+
+class Block:
+    """A block of LLaDA-8B's shape: norm, qkv, attention, output, norm, gate-up, down; linears of one kind."""
+
+    def __init__(self, kind: str, d: int, wide: int, heads: int, device_: str) -> None:
+        self.heads = heads
+        self.linears = {
+            name: _linear(kind, k, n, device_)
+            for name, k, n in (("qkv", d, 3 * d), ("out", d, d), ("gate-up", d, 2 * wide), ("down", wide, d))
+        }
+
+    def __call__(self, x: Tensor) -> Tensor:
+        m, d = x.shape
+        q, k, v = self.linears["qkv"](F.rms_norm(x, (d,))).view(m, 3, self.heads, -1).unbind(1)
+        mixed = F.scaled_dot_product_attention(*(t.transpose(0, 1).unsqueeze(0) for t in (q, k, v)))
+        x = x + self.linears["out"](mixed.squeeze(0).transpose(0, 1).reshape(m, d))
+        gate, up = self.linears["gate-up"](F.rms_norm(x, (d,))).chunk(2, -1)
+        return x + self.linears["down"](F.silu(gate) * up)
+
+
+KINDS = {"bf16": (16, 16), "W4A16": (4, 16), "W4A8": (4, 8), "W8A8": (8, 8)}
+
+
+def _linear(kind: str, k: int, n: int, device_: str) -> Callable[[Tensor], Tensor]:
+    bits, act = KINDS[kind]
+    if kind == "bf16":
+        w = torch.randn(n, k, device=device_).div_(k**0.5).to(torch.float32 if device_ == "cpu" else torch.bfloat16)
+        return lambda x: F.linear(x, w)
+    codes = torch.randint(0, 1 << bits, (n, k), dtype=torch.uint8, device=device_)
+    group = 128 if act == 16 else k
+    scales = packing.columns(torch.full((n, k // group), k**-0.5 / (1 << bits), dtype=torch.bfloat16, device=device_))
+    packed: Any
+    if act == 16:
+        packed = weight_only.Packed(*packing.arrange(codes, bits), scales, None, k, n, bits, group)
+    else:
+        packed = integer.Packed(packing.arrange_integers(codes, bits), scales, None, k, n, bits, group)
+    return lambda x: run(packed, x.contiguous())
+
+
+def model(clock: Clock, device_: str, rehearse: bool) -> list[dict[str, Any]]:
+    """Milliseconds of one block, and of a denoising step of 32 blocks and the head in one graph."""
+    d, wide, heads, vocabulary, layers = (128, 256, 4, 256, 2) if rehearse else (4096, 12288, 32, 126464, 32)
+    rows = []
+    for kind in KINDS:
+        blocks = [Block(kind, d, wide, heads, device_) for _ in range(layers)]
+        head = _linear("bf16" if kind == "bf16" else "W8A8", d, vocabulary, device_)
+        for m in (16,) if rehearse else (32, 256, 1024, 4096):
+            x = torch.randn(m, d, device=device_).to(torch.float32 if device_ == "cpu" else torch.bfloat16)
+            one = clock.seconds([lambda b=b, x=x: b(x) for b in blocks])
+
+            def step(x: Tensor = x, blocks: list[Block] = blocks, head: Any = head) -> Tensor:
+                for block in blocks:
+                    x = block(x)
+                return head(x[: min(len(x), 256)])  # masked rows only
+
+            rows.append({"kind": kind, "tokens": m, "block_ms": one * 1e3, "step_ms": clock.seconds([step]) * 1e3})
+            print(
+                f"block {kind:6} {m:5} tokens {rows[-1]['block_ms']:8.3f} ms, step {rows[-1]['step_ms']:8.3f} ms",
+                flush=True,
+            )
+        del blocks, head
+    return rows
+
+
+def plan(options: argparse.Namespace) -> None:
+    """Print what would be run and the predicted floors."""
+    print("PREDICTED by the roofline with", PREDICTED, "- nothing was measured; µs, times over bf16 in brackets")
+    kinds = [Entry("bf16", 16, 16, lambda _: [], None)]
+    kinds += [Entry(name, bits, act, lambda _: [], None) for name, bits, act in (
+        ("W4A16 g128", 4.125, 16), ("W3A16 g128", 3.125, 16), ("W2A16 g128", 2.125, 16), ("W8A16", 8, 16), ("W8A8", 8, 8),
+        ("W4A8", 4, 8),
+    )]  # fmt: skip
+    for label in options.shapes:
+        k, n = SHAPES[label]
+        print(
+            f"\n{label}: K={k}, N={n}\n{'M':>5} "
+            + "".join(f"{e.name:>18}" for e in kinds)
+            + "   tile MxN, splits of W4A16"
+        )
+        for m in options.tokens:
+            times = [floor(m, k, n, e, PREDICTED) for e in kinds]
+            config = dispatch.choose(dispatch.Shape("w16", 4, k, n, 128), m)
+            cells = "".join(f"{t * 1e6:9.2f} ({times[0] / t:4.2f}x)" + " " for t in times)
+            print(f"{m:5} {cells}  {'dense' if config.dense else f'{config.bm}x{config.bn}, {config.splits}'}")
+
+
+def tune(options: argparse.Namespace, clock: Clock, device_: str) -> None:
+    """Measure a small grid around the rule's configuration and write the table of this device, marked as measured."""
+    name = torch.cuda.get_device_name()
+    where = runtime.device_of(torch.empty(1, device=device_))
+    shapes, found = [], {}
+    for label in options.shapes:
+        k, n = SHAPES[label]
+        for entry_bits, group, kernel in (
+            (4, 128, "w16"),
+            (4, k, "w16"),
+            (8, k, "w16"),
+            (8, k, "w8"),
+            (4, k, "w8"),
+            (4, 128, "w8"),
+        ):
+            shape = dispatch.Shape(kernel, entry_bits, k, n, group)
+            if shape in shapes:
+                continue
+            shapes.append(shape)
+            codes = torch.randint(0, 1 << entry_bits, (n, k), dtype=torch.uint8, device=device_)
+            scales = packing.columns(torch.ones(n, k // group, dtype=torch.bfloat16, device=device_))
+            packed: Any
+            if kernel == "w16":
+                packed = weight_only.Packed(*packing.arrange(codes, entry_bits), scales, None, k, n, entry_bits, group)
+            else:
+                packed = integer.Packed(
+                    packing.arrange_integers(codes, entry_bits), scales, None, k, n, entry_bits, group
+                )
+            for size in dispatch.BUCKETS:
+                x = torch.randn(size, k, device=device_).bfloat16()
+                start = dispatch.rule(shape, size, where)
+                grid = {start} | {
+                    replace(start, bn=bn, splits=splits, stages=stages, dense=False, bm=min(size, 128))
+                    for bn in (64, 128)
+                    for splits in {1, 2, 4, 8, 16} & {max(1, start.splits // 2), start.splits, 2 * start.splits}
+                    for stages in (2, start.stages, 4)
+                }
+                count = min(32, max(1, -(-ROTATED // shape.weight_bytes)))
+                own = [replace(packed, **_fresh(packed)) for _ in range(count)]
+                times = {}
+                for config in grid:
+                    try:
+                        times[config] = clock.seconds([lambda p=p, c=config, x=x: run(p, x, c) for p in own])
+                    except Exception as error:  # a tile that does not fit is no fault of the run
+                        print(f"{shape.key} {size}: {config} left out ({type(error).__name__})")
+                best = min(times, key=times.__getitem__)
+                found[shape.key, size] = best
+                print(
+                    f"{shape.key} {size}: {best}, {times[best] * 1e6:.2f} us; the rule's {times[start] * 1e6:.2f}",
+                    flush=True,
+                )
+    path = dispatch.FOLDER / f"{name.lower().replace(' ', '_')}.json"
+    path.write_text(json.dumps(dispatch.as_table(where, shapes, "measured", found), indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {path}")
+
+
+def _fresh(packed: Any) -> dict[str, Tensor]:
+    return {role: getattr(packed, role).clone() for role in ("low", "words") if hasattr(packed, role)}
+
+
+def _triton() -> str:
+    import triton
+
+    return str(triton.__version__)
+
+
+def figure(found: dict[str, Any], path: Path) -> None:
+    """Speed over bf16 against tokens, one panel a shape."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    labels = list(dict.fromkeys(row["shape"] for row in found["rows"]))
+    _, axes = plt.subplots(1, len(labels), figsize=(4 * len(labels), 4), squeeze=False)
+    for axis, label in zip(axes[0], labels, strict=True):
+        for name in dict.fromkeys(row["name"] for row in found["rows"]):
+            points = [
+                (r["tokens"], 1 / r["over_bf16"]) for r in found["rows"] if (r["shape"], r["name"]) == (label, name)
+            ]
+            axis.plot(*zip(*points, strict=True), marker=".", label=name)
+        axis.set(xscale="log", xlabel="tokens", ylabel="speed over bf16", title=label)
+    axes[0][0].legend(fontsize=6)
+    plt.tight_layout()
+    plt.savefig(path)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="where to write the JSON")
+    parser.add_argument(
+        "--plan", action="store_true", help="print what would be run and the predicted floors; needs no GPU"
+    )
+    parser.add_argument(
+        "--rehearse", action="store_true", help="tiny shapes on the CPU in the interpreter, without times"
+    )
+    parser.add_argument("--tune", action="store_true", help="rewrite the table of this device")
+    parser.add_argument("--no-model", action="store_true", help="leave out blocks and steps")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
+    parser.add_argument("--repeats", type=int, default=20)
+    options = parser.parse_args()
+    if options.plan:
+        plan(options)
+        return 0
+    if options.rehearse and not runtime.interpreting():
+        parser.error("a rehearsal is interpreted. Set TRITON_INTERPRET=1")
+    if not options.rehearse and (
+        os.environ.get("TRITON_INTERPRET") == "1" or (reason := runtime.unavailable()) is not None
+    ):
+        reason = "kernels are interpreted" if os.environ.get("TRITON_INTERPRET") == "1" else reason
+        parser.error(
+            f"nothing can be measured here: {reason}. Run it on a machine with a GPU, or use --plan or --rehearse"
+        )
+    clock, device_ = Clock(options.repeats, options.rehearse), "cpu" if options.rehearse else "cuda"
+    started = time.perf_counter()
+    torch.manual_seed(0)
+    if options.tune:
+        tune(options, clock, device_)
+        return 0
+    found = measure(options, clock, device_)
+    found["minutes"] = round((time.perf_counter() - started) / 60, 2)
+    if options.out:
+        options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        figure(found, options.out.with_suffix(".svg"))
+    for line in found["wrong"]:
+        print("left out:", line)
+    return 1 if any(line.startswith("W") for line in found["wrong"]) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,374 @@
+"""Compile the Triton kernels ahead of time for GPUs that are not here, and read what came out.
+
+    python benchmarks/triton_aot.py --out docs/results/triton_aot.json           every kernel, shipped configuration and target
+    python benchmarks/triton_aot.py --sample --targets sm_90                      one of each kind (what the tests do)
+
+For each kernel, configuration and target the file holds: registers, bytes of stack and spilled words, shared memory, the
+tensor-core instructions in the machine code, and for products with packed weights the instructions, integer instructions and
+waits in the loop for each weight. Machine code is read with the tools in Triton's wheel. This proves the shape of the code; it
+proves neither its speed nor that it is right. It must run without TRITON_INTERPRET.
+
+A gate fails the run: no spills and no stack, a tensor-core instruction in each product, and the limits of `LIMITS` on sm_90.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from dlqc.kernels.triton import head
+from dlqc.kernels.triton.device import head as head_device
+from dlqc.kernels.triton.device import integer, rows, weight_only
+from dlqc.kernels.triton.dispatch import BUCKETS, Config, Shape, choose
+from dlqc.kernels.triton.language import tl
+from dlqc.kernels.triton.packing import padded
+from dlqc.kernels.triton.runtime import H200, Device
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TARGETS = {
+    **{f"sm_{cc}": GPUTarget("cuda", cc, 32) for cc in (80, 89, 90, 100)},
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+#: What stands for a target: one common device, its units and the shared memory that a program can have.
+DEVICES = {
+    "sm_80": Device("A100", 108, 166912, False), "sm_89": Device("L40S", 142, 101376, False), "sm_90": H200,
+    "sm_100": Device("B200", 148, 232448), "gfx942": Device("MI300X", 304, 65536, False),
+}  # fmt: skip
+#: Tensor-core instructions, by target. Hopper's are wgmma, which is what the layout of the products is for.
+PRODUCT = {
+    "sm_80": r"\b[HI]MMA\b",
+    "sm_89": r"\b[HIQ]MMA\b",
+    "sm_90": r"\b[HIQ]GMMA\b",
+    "sm_100": r"\bUTC[A-Z]*MMA\b|\b[HIQ]MMA\b",
+    "gfx942": r"\bv_mfma_\w+",
+}
+INTEGER = re.compile(r"\b(LOP3|SHF|SHL|SHR|PRMT|IADD3|IADD|IMAD|LEA|BFE|SGXT|I2F\w*|I2I\w*|VABSDIFF)\b")
+#: The most instructions and integer instructions for each weight in the loop on sm_90, with up to 64 tokens a tile: what keeps up
+#: with the memory of an H200 is 3.55 and 1.78 for 4 bits, 7.1 and 3.56 for 8 bits (and 4.7, 2.4 for 3 bits, which is missed).
+LIMITS = {
+    "w4a16 channel": (3.7, 1.2), "w4a16 g128": (3.7, 1.2), "w8a16 channel": (7.1, 3.56), "w8a8 channel": (1.6, 0.9),
+    "w4a8 channel": (1.4, 0.7), "w4a8 g128": (2.4, 1.2),
+}  # fmt: skip
+
+#: Input and output features: attention's, the feed-forward's, and gate and up in one. Tables are one device's; other targets
+#: compile what they choose for the first shape.
+LLADA = ((4096, 4096), (4096, 12288), (12288, 4096), (4096, 24576))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One compilation: a kernel, its arguments by name, and how it is launched.
+
+    Attributes:
+        name: of the kernel, and of what sets it apart.
+        weights: codes that one program reads in one turn of its loop (0: not counted). turns: of the loop.
+        product: whether the tensor cores must appear.
+        sample: whether it stands for its kind in the tests.
+    """
+
+    name: str
+    function: Any
+    pointers: dict[str, str]
+    constants: dict[str, Any]
+    warps: int = 4
+    stages: int = 3
+    weights: int = 0
+    turns: int = 1
+    product: bool = True
+    sample: bool = False
+
+
+def weight_only_job(
+    shape: Shape, config: Config, *, zeros: bool = False, asm: bool = True, kind: str = "bf16", code: int = 0
+) -> Job:
+    """The product of 16-bit activations, as `kernels/triton/weight_only.py` launches it."""
+    word = "*u8" if shape.bits == 8 else "*i16"
+    parts = config.splits > 1
+    pointers = {
+        "x": f"*{kind}", "low": word, "high": "*i8" if shape.bits == 3 else word, "scales": "*bf16",
+        "zeros": "*u8" if zeros else word, "table": "*fp32" if code in (1, 2) else word, "bias": word,
+        "y": "*fp32" if parts else f"*{kind}", "M": "i32", "x_stride": "i32", "y_stride": "i32",
+    }  # fmt: skip
+    constants = {
+        "N": shape.n, "NP": padded(shape.n), "K": shape.k, "BITS": shape.bits, "GROUP": shape.group, "ZEROS": zeros,
+        "CODE": code, "BIAS": False, "BN": config.bn, "BM": config.bm, "SPLITS": config.splits, "PRE": config.pre, "ASM": asm,
+        "CT": {"bf16": tl.bfloat16, "fp16": tl.float16}[kind],
+    }  # fmt: skip
+    block = 128 if shape.bits in (4, 8) else 256
+    group = "channel" if shape.group >= shape.k else f"g{shape.group}"
+    apart = f"{('', ' nf4', ' codebook', ' fp8')[code]}{' zeros' if zeros else ''}{'' if asm else ' plain'}"
+    name = f"w{shape.bits}a16 {group}{apart} {shape.k}x{shape.n}"
+    tile = f"{config.bm}x{config.bn} splits {config.splits}"
+    job = Job(f"{name}, {tile}", weight_only.weight_only, pointers, constants, config.warps, config.stages)
+    blocks = -(-shape.k // block)
+    return replace(job, weights=config.bn * block, turns=-(-blocks // config.splits))
+
+
+def integer_job(shape: Shape, config: Config, *, zeros: bool = False) -> Job:
+    """The product of 8-bit activations, as `kernels/triton/integer.py` launches it."""
+    channel, parts = shape.group >= shape.k, config.splits > 1
+    pointers = {
+        "q": "*i8", "low": "*i8", "scales": "*bf16", "zeros": "*u8" if zeros else "*i8", "sums": "*i32",
+        "token_scales": "*fp32", "bias": "*i8", "y": ("*i32" if channel else "*fp32") if parts else "*bf16",
+        "M": "i32", "y_stride": "i32",
+    }  # fmt: skip
+    constants = {
+        "N": shape.n, "NP": padded(shape.n), "K": shape.k, "KP": -(-shape.k // 128) * 128, "BITS": shape.bits,
+        "GROUP": shape.group, "ZEROS": zeros, "BIAS": False, "BN": config.bn, "BM": config.bm, "SPLITS": config.splits,
+        "ASM": True,
+    }  # fmt: skip
+    name = (
+        f"w{shape.bits}a8 {'channel' if channel else f'g{shape.group}'}{' zeros' if zeros else ''} {shape.k}x{shape.n}"
+    )
+    job = Job(f"{name}, {config.bm}x{config.bn} splits {config.splits}", integer.integer, pointers, constants)
+    turns = -(-shape.k // 128 // config.splits)
+    return replace(job, warps=config.warps, stages=config.stages, weights=config.bn * 128, turns=turns)
+
+
+def row_jobs() -> list[Job]:
+    """What is done to rows; no products."""
+    x = {"x": "*bf16", "q": "*i8", "scales": "*fp32", "x_stride": "i32"}
+    wide, narrow = {"K": 12288, "KP": 12288, "TOP": 127}, {"K": 4096, "KP": 4096, "TOP": 127}
+    quantize = {**x, "sums": "*i32", "M": "i32"}
+    norm = {**x, "residual": "*bf16", "gain": "*bf16", "total": "*bf16", "epsilon": "fp32"}
+    silu = {
+        "gate": "*bf16",
+        "up": "*bf16",
+        "q": "*i8",
+        "scales": "*fp32",
+        "gate_stride": "i32",
+        "up_stride": "i32",
+        "factor": "fp32",
+    }
+    turn = {"x": "*bf16", "y": "*bf16", "x_stride": "i32", "y_stride": "i32", "factor": "fp32"}
+    jobs = [
+        Job("rows quantize 4096", rows.quantize_rows, quantize, {**narrow, "GROUP": 128, "SUMS": 0, "WIDTH": 4096}, 8),
+        Job(
+            "rows quantize 12288 sums",
+            rows.quantize_rows,
+            quantize,
+            {**wide, "GROUP": 128, "SUMS": 96, "WIDTH": 16384},
+            8,
+        ),
+        Job("rows norm and quantize 4096", rows.norm_quantize, norm, {**narrow, "ADD": True, "WIDTH": 4096}, 8),
+        Job("rows silu and quantize 12288", rows.silu_quantize, silu, {**wide, "BLOCK": 1, "WIDTH": 16384}, 8),
+        Job(
+            "rows silu, hadamard 128 and quantize 12288",
+            rows.silu_quantize,
+            silu,
+            {**wide, "BLOCK": 128, "WIDTH": 16384},
+            8,
+        ),
+        Job("rows hadamard 128", rows.hadamard, turn, {"K": 12288, "BLOCK": 128, "WIDTH": 4096}, 8),
+        Job("rows hadamard 4096", rows.hadamard, turn, {"K": 12288, "BLOCK": 4096, "WIDTH": 4096}, 8),
+    ]
+    return [replace(job, product=False) for job in jobs]
+
+
+def head_job(bits: int, tokens: int, stages: int) -> Job:
+    """Head and argmax of LLaDA's vocabulary, as `kernels/triton/head.py` launches it."""
+    shape, pre = Shape("w16", bits, 4096, 126464, 128), tokens >= 64
+    job = weight_only_job(shape, Config(bn=128, bm=tokens, pre=pre, stages=stages))
+    drop, constants = ("y", "y_stride"), {k: v for k, v in job.constants.items() if k != "SPLITS"}
+    pointers = {k: v for k, v in job.pointers.items() if k not in drop}
+    pointers |= {"tops": "*fp32", "tokens": "*i32", "totals": "*fp32"}
+    name = f"head w{bits}a16 g128 4096x126464, {tokens}x128"
+    return replace(job, name=name, function=head_device.confident, pointers=pointers, constants=constants)
+
+
+def shipped(target: str) -> list[Job]:
+    """Every kernel with every configuration that `choose` has for the device, each once."""
+    device = DEVICES[target]
+    sizes = BUCKETS if target == "sm_90" else (16, 64, 128, 1024)
+    jobs: dict[str, Job] = {}
+
+    def add(job: Job) -> None:
+        jobs.setdefault(job.name, job)
+
+    for bits in (2, 3, 4, 8):
+        shape = Shape("w16", bits, 12288, 4096, 128)
+        add(replace(weight_only_job(shape, choose(shape, 32, device)), sample=bits in (3, 4)))
+    channel = Shape("w8", 4, 12288, 4096, 12288)
+    add(replace(integer_job(channel, choose(channel, 32, device)), sample=True))
+    for k, n in LLADA if target == "sm_90" else LLADA[:1]:
+        for bits, group in ((4, 128), (4, 32), (4, k), (2, 128), (3, 128), (8, k)):
+            shape = Shape("w16", bits, k, n, group)
+            for size in sizes:
+                config = choose(shape, size, device)
+                if not config.dense:
+                    add(weight_only_job(shape, config))
+        for bits, group in ((8, k), (4, k), (4, 128)):
+            shape = Shape("w8", bits, k, n, group)
+            for size in sizes:
+                add(integer_job(shape, choose(shape, size, device)))
+    grouped = Shape("w8", 4, 12288, 4096, 128)
+    add(integer_job(grouped, choose(grouped, 32, device), zeros=True))
+    for code, bits, group in ((1, 4, 64), (2, 3, 4096), (3, 8, 4096)):
+        shape = Shape("coded", bits, 4096, 4096, group)
+        for size in (16, 64):
+            add(weight_only_job(shape, choose(shape, size, device), code=code))
+    shape = Shape("w16", 4, 4096, 4096, 128)
+    for extra in ({"zeros": True}, {"asm": False}, {"kind": "fp16"}):
+        job = weight_only_job(shape, choose(shape, 32, device), **extra)
+        add(replace(job, name=f"{job.name} {next(iter(extra))}"))
+    for bits in (4, 8):
+        for tokens in (32, 64):
+            add(head_job(bits, tokens, head.stages(bits, tokens, device)))
+    for job in row_jobs():
+        add(job)
+    return list(jobs.values())
+
+
+def build(job: Job, target: str) -> Any:
+    """The compiled kernel, arguments specialized as the launcher specializes them."""
+    names = [p.name for p in job.function.params]
+    constant = {p.name for p in job.function.params if p.is_constexpr}
+    signature = {n: "constexpr" if n in constant else job.pointers[n] for n in names}
+    values = {(names.index(n),): job.constants[n] for n in names if n in constant}
+    if target == "gfx942" and "ASM" in constant:
+        values[(names.index("ASM"),)] = False
+    aligned = [n for n in names if signature[n].startswith("*") or n.endswith("stride")]
+    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
+    source = ASTSource(fn=job.function, signature=signature, constexprs=values, attrs=attributes)
+    options = {"num_warps": job.warps, "num_stages": job.stages}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return triton.compile(source, target=TARGETS[target], options=options)
+
+
+def tool(name: str, *arguments: str) -> str:
+    done = subprocess.run([str(TOOLS / name), *arguments], capture_output=True, text=True, check=False)
+    return done.stdout + done.stderr
+
+
+def loop(sass: list[str], product: str) -> list[str]:
+    """The largest stretch of machine code that a branch jumps back over and that holds a product."""
+    labels = {m.group(1): i for i, line in enumerate(sass) if (m := re.match(r"\s*(\.L_x_\d+):", line))}
+    best: list[str] = []
+    for i, line in enumerate(sass):
+        m = re.search(r"\bBRA\b.*?`\((\.L_x_\d+)\)", line)
+        if m and labels.get(m.group(1), i) < i:
+            body = [text for text in sass[labels[m.group(1)] : i + 1] if "/*" in text and ";" in text]
+            if len(body) > len(best) and any(re.search(product, text) for text in body):
+                best = body
+    return best
+
+
+def examine(job: Job, target: str) -> dict[str, Any]:
+    """Compile, and read registers, stack, spills, products, and the loop."""
+    kernel = build(job, target)
+    found: dict[str, Any] = {"kernel": job.name, "target": target, "warps": job.warps, "stages": job.stages}
+    found["shared"] = kernel.metadata.shared
+    if target.startswith("gfx"):
+        text = kernel.asm["amdgcn"]
+        found["registers"] = max(map(int, re.findall(r"\.vgpr_count:\s+(\d+)", text)))
+        found["stack"] = max(map(int, re.findall(r"\.private_segment_fixed_size:\s+(\d+)", text)))
+        found["spills"] = sum(map(int, re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", text)))
+        lines = text.splitlines()
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "kernel.cubin"
+            path.write_bytes(kernel.asm["cubin"])
+            used = re.findall(r"REG:(\d+) STACK:(\d+)", tool("cuobjdump", "-res-usage", str(path)))
+            lines = tool("nvdisasm", "-c", str(path)).splitlines()
+        found["registers"], found["stack"] = map(int, used[-1])
+        found["spills"] = sum(bool(re.search(r"\b(LDL|STL)\b", line)) for line in lines)
+    products = [m.group(0) for line in lines if (m := re.search(PRODUCT[target], line))]
+    found["products"] = {name: products.count(name) for name in sorted(set(products))}
+    if job.weights and target.startswith("sm_"):
+        # A loop of a few turns may have been unrolled: then all of the code belongs to all of its weights.
+        body = loop(lines, PRODUCT[target])
+        turns = 1 if body else job.turns
+        body = body or [line for line in lines if "/*" in line and ";" in line]
+        count, weights = len(body), turns * job.weights / (32 * job.warps)
+        found["per_weight"] = {
+            "instructions": round(count / weights, 3),
+            "integer": round(sum(bool(INTEGER.search(line)) for line in body) / weights, 3),
+            "waits": sum("DEPBAR" in line or "BAR.SYNC" in line for line in body) // turns,
+            "unrolled": turns > 1,
+        }
+    return found
+
+
+def faults(job: Job, found: dict[str, Any]) -> list[str]:
+    """What a gate says against a compiled kernel."""
+    wrong = [f"{found[what]} {what}" for what in ("stack", "spills") if found[what]]
+    if found["shared"] > DEVICES[found["target"]].shared:
+        wrong.append(f"{found['shared']} bytes of shared memory")
+    if job.product and not found["products"]:
+        wrong.append("no tensor-core instruction")
+    limit = LIMITS.get(" ".join(job.name.split()[:2]))
+    count = found.get("per_weight")
+    # Where all turns are unrolled, what stands before and behind the loop would be counted with it.
+    own = job.constants
+    exempt = not count or count["unrolled"] or own["ZEROS"] or own.get("CODE") or not own["ASM"] or own["BM"] > 64
+    if limit and found["target"] == "sm_90" and not exempt:
+        for what, most in zip(("instructions", "integer"), limit, strict=True):
+            if count[what] > most or not count[what]:
+                wrong.append(f"{count[what]} {what} a weight, at most {most}")
+    return wrong
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """The file, a line a row; rows of targets that were not compiled now stay."""
+    targets = {row["target"] for row in rows}
+    old = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    kept = [row for row in old if row["target"] not in targets]
+    head = {"command": "python benchmarks/triton_aot.py", "triton": triton.__version__, "limits": LIMITS}
+    lines = ",\n".join(json.dumps(row) for row in kept + rows)
+    path.write_text(json.dumps(head)[:-1] + f', "rows": [\n{lines}\n]}}\n', encoding="utf-8")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="where to write the JSON")
+    parser.add_argument("--only", default="", help="kernels whose name begins with this")
+    parser.add_argument("--sample", action="store_true", help="one kernel of each kind (what the tests do)")
+    parser.add_argument("--brief", action="store_true", help="the first shape and tiles of 32 tokens alone")
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    options = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("kernels are interpreted under TRITON_INTERPRET=1 and cannot be compiled. Unset it")
+    rows, failed = [], 0
+    for target in options.targets:
+        jobs = [job for job in shipped(target) if job.name.startswith(options.only)]
+        if options.sample:
+            jobs = [job for job in jobs if job.sample]
+        if options.brief:
+            jobs = [job for job in jobs if job.constants.get("BM", 32) == 32]
+            jobs = [job for job in jobs if not job.weights or job.constants["K"] == LLADA[0][0]]
+        if not jobs:
+            parser.error(f"no kernel begins with {options.only!r}. Known: {', '.join(j.name for j in shipped(target))}")
+        for job in jobs:
+            found = examine(job, target)
+            found["faults"] = faults(job, found)
+            failed += bool(found["faults"])
+            rows.append(found)
+            counted = found.get("per_weight", {})
+            print(
+                f"{job.name:52} {target:7} {found['registers']:4} regs {found['stack']:4} stack "
+                f"{counted.get('instructions', 0):6} instr {counted.get('integer', 0):6} int "
+                f"{found['products']} {'; '.join(found['faults'])}",
+                flush=True,
+            )
+        if options.out:
+            write(options.out, rows)
+    print(f"{len(rows)} compiled, {failed} outside of the gates")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

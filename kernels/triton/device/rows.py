@@ -1,0 +1,113 @@
+"""Work on whole rows of activations: one program a row (or a row's block), everything in float32 in between.
+
+Codes are those of `ActFormat.quantize_dynamic` to the last one: true division, ties to even, scale 1 for a row of zeros.
+"""
+
+from __future__ import annotations
+
+from dlqc.kernels.triton.language import at_compile_time, jit, tl
+
+
+@at_compile_time
+def log2(value):
+    return value.bit_length() - 1
+
+
+@jit
+def to_codes(value, TOP: tl.constexpr):
+    """Codes int8 in ±TOP of a row (1-D), and its scale."""
+    most = tl.max(tl.abs(value), 0)
+    scale = tl.div_rn(most, TOP * 1.0)
+    scale = tl.where(scale == 0.0, 1.0, tl.maximum(scale, 1.1754943508222875e-38))
+    # Adding and subtracting 1.5·2²³ rounds to whole numbers, ties to even.
+    code = (tl.div_rn(value, tl.zeros_like(value) + scale) + 12582912.0) - 12582912.0
+    return tl.minimum(tl.maximum(code, -TOP * 1.0), TOP * 1.0).to(tl.int8), scale
+
+
+@jit
+def keep_codes(
+    code, scale, q, scales, sums, row, M, KP: tl.constexpr, GROUP: tl.constexpr, SUMS: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Store a row of codes, its scale, and its sums over groups; the row ends with zeros up to KP."""
+    k = tl.arange(0, WIDTH)
+    tl.store(q + row.to(tl.int64) * KP + k, code, mask=k < KP)
+    tl.store(scales + row, scale)
+    if SUMS == 1:
+        tl.store(sums + row, tl.sum(code.to(tl.int32), 0))
+    elif SUMS > 1:
+        total = tl.sum(tl.reshape(code.to(tl.int32), (WIDTH // GROUP, GROUP)), 1)
+        group = tl.arange(0, WIDTH // GROUP)
+        tl.store(sums + group * M + row, total, mask=group < SUMS)
+
+
+@jit
+def quantize_rows(
+    x, q, scales, sums, M, x_stride, K: tl.constexpr, KP: tl.constexpr, TOP: tl.constexpr, GROUP: tl.constexpr,
+    SUMS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Codes int8 [M, KP] and scales [M] of x [M, K]; with SUMS > 0 also the sums of codes, int32 [SUMS, M], by group of K."""
+    row = tl.program_id(0)
+    k = tl.arange(0, WIDTH)
+    value = tl.load(x + row.to(tl.int64) * x_stride + k, mask=k < K, other=0.0).to(tl.float32)
+    code, scale = to_codes(value, TOP)
+    keep_codes(code, scale, q, scales, sums, row, M, KP, GROUP, SUMS, WIDTH)
+
+
+@jit
+def norm_quantize(
+    x, residual, gain, total, q, scales, x_stride, epsilon,
+    K: tl.constexpr, KP: tl.constexpr, TOP: tl.constexpr, ADD: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Codes and scales of gain · h / rms(h), h = x + residual where ADD; h is kept in `total`, in the dtype of x."""
+    row = tl.program_id(0)
+    k = tl.arange(0, WIDTH)
+    here = row.to(tl.int64) * x_stride + k
+    value = tl.load(x + here, mask=k < K, other=0.0).to(tl.float32)
+    if ADD:
+        value += tl.load(residual + here, mask=k < K, other=0.0).to(tl.float32)
+        # What goes on is the rounded sum, and the norm is of what goes on.
+        kept = value.to(total.dtype.element_ty)
+        tl.store(total + here, kept, mask=k < K)
+        value = kept.to(tl.float32)
+    mean = tl.sum(value * value, 0) / K
+    value = value * tl.div_rn(1.0, tl.sqrt_rn(mean + epsilon))
+    value *= tl.load(gain + k, mask=k < K, other=0.0).to(tl.float32)
+    code, scale = to_codes(value, TOP)
+    keep_codes(code, scale, q, scales, q, row, 0, KP, KP, 0, WIDTH)
+
+
+@jit
+def butterflies(value, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """Each run of BLOCK of a row [WIDTH] times the Hadamard matrix of Sylvester's order, not scaled."""
+    STAGES: tl.constexpr = log2(BLOCK)
+    for stage in tl.static_range(STAGES):
+        pairs = tl.reshape(value, (WIDTH // (2 << stage), 2, 1 << stage))
+        first, second = tl.split(tl.permute(pairs, (0, 2, 1)))
+        value = tl.reshape(tl.permute(tl.join(first + second, first - second), (0, 2, 1)), (WIDTH,))
+    return value
+
+
+@jit
+def hadamard(x, y, x_stride, y_stride, factor, K: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """y [M, K] = x times the block-diagonal Hadamard matrix, times `factor`; a program takes WIDTH features of a row."""
+    row, k = tl.program_id(0).to(tl.int64), tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    value = tl.load(x + row * x_stride + k, mask=k < K, other=0.0).to(tl.float32)
+    value = butterflies(value, BLOCK, WIDTH) * factor
+    tl.store(y + row * y_stride + k, value.to(y.dtype.element_ty), mask=k < K)
+
+
+@jit
+def silu_quantize(
+    gate, up, q, scales, gate_stride, up_stride, factor,
+    K: tl.constexpr, KP: tl.constexpr, TOP: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Codes and scales of (silu(gate) · up) · H, H block-diagonal with blocks of BLOCK (1: none) and scaled by `factor`."""
+    row = tl.program_id(0)
+    k = tl.arange(0, WIDTH)
+    g = tl.load(gate + row.to(tl.int64) * gate_stride + k, mask=k < K, other=0.0).to(tl.float32)
+    value = tl.load(up + row.to(tl.int64) * up_stride + k, mask=k < K, other=0.0).to(tl.float32)
+    value *= g / (1.0 + tl.exp(-g))
+    if BLOCK > 1:
+        value = butterflies(value, BLOCK, WIDTH) * factor
+    code, scale = to_codes(value, TOP)
+    keep_codes(code, scale, q, scales, q, row, 0, KP, KP, 0, WIDTH)
