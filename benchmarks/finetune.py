@@ -28,8 +28,8 @@ from dlqc.finetune import Finetune, finetune
 
 ARMS: dict[str, tuple[tuple[str, float], ...]] = {
     "w2a16-rtn": (("codes", 0.5), ("codes", 0.0), ("scales", 0.5), ("lora", 0.5)),
-    "w2a16-gptq": (("codes", 0.5), ("lora", 0.5)),
-    "w4a4-rtn": (("codes", 0.5), ("scales", 0.5)),
+    "w2a16-gptq": (("codes", 0.5), ("codes", 1.0)),
+    "w4a4-rtn": (("codes", 0.5), ("scales", 0.5), ("lora", 0.5)),
 }
 
 
