@@ -24,9 +24,9 @@ from dataclasses import dataclass
 from torch import fx
 
 from dlqc.backend import AnyKernel, Backend
+from dlqc.backends.cpu_fusion import fuse
 from dlqc.kernels.cpu.coded16 import Coded16
 from dlqc.kernels.cpu.dequant import Dequant
-from dlqc.kernels.cpu.fused8 import fuse
 from dlqc.kernels.cpu.int4pack import Int4Pack
 from dlqc.kernels.cpu.int8_mm import Int8MM
 from dlqc.kernels.cpu.int8_mm_static import Int8MMStatic

@@ -29,6 +29,7 @@ from typing import ClassVar
 
 from torch import fx
 
+from dlqc.attention_sites import sites, unfit
 from dlqc.cached import block_step, reads_tokens
 from dlqc.contract import Context, Declined, Pass, PassReport, Plan
 from dlqc.errors import FeasibilityError, RecipeError
@@ -48,7 +49,6 @@ from dlqc.graph import (
 )
 from dlqc.kv_cache import Format, KeyFormat, ValueFormat, encode, misfit, stored_bits
 from dlqc.ops import CACHED, ROPE
-from dlqc.passes.quantize_attention import sites, unfit
 
 _PARTS = ("keys", "values")
 
