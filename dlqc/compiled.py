@@ -94,10 +94,8 @@ class Compiled(nn.Module):
         other.__dict__.pop("cached", None)
         other.graph, other.lowered = schedule.written(self.graph), schedule.written(self.lowered)
         other.module = fx.GraphModule(self.module, schedule.written(self.module.graph), class_name="DlqcModule")
-        passes = (
-            dataclasses.replace(p, widths=schedule.widths) if p.name == "adapt_precision" else p  # type: ignore[type-var]
-            for p in self.recipe.passes
-        )
+        changed: dict[str, Any] = {"widths": schedule.widths}
+        passes = (dataclasses.replace(p, **changed) if p.name == "adapt_precision" else p for p in self.recipe.passes)
         other.recipe = Recipe(self.recipe.name, tuple(passes))
         return other.eval()
 

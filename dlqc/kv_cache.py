@@ -156,7 +156,7 @@ class Bins:
     @classmethod
     def of(cls, rows: Tensor, groups: int, bits: int, centers: Tensor | None = None) -> Bins:
         """Round rows [R, N], float32 or float64; without `centers`, the middle of each group is one."""
-        grouped = rows.unflatten(1, (groups, -1))
+        grouped = rows.reshape(len(rows), groups, rows.shape[1] // groups)
         if centers is None:
             least, most = grouped.aminmax(dim=-1)
             centers = (least + (most - least) / 2).to(torch.float16)
@@ -175,7 +175,7 @@ class Bins:
 
     def numbers(self, dtype: torch.dtype) -> Tensor:
         """The numbers that are stood for, [R, N]."""
-        codes = unpack(self.codes, self.bits, self.count).to(dtype).unflatten(1, (self.steps.shape[1], -1))
+        codes = unpack(self.codes, self.bits, self.count).to(dtype).reshape(*self.steps.shape, self.count // self.steps.shape[1])
         level = codes + (0.5 - (1 << (self.bits - 1)))
         return (level * self.steps.to(dtype).unsqueeze(-1) + self.centers.to(dtype).unsqueeze(-1)).flatten(1)
 

@@ -277,7 +277,7 @@ def linear_nested(
         weight = fmt.weight_at(stored, x.shape[-1], width).to(rows.dtype)
         return torch.nn.functional.linear(rows, weight, None if bias is None else bias.to(rows.dtype))
 
-    used = [0] if bucket is None or not bucket.numel() else bucket.unique().tolist()
+    used = [0] if bucket is None or not bucket.numel() else torch.unique(bucket).tolist()
     chosen = {widths[i] for i in used}
     if len(chosen) == 1 or bucket is None:
         return product(wide, widths[used[0]]).to(x.dtype)

@@ -37,7 +37,6 @@ from dlqc.execute import placeholder
 from dlqc.graph import (
     CODED_LINEARS,
     LINEAR,
-    LOW_RANK,
     QUANTIZED_LINEARS,
     arg,
     args_of,
@@ -48,7 +47,7 @@ from dlqc.graph import (
     read,
 )
 from dlqc.kv_cache import Format, KeyFormat, ValueFormat, encode, misfit, stored_bits
-from dlqc.ops import CACHED, ROPE
+from dlqc.ops import CACHED, LOW_RANK, ROPE
 
 _PARTS = ("keys", "values")
 

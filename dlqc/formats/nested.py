@@ -206,7 +206,7 @@ class NestedWeight:
 
     def pack(self) -> dict[str, torch.Tensor]:
         """Stored tensors: "codes_i" for each plane, "scales_i" and "offsets_i" for each width."""
-        parts = {}
+        parts: dict[str, torch.Tensor] = {}
         for i, (bits, width) in enumerate(zip(self.format.counts, self.format.widths, strict=True)):
             plane = (self.codes >> (self.format.bits - width)) & ((1 << bits) - 1)
             parts |= {f"codes_{i}": pack(plane, bits), f"scales_{i}": self.scales[i], f"offsets_{i}": self.offsets[i]}
