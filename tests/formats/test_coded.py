@@ -16,6 +16,7 @@ from dlqc.formats.coded import CLASSES, decode, encode, fault, weight_of
 from dlqc.formats.fp8 import Fp8Format
 from dlqc.formats.lattice import LatticeFormat
 from dlqc.formats.microscaling import MicroscalingFormat
+from dlqc.formats.nested import NestedFormat
 from dlqc.formats.nf4 import Nf4Format
 from dlqc.formats.offset import OffsetFormat
 from dlqc.formats.planes import PlanesFormat
@@ -44,6 +45,8 @@ FORMATS: dict[str, Any] = {
         SparseFormat(16),
         OffsetFormat(3, 64),
         OffsetFormat(8, None, "bfloat16"),
+        NestedFormat("2+1+1", 64),
+        NestedFormat("2+1+1+4", None),
     )
 }
 every_format = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
@@ -62,7 +65,7 @@ def stored(fmt: Any, count: int = 40, width: int = 192, seed: int = 0) -> Any:
 
 def test_every_class_has_its_name_and_is_tried() -> None:
     assert {type(f) for f in FORMATS.values()} == set(CLASSES.values())
-    assert CLASSES.keys() == {"planes", "codebook", "nf4", "fp8", "microscaling", "lattice", "offset", "sparse"}
+    assert CLASSES.keys() == {"planes", "codebook", "nf4", "fp8", "microscaling", "lattice", "offset", "sparse", "nested"}
 
 
 @every_format
