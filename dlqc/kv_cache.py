@@ -175,7 +175,11 @@ class Bins:
 
     def numbers(self, dtype: torch.dtype) -> Tensor:
         """The numbers that are stood for, [R, N]."""
-        codes = unpack(self.codes, self.bits, self.count).to(dtype).reshape(*self.steps.shape, self.count // self.steps.shape[1])
+        codes = (
+            unpack(self.codes, self.bits, self.count)
+            .to(dtype)
+            .reshape(*self.steps.shape, self.count // self.steps.shape[1])
+        )
         level = codes + (0.5 - (1 << (self.bits - 1)))
         return (level * self.steps.to(dtype).unsqueeze(-1) + self.centers.to(dtype).unsqueeze(-1)).flatten(1)
 

@@ -65,7 +65,17 @@ def stored(fmt: Any, count: int = 40, width: int = 192, seed: int = 0) -> Any:
 
 def test_every_class_has_its_name_and_is_tried() -> None:
     assert {type(f) for f in FORMATS.values()} == set(CLASSES.values())
-    assert CLASSES.keys() == {"planes", "codebook", "nf4", "fp8", "microscaling", "lattice", "offset", "sparse", "nested"}
+    assert CLASSES.keys() == {
+        "planes",
+        "codebook",
+        "nf4",
+        "fp8",
+        "microscaling",
+        "lattice",
+        "offset",
+        "sparse",
+        "nested",
+    }
 
 
 @every_format
