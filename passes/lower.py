@@ -97,6 +97,10 @@ class Lower(Pass):
         sweep(graph, ctx.weights)
         joined = ctx.backend.fuse(graph, ctx.weights)
         report.metrics |= {"calls": len(sites), **{f"fused_{what}": count for what, count in joined.items()}}
+        if merged:
+            taken = ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in sorted(joined.items()))
+            along = f"; they take along: {taken}" if taken else ""
+            report.note(f"{report.sites} linears run as {len(sites)} calls, those that read one input as one{along}")
         return report
 
     def _alike(self, nodes: Sequence[fx.Node], ctx: Context) -> bool:

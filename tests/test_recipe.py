@@ -101,7 +101,7 @@ def passes() -> st.SearchStrategy[tuple[Pass, ...]]:
     return st.lists(one, min_size=1, max_size=4).map(tuple)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(passes(), TEXT)
 def test_plain_and_yaml_round_trip(given_passes: tuple[Pass, ...], name: str) -> None:
     recipe = Recipe(name, given_passes)
@@ -110,7 +110,7 @@ def test_plain_and_yaml_round_trip(given_passes: tuple[Pass, ...], name: str) ->
     assert from_plain(yaml.safe_load(recipe.to_yaml())) == recipe
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(passes())
 def test_the_line_round_trips(given_passes: tuple[Pass, ...]) -> None:
     assert parse_line(str(Recipe("", given_passes))) == given_passes
