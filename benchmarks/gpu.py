@@ -17,7 +17,6 @@ rotated through more than the second-level cache within one captured graph, whic
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import math
 import os
@@ -26,13 +25,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from gpu_entries import Entry, library, ours, run
 from torch import Tensor
 
 from dlqc.kernels.triton import dispatch, integer, packing, runtime, weight_only
@@ -49,26 +49,6 @@ TOKENS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 #: What a data sheet says of an H200, less what a copy and a large product lose: only for `--plan`.
 PREDICTED = {"copy": 4.3e12, "bf16": 788e12, "int8": 1576e12, "fp8": 1576e12}
 ROTATED = 256 << 20
-WRONG = 1e-2
-
-
-@dataclass(frozen=True)
-class Entry:
-    """An implementation at one shape.
-
-    Attributes:
-        name: what tables call it. weight_bits, act_bits: for the floor.
-        copies: makes `count` calls that read different copies of the weight, each a function of x.
-        truth: rows of Ŵ, float64 [R, K], for output features 0 … R-1, or None where x̂ · Ŵ is not plain.
-        tolerance: the largest relative error in norm.
-    """
-
-    name: str
-    weight_bits: float
-    act_bits: int
-    copies: Callable[[int], list[Callable[[Tensor], Tensor]]]
-    truth: Tensor | None
-    tolerance: float = WRONG
 
 
 def floor(m: int, k: int, n: int, entry: Entry, ceilings: dict[str, float]) -> float:
@@ -113,164 +93,6 @@ class Clock:
             end.synchronize()
             times.append(start.elapsed_time(end) / 1e3 / len(calls))
         return statistics.median(times)
-
-
-def ours(k: int, n: int, device_: str) -> list[Entry]:
-    """The kernels of this project, each on its own random weight."""
-    made = []
-    for bits, group, act in (
-        (4, 128, 16),
-        (4, k, 16),
-        (3, 128, 16),
-        (2, 128, 16),
-        (8, k, 16),
-        (8, k, 8),
-        (4, k, 8),
-        (4, 128, 8),
-    ):
-        codes = torch.randint(0, 1 << bits, (n, k), dtype=torch.uint8, device=device_)
-        scales = (torch.rand(n, k // group, device=device_) + 0.5).bfloat16() / (k**0.5 * (1 << (bits - 1)))
-        shown = min(n, 128)
-        truth = (codes[:shown].double() - (1 << (bits - 1))) * scales[:shown].double().repeat_interleave(group, 1)
-        name = f"W{bits}A{act} {'channel' if group == k else f'g{group}'}"
-        held = packing.columns(scales)
-        packed: Any
-        if act == 16:
-            low, high = packing.arrange(codes, bits)
-            packed = weight_only.Packed(low, high, held, None, k, n, bits, group)
-        else:
-            packed = integer.Packed(packing.arrange_integers(codes, bits), held, None, k, n, bits, group)
-        made.append(Entry(name, bits + 16 / group, act, _copies(packed), truth, 4e-3 if act == 16 else 2e-2))
-        if act == 8:
-            given = Given(partial(integer.quantize, bits=8, packed=packed))
-            made.append(replace(made[-1], name=f"{name}, codes given", copies=_copies(packed, given)))
-    return made
-
-
-def _copies(packed: Any, given: Given | None = None) -> Callable[[int], list[Callable[[Tensor], Tensor]]]:
-    def copies(count: int) -> list[Callable[[Tensor], Tensor]]:
-        calls = []
-        for _ in range(count):
-            if isinstance(packed, weight_only.Packed):
-                own = replace(packed, low=packed.low.clone(), high=None if packed.high is None else packed.high.clone())
-            else:
-                own = replace(packed, words=packed.words.clone())
-            calls.append(partial(run, own, given=given))
-        return calls
-
-    return copies
-
-
-def run(packed: Any, x: Tensor, config: dispatch.Config | None = None, given: Given | None = None) -> Tensor:
-    """y [M, N], by the op's own choice or a given configuration."""
-    config = config or dispatch.choose(packed.shape, x.shape[0], runtime.device_of(x))
-    y = torch.empty(x.shape[0], packed.n, dtype=runtime.interpretable(x), device=x.device)
-    if isinstance(packed, integer.Packed):
-        integer.launch(given(x) if given else integer.quantize(x, 8, packed), packed, None, y, config)
-    elif config.dense:
-        return weight_only.multiply_dense(x, packed, None, config)
-    else:
-        weight_only.launch(x, packed, None, y, config)
-    return y
-
-
-def turns(
-    weight: Tensor, call: Callable[[Tensor, Tensor], Tensor]
-) -> Callable[[int], list[Callable[[Tensor], Tensor]]]:
-    """Copies of `call(weight, x)` for `Entry.copies`."""
-    return lambda count: [partial(call, weight.clone()) for _ in range(count)]
-
-
-class Given:
-    """What quantization makes of x, made once for each x: to time a product by itself."""
-
-    def __init__(self, quantize: Callable[[Tensor], Any]) -> None:
-        self.quantize, self.seen = quantize, {}
-
-    def __call__(self, x: Tensor) -> Any:
-        if id(x) not in self.seen:
-            self.seen[id(x)] = (x, self.quantize(x))
-        return self.seen[id(x)][1]
-
-
-def _rows(dtype: torch.dtype, top: float) -> Given:
-    def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-        scale = x.abs().amax(1, keepdim=True).float() / top
-        codes = x.float() / scale
-        return (codes.round() if dtype == torch.int8 else codes).to(dtype), scale
-
-    return Given(quantize)
-
-
-def library(k: int, n: int, device_: str) -> list[Entry]:
-    """cuBLAS in 16 bits, torch's int4, int8 and FP8 products (codes given), and what else is installed."""
-    w = torch.randn(n, k, device=device_).div_(k**0.5).bfloat16()
-    truth = w[: min(n, 128)].double()
-    made = [Entry("bf16", 16, 16, turns(w, lambda w, x: F.linear(x, w.to(x.dtype))), truth)]
-    if device_ == "cpu":
-        return made
-    tokens = _rows(torch.int8, 127)
-    q, scale = tokens.quantize(w)
-
-    def int_mm(q: Tensor, x: Tensor) -> Tensor:
-        codes, s = tokens(x)
-        return (torch._int_mm(codes, q.T) * s * scale.T).bfloat16()
-
-    made.append(Entry("torch _int_mm", 8, 8, turns(q, int_mm), truth, 2e-2))
-    if torch.cuda.get_device_capability() >= (8, 9):
-        floats = _rows(torch.float8_e4m3fn, 448)
-        e4m3, most = floats.quantize(w)
-
-        def scaled_mm(e4m3: Tensor, x: Tensor) -> Tensor:
-            codes, s = floats(x)
-            return torch._scaled_mm(codes, e4m3.T, s, most.T.contiguous(), out_dtype=torch.bfloat16)
-
-        made.append(Entry("fp8 torch _scaled_mm rows", 8, 8, turns(e4m3, scaled_mm), truth, 6e-2))
-    codes = torch.randint(0, 16, (n, k), dtype=torch.int32, device=device_)
-    scales = torch.full((k // 128, n), 0.01, dtype=torch.bfloat16, device=device_)
-    both = torch.stack((scales, torch.zeros_like(scales)), -1).contiguous()
-    dense = (codes[: min(n, 128)].double() - 8) * float(scales[0, 0])
-    for name, add in (
-        (
-            "tinygemm",
-            lambda: torch.ops.aten._convert_weight_to_int4pack(
-                (codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8), 8
-            ),
-        ),
-        ("gemlite", lambda: gemlite(w)),
-        ("bitsandbytes", lambda: bitsandbytes(w)),
-    ):
-        if name != "tinygemm" and not importlib.util.find_spec(name):
-            continue
-        try:
-            found = add()
-        except Exception as error:  # a peer's fault must not end the run
-            print(f"{name} is left out: {type(error).__name__}: {error}"[:200])
-            continue
-        if name == "tinygemm":
-            call = turns(found, lambda f, x: torch.ops.aten._weight_int4pack_mm(x, f, 128, both))
-            found = Entry("torch int4 (tinygemm) g128", 4.25, 16, call, dense)
-        made.append(found)
-    return made
-
-
-def gemlite(w: Tensor) -> Entry:
-    from gemlite.helper import A16W4
-
-    linear = torch.nn.Linear(w.shape[1], w.shape[0], bias=False, device=w.device, dtype=w.dtype)
-    linear.weight.data = w
-    made = A16W4(device=str(w.device)).from_linear(linear)
-    return Entry("gemlite A16W4", 4.25, 16, lambda count: [made] * count, w[:128].double(), 0.2)
-
-
-def bitsandbytes(w: Tensor) -> Entry:
-    import bitsandbytes.functional as bnb
-
-    packed, state = bnb.quantize_4bit(w, quant_type="nf4", blocksize=64)
-    from bitsandbytes import matmul_4bit
-
-    calls = turns(packed, lambda p, x: matmul_4bit(x, p.t(), state))
-    return Entry("bitsandbytes nf4", 4.5, 16, calls, bnb.dequantize_4bit(packed, state)[:128].double())
 
 
 def ceilings(clock: Clock, device_: str) -> dict[str, float]:
