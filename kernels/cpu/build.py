@@ -29,11 +29,13 @@ SOURCES = Path(__file__).parent / "csrc"
 ISAS = ("portable", "avx2", "avx512vnni")
 PANEL = 48  # columns that lie together, as csrc/weights.h says
 BLOCK = 32  # input features likewise
-OPS = {"linear8": ("linear8", "fused8")}  # by the library that has their kernels
+#: By the library that has their kernels.
+OPS = {"linear8": ("linear8", "fused8", "rms_norm"), "attention": ("attention", "rope")}
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 _COMMON = ("-ffp-contract=fast", "-Wno-psabi")
 _FORCED = {"avx512vnni": "-march=x86-64-v4 -mavx512vnni", "avx2": "-march=x86-64-v3", "portable": "-march=x86-64 -O1"}
+
 
 class Weight(ctypes.Structure):
     """`Weight` of csrc/weights.h."""

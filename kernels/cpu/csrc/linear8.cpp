@@ -354,4 +354,38 @@ void dlqc_op_fused8(uint64_t* stack, uint64_t, uint64_t) {
     site.put(words.optional(added)).call("dlqc_cpu::fused8_in_python");
 }
 
+// The same norm where no linear8 takes it along. x [..., K] → [..., K]
+void dlqc_op_rms_norm(uint64_t* stack, uint64_t, uint64_t) {
+    Arguments args(stack);
+    Tensor x = args.tensor(), gain = args.optional();
+    const double eps = args.real();
+    int64_t count, pitch;
+    const int64_t k = x.dim ? x.size(-1) : 0;
+    if (!x.rows(k, &count, &pitch)) {
+        Refill words(stack);
+        (words << x).optional(gain) << eps;
+        return words.call("dlqc_cpu::rms_norm_in_python");
+    }
+    Tensor y = x.like(k);
+    const Before before{kRmsNorm, static_cast<float>(eps), gain.as<float>(), nullptr, nullptr, 0};
+    const int64_t bytes = rounded(4 * (k + kLanes));
+    if (!of_thread.get(bytes)) throw std::runtime_error("no memory for a row of " + x.shape());
+    std::atomic<int64_t> next{0};
+    auto work = [&] {
+        float* const row = static_cast<float*>(of_thread.get(bytes));
+        if (!row) return;
+        for (int64_t i; (i = next.fetch_add(1)) < count;) {
+            if (x.type() == kFloat32) {
+                prepare<float>(before, x.as<float>() + i * pitch, nullptr, k, row);
+                std::memcpy(y.as<float>() + i * k, row, 4 * k);
+            } else {
+                prepare<uint16_t>(before, x.as<uint16_t>() + i * pitch, nullptr, k, row);
+                for (int64_t j = 0; j < k; ++j) y.as<uint16_t>()[i * k + j] = to_bfloat16(row[j]);
+            }
+        }
+    };
+    in_threads(static_cast<int>(std::min<int64_t>(torch_threads(), count * k >> 16)), torch_team, work);
+    *stack = word(y.release());
+}
+
 }  // extern "C"
