@@ -1,8 +1,8 @@
 // y = (codes of x · (codes of W - zeros)ᵀ) · scales + bias: low-bit weights by 8-bit activations, in integers.
 //
-// Tokens are quantized first, once. Up to kRows tokens, a panel of the weight is spread out in registers and used at once.
-// More tokens take a panel in slices of input features: a slice is spread out into the first-level cache and meets all tokens of
-// a chunk, a tile at a time. A *segment* is a run of input features with one scale on both sides: its sum is an exact integer,
+// Tokens are quantized first, once. A panel of the weight is taken in slices of input features that stay in the first-level cache
+// while all tokens of a chunk pass, a tile at a time; codes are spread out in registers each time, which fits between the products.
+// A *segment* is a run of input features with one scale on both sides: its sum is an exact integer,
 //
 //   sum = Σ code·q - zero·Σ q,      y += sum · scale of W (· scale of x, where groups of x have their own)
 //
@@ -19,13 +19,8 @@
 
 namespace {
 
-#if DLQC_ISA == 2
-constexpr int64_t kChunk = 256;  // tokens whose results wait in the second-level cache
-constexpr int64_t kSlice = 256;  // input features of a panel that are spread out at a time: 12 KiB
-#else
-constexpr int64_t kChunk = 128;
-constexpr int64_t kSlice = 128;
-#endif
+constexpr int64_t kChunk = DLQC_ISA == 2 ? 256 : 128;  // tokens whose results wait in the second-level cache
+constexpr int64_t kSliceBytes = 12288;                 // of a panel: leaves room for the tokens
 
 struct Call {
     Weight w;
@@ -41,7 +36,7 @@ struct Call {
     int32_t* sums = nullptr;
     float* scales = nullptr;
     // Of one thread, from the start of its memory on.
-    int64_t row_at = 0, results_at = 0, whole_at = 0, bytes = 0;
+    int64_t row_at = 0, whole_at = 0, bytes = 0;
 };
 
 // Results of a tile in [kRows][kPanel], and int32 sums of a segment that is longer than a slice.
@@ -50,6 +45,7 @@ struct Tile {
     int64_t token;  // the first one
     float* results;
     Ints* whole;
+    int64_t ahead;  // bytes of the weight; 0: fetch nothing
 };
 
 template <int kR, int kS, class Product>
@@ -88,6 +84,7 @@ DLQC_INLINE void segments_of(const Call& call, const Tile& tile, int64_t panel, 
         const auto add = [&](int r, int s, const Floats& by) DLQC_LAMBDA {
             float* const kept = results + r * kPanel + s * kStrip;
             store(kept, load<Floats>(kept) + to_floats(acc[r][s]) * by);
+            if (s == kS - 1) asm volatile("" ::: "memory");  // else gcc loads all first, and has no registers for it
         };
         if (call.act_groups > 1) {
             const float* const of_x = call.scales + tile.token * call.act_groups + k / call.act_group;
@@ -101,21 +98,11 @@ DLQC_INLINE void segments_of(const Call& call, const Tile& tile, int64_t panel, 
 }
 
 template <int kBits, int kR, int kS>
-__attribute__((noinline)) void run_direct(const Call& call, const Tile& tile, int64_t panel, int64_t strip) {
+__attribute__((noinline)) void run(const Call& call, const Tile& tile, int64_t panel, int64_t strip, int64_t from, int64_t to) {
     constexpr int64_t pitch = kStrips * kBits * 64;
     const uint8_t* const w = call.w.codes + call.place.codes_at(panel, kBits) + strip * kBits * 64;
-    segments_of<kR, kS>(call, tile, panel, strip, 0, call.padded, [&](int64_t k, int64_t end, Ints(&acc)[kR][kS]) DLQC_LAMBDA {
-        direct<kBits, kR, kS>(w + k / kBlock * pitch, pitch, tile.a + k * kR, (end - k) / kBlock, acc);
-    });
-}
-
-template <bool kWhole, int kR, int kS>
-__attribute__((noinline)) void run_plain(const Call& call, const Tile& tile, const uint8_t* slice, int64_t panel,
-                                         int64_t strip, int64_t from, int64_t to) {
-    constexpr int64_t pitch = kStrips * 64;
-    const uint8_t* const w = slice + strip * 64;
     segments_of<kR, kS>(call, tile, panel, strip, from, to, [&](int64_t k, int64_t end, Ints(&acc)[kR][kS]) DLQC_LAMBDA {
-        plain<kWhole, kR, kS>(w + (k - from) / kStep * pitch, pitch, tile.a + k * kR, (end - k) / kStep, acc);
+        multiply<kBits, kR, kS>(w + k / kBlock * pitch, pitch, tile.ahead, tile.a + k * kR, (end - k) / kBlock, acc);
     });
 }
 
@@ -124,51 +111,25 @@ void finish(const Call& call, const Tile& tile, int64_t rows, int64_t panel) {
     finish(call.w, call.y, tile.token, rows, panel, tile.results, scales);
 }
 
-void one_tile(const Call& call, int64_t panel, char* space) {
-    const Tile tile{call.codes, 0, reinterpret_cast<float*>(space + call.results_at),
-                    reinterpret_cast<Ints*>(space + call.whole_at)};
-    std::memset(tile.results, 0, 4 * call.x.count * kPanel);
-    for_strips(call.w.n - panel * kPanel, [&](int64_t strip) {
-        for_bits(call.w.bits, [&](auto bits) {
-            for_rows(call.x.count, [&](auto rows) { run_direct<bits(), rows(), kWide>(call, tile, panel, strip); });
-        });
-    });
-    finish(call, tile, call.x.count, panel);
-}
-
-void spread_slice(const Call& call, int64_t panel, int64_t from, int64_t to, uint8_t* slice) {
-    for_bits(call.w.bits, [&](auto bits) {
-        const uint8_t* w = call.w.codes + call.place.codes_at(panel, bits()) + from / kBlock * kStrips * bits() * 64;
-        for (int64_t k = from; k < to; k += kBlock, slice += kSteps * kStrips * 64)
-            for (int64_t s = 0; s < kStrips; ++s, w += bits() * 64) {
-                // The next block comes from memory while this one is used.
-                for (int i = 0; i < bits(); ++i) __builtin_prefetch(w + kStrips * bits() * 64 * (kSlice / kBlock) + 64 * i);
-#pragma GCC unroll 8
-                for (int j = 0; j < kSteps; ++j) store(slice + (j * kStrips + s) * 64, spread<bits()>(w, j));
-            }
-    });
-}
-
-void many_tiles(const Call& call, int64_t panel, int64_t chunk, char* space) {
+void multiply_panel(const Call& call, int64_t panel, int64_t chunk, char* space) {
     const int64_t start = chunk * kChunk, end = std::min(start + kChunk, call.x.count);
-    uint8_t* const slice = reinterpret_cast<uint8_t*>(space);
-    float* const results = reinterpret_cast<float*>(space + call.results_at);
+    float* const results = reinterpret_cast<float*>(space);
     Ints* const whole = reinterpret_cast<Ints*>(space + call.whole_at);
     std::memset(results, 0, 4 * (end - start) * kPanel);
     const auto tile_at = [&](int64_t token) {
         const int64_t t = token - start;
-        return Tile{call.codes + token * call.padded, token, results + t * kPanel, whole + t * kStrips};
+        // The first tile fetches what the slices after this one need.
+        const int64_t ahead = t ? 0 : std::max(kAhead, call.slice / kBlock * kStrips * call.w.bits * 64);
+        return Tile{call.codes + token * call.padded, token, results + t * kPanel, whole + t * kStrips, ahead};
     };
     for (int64_t from = 0; from < call.padded; from += call.slice) {
         const int64_t to = std::min(from + call.slice, call.padded);
-        spread_slice(call, panel, from, to, slice);
         for_strips(call.w.n - panel * kPanel, [&](int64_t strip) {
             for (int64_t token = start; token < end; token += kRows)
-                for_rows(std::min<int64_t>(kRows, end - token), [&](auto rows) {
-                    if (call.w.bits == 8 && DLQC_ISA != 2)
-                        run_plain<DLQC_ISA != 2, rows(), kWide>(call, tile_at(token), slice, panel, strip, from, to);
-                    else
-                        run_plain<false, rows(), kWide>(call, tile_at(token), slice, panel, strip, from, to);
+                for_bits(call.w.bits, [&](auto bits) {
+                    for_rows(std::min<int64_t>(kRows, end - token), [&](auto rows) {
+                        run<bits(), rows(), kWide>(call, tile_at(token), panel, strip, from, to);
+                    });
                 });
         });
     }
@@ -237,7 +198,9 @@ int dlqc_linear8(const Weight* weight, const void* x, int type, int64_t m, int64
     call.segment = std::min(call.act_group, call.w.group);
     call.segments = (call.padded + call.segment - 1) / call.segment;
     call.act_groups = (call.padded + call.act_group - 1) / call.act_group;
-    call.slice = std::min(call.segment <= kSlice ? kSlice / call.segment * call.segment : kSlice, call.padded);
+    // Whole segments if there is room for one; one tile passes once, so that nothing has to stay.
+    const int64_t room = m <= kRows ? call.padded : kSliceBytes / (kPanel * weight->bits / 8) / kBlock * kBlock;
+    call.slice = std::min(call.segment <= room ? room / call.segment * call.segment : room, call.padded);
 
     const int64_t sums_at = rounded(m * call.padded), scales_at = sums_at + rounded(4 * m * call.segments);
     char* const shared = static_cast<char*>(of_call.get(scales_at + rounded(4 * m * call.act_groups)));
@@ -248,9 +211,9 @@ int dlqc_linear8(const Weight* weight, const void* x, int type, int64_t m, int64
 
     const int64_t chunk = std::min(m, kChunk);
     call.row_at = kRows * row_pitch(call.padded) + rounded(4 * call.segments);
-    call.results_at = std::max(rounded(call.slice * kPanel), call.row_at + (call.before.kind ? 4 * call.padded : 0));
-    call.whole_at = call.results_at + rounded(4 * chunk * kPanel);
-    call.bytes = call.whole_at + rounded(4 * chunk * kPanel);
+    const int64_t rows_end = call.row_at + (call.before.kind ? 4 * call.padded : 0);
+    call.whole_at = rounded(4 * chunk * kPanel);
+    call.bytes = std::max(rows_end, call.whole_at + rounded(4 * chunk * kPanel));
     if (!of_thread.get(call.bytes)) return 1;  // so that at least this thread can do all the work
 
     const int64_t tiles = (m + kRows - 1) / kRows, chunks = (m + kChunk - 1) / kChunk;
@@ -266,13 +229,8 @@ int dlqc_linear8(const Weight* weight, const void* x, int type, int64_t m, int64
     auto multiply = [&] {
         char* const space = static_cast<char*>(of_thread.get(call.bytes));
         if (!space) return;
-        for (int64_t task; (task = next.fetch_add(1)) < call.place.panels * chunks;) {
-            const int64_t panel = task / chunks;
-            if (m <= kRows)
-                one_tile(call, panel, space);
-            else
-                many_tiles(call, panel, task % chunks, space);
-        }
+        for (int64_t task; (task = next.fetch_add(1)) < call.place.panels * chunks;)
+            multiply_panel(call, task / chunks, task % chunks, space);
     };
     const int64_t work = m * call.padded * call.place.panels * kPanel;
     in_threads(static_cast<int>(std::min<int64_t>(threads, work >> 18)), team, multiply);

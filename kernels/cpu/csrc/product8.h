@@ -4,7 +4,7 @@
 //
 //   sums[r][s][lane] += Σ_k spread code [k][strip s][lane] · code of token r [k]
 //
-// exactly (modulo 2^32, so only the end result must fit). `direct` reads the stored weight, `plain` one that was spread out.
+// exactly (modulo 2^32, so only the end result must fit).
 #pragma once
 
 #include "tiles.h"
@@ -23,11 +23,11 @@ DLQC_INLINE void dot(Ints& sum, const Bytes& codes, const int8_t* word) {
 }
 
 template <int kBits, int kR, int kS>
-DLQC_INLINE void direct(const uint8_t* w, int64_t pitch, const int8_t* a, int64_t blocks, Ints (&sums)[kR][kS]) {
+DLQC_INLINE void multiply(const uint8_t* w, int64_t pitch, int64_t ahead, const int8_t* a, int64_t blocks, Ints (&sums)[kR][kS]) {
     for (int64_t b = 0; b < blocks; ++b, w += pitch, a += kBlock * kR) {
-        // Far enough ahead for memory, near enough to stay in the first-level cache.
-        if (kR <= 4)
-            for (int i = 0; i < kS * kBits; ++i) __builtin_prefetch(w + (kBits <= 4 ? 4096 : 6144) + 64 * i, 0, 3);
+        // Into the second-level cache: the first has few places for what is awaited.
+        if (ahead)
+            for (int i = 0; i < kS * kBits; ++i) __builtin_prefetch(w + ahead + 64 * i, 0, 2);
 #pragma GCC unroll 8
         for (int j = 0; j < kSteps; ++j)
 #pragma GCC unroll 3
@@ -36,19 +36,6 @@ DLQC_INLINE void direct(const uint8_t* w, int64_t pitch, const int8_t* a, int64_
 #pragma GCC unroll 8
                 for (int r = 0; r < kR; ++r) dot(sums[r][s], codes, a + (j * kR + r) * kStep);
             }
-    }
-}
-
-template <bool kWhole, int kR, int kS>
-DLQC_INLINE void plain(const uint8_t* w, int64_t pitch, const int8_t* a, int64_t steps, Ints (&sums)[kR][kS]) {
-    for (int64_t i = 0; i < steps; ++i, w += pitch, a += kStep * kR) {
-        Bytes codes[kS];
-#pragma GCC unroll 3
-        for (int s = 0; s < kS; ++s) codes[s] = load<Bytes>(w + 64 * s);
-#pragma GCC unroll 8
-        for (int r = 0; r < kR; ++r)
-#pragma GCC unroll 3
-            for (int s = 0; s < kS; ++s) dot(sums[r][s], codes[s], a + r * kStep);
     }
 }
 
@@ -113,7 +100,7 @@ DLQC_INLINE void dots(const Bytes (&codes)[4], const int8_t* a, Ints (&sums)[kR]
 #endif
 
 template <int kBits, int kR, int kS>
-DLQC_INLINE void direct(const uint8_t* w, int64_t pitch, const int8_t* a, int64_t blocks, Ints (&sums)[kR][kS]) {
+DLQC_INLINE void multiply(const uint8_t* w, int64_t pitch, int64_t, const int8_t* a, int64_t blocks, Ints (&sums)[kR][kS]) {
     for (int64_t b = 0; b < blocks; ++b, w += pitch)
 #pragma GCC unroll 2
         for (int j = 0; j < kSteps; j += 4, a += 4 * kStep * kR) {
@@ -123,16 +110,9 @@ DLQC_INLINE void direct(const uint8_t* w, int64_t pitch, const int8_t* a, int64_
         }
 }
 
-template <bool kWhole, int kR, int kS>
-DLQC_INLINE void plain(const uint8_t* w, int64_t pitch, const int8_t* a, int64_t steps, Ints (&sums)[kR][kS]) {
-    for (int64_t i = 0; i < steps; i += 4, w += 4 * pitch, a += 4 * kStep * kR) {
-        const Bytes codes[4] = {load<Bytes>(w), load<Bytes>(w + pitch), load<Bytes>(w + 2 * pitch),
-                                load<Bytes>(w + 3 * pitch)};
-        dots<kWhole>(codes, a, sums);
-    }
-}
-
 #endif
+
+constexpr int64_t kAhead = 16384;  // bytes of the weight: time for memory to answer
 
 // What codes are relative to inside the product: an instruction set that takes 8-bit codes as signed has them 128 lower.
 DLQC_INLINE int32_t lowered(int bits) { return DLQC_ISA != 2 && bits == 8 ? 128 : 0; }
