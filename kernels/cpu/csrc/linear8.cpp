@@ -1,8 +1,8 @@
 // y = (codes of x · (codes of W - zeros)ᵀ) · scales + bias: low-bit weights by 8-bit activations, in integers.
 //
-// Tokens are quantized first, once. A panel of the weight is taken in slices of input features that stay in the first-level cache
-// while all tokens of a chunk pass, a tile at a time; codes are spread out in registers each time, which fits between the products.
-// A *segment* is a run of input features with one scale on both sides: its sum is an exact integer,
+// Tokens are quantized first, once. A panel of the weight stays in the second-level cache while all tokens of a chunk pass, a tile at
+// a time, each over all input features; codes are spread out in registers each time, which fits between the products. A *segment* is
+// a run of input features with one scale on both sides: its sum is an exact integer,
 //
 //   sum = Σ code·q - zero·Σ q,      y += sum · scale of W (· scale of x, where groups of x have their own)
 //
@@ -19,8 +19,7 @@
 
 namespace {
 
-constexpr int64_t kChunk = DLQC_ISA == 2 ? 256 : 128;  // tokens whose results wait in the second-level cache
-constexpr int64_t kSliceBytes = 12288;                 // of a panel: leaves room for the tokens
+constexpr int64_t kChunk = 128;  // tokens whose codes stay in the second-level cache, too
 
 struct Call {
     Weight w;
@@ -30,42 +29,36 @@ struct Call {
     int act_bits;
     Before before;
     int64_t act_group = 0;  // padded K for one scale a token
-    int64_t segment = 0, segments = 0, act_groups = 0, padded = 0, slice = 0;
+    int64_t segment = 0, segments = 0, act_groups = 0, padded = 0;
     // Of all tokens: codes in tiles, sums [M, segments], scales [M, act_groups].
     int8_t* codes = nullptr;
     int32_t* sums = nullptr;
     float* scales = nullptr;
     // Of one thread, from the start of its memory on.
-    int64_t row_at = 0, whole_at = 0, bytes = 0;
+    int64_t row_at = 0, bytes = 0;
 };
 
-// Results of a tile in [kRows][kPanel], and int32 sums of a segment that is longer than a slice.
+// Results of a tile in [kRows][kPanel].
 struct Tile {
     const int8_t* a;
     int64_t token;  // the first one
     float* results;
-    Ints* whole;
-    int64_t ahead;  // bytes of the weight; 0: fetch nothing
+    Soon soon;
 };
 
-template <int kR, int kS, class Product>
-DLQC_INLINE void segments_of(const Call& call, const Tile& tile, int64_t panel, int64_t strip, int64_t from, int64_t to,
-                             const Product& product) {
-    const int64_t length = call.segment;
-    const int32_t low = lowered(call.w.bits);
-    int64_t segment = from / length, past = from - segment * length;  // past: input features that are already in `whole`
-    const int64_t per_group = call.w.group / length;  // segments that share the parameters of the weight
-    int64_t group = segment / per_group, in_group = segment - group * per_group;
-    int64_t at = call.place.scales_at(panel) + strip * kStrip + group * kPanel;
-    const int32_t* sum = call.sums + tile.token * call.segments + segment * kR;
+template <int kBits, int kR, int kS>
+__attribute__((noinline)) void run(const Call& call, const Tile& tile, int64_t panel, int64_t strip) {
+    constexpr int64_t pitch = kStrips * kBits * 64;
+    const uint8_t* const w = call.w.codes + call.place.codes_at(panel, kBits) + strip * kBits * 64;
+    const int64_t per_group = call.w.group / call.segment;  // segments that share the parameters of the weight
+    const int32_t low = lowered(kBits);
+    const int32_t* sum = call.sums + tile.token * call.segments;
     float* const results = tile.results + strip * kStrip;
-    Ints* const whole = tile.whole + strip;
-    for (int64_t k = from; k < to;) {
-        const int64_t full = std::min(k - past + length, call.padded), end = std::min(full, to);
+    int64_t at = call.place.scales_at(panel) + strip * kStrip, in_group = 0;
+    for (int64_t k = 0; k < call.padded; sum += kR) {
+        const int64_t end = std::min(k + call.segment, call.padded);
         Ints acc[kR][kS];
-        if (past) {
-            each<kR, kS>([&](int r, int s) DLQC_LAMBDA { acc[r][s] = whole[r * kStrips + s]; });
-        } else if (call.w.zeros) {
+        if (call.w.zeros) {
             Words zero[kS];
 #pragma GCC unroll 3
             for (int s = 0; s < kS; ++s) zero[s] = (Words)(all(low) - load_bytes(call.w.zeros + at + s * kStrip));
@@ -73,18 +66,17 @@ DLQC_INLINE void segments_of(const Call& call, const Tile& tile, int64_t panel, 
         } else {
             each<kR, kS>([&](int r, int s) DLQC_LAMBDA { acc[r][s] = all(sum[r]); });
         }
-        product(k, end, acc);
-        if (end != full) {
-            each<kR, kS>([&](int r, int s) DLQC_LAMBDA { whole[r * kStrips + s] = acc[r][s]; });
-            return;
-        }
+        multiply<kBits, kR, kS>(w + k / kBlock * pitch, pitch, {tile.soon.weight, tile.soon.tokens ? tile.soon.tokens + k * kR : nullptr},
+                                  tile.a + k * kR, (end - k) / kBlock, acc);
         Floats scale[kS];
 #pragma GCC unroll 3
         for (int s = 0; s < kS; ++s) scale[s] = load_scales(call.w.scales, call.w.half_scales, at + s * kStrip);
+        float* kept = results;
         const auto add = [&](int r, int s, const Floats& by) DLQC_LAMBDA {
-            float* const kept = results + r * kPanel + s * kStrip;
-            store(kept, load<Floats>(kept) + to_floats(acc[r][s]) * by);
-            if (s == kS - 1) asm volatile("" ::: "memory");  // else gcc loads all first, and has no registers for it
+            float* const here = kept + r * kPanel + s * kStrip;
+            store(here, load<Floats>(here) + to_floats(acc[r][s]) * by);
+            // Another address, for all that gcc knows: else it loads all results first, and has no registers for them.
+            if (s == kS - 1) asm("" : "+r"(kept));
         };
         if (call.act_groups > 1) {
             const float* const of_x = call.scales + tile.token * call.act_groups + k / call.act_group;
@@ -92,18 +84,9 @@ DLQC_INLINE void segments_of(const Call& call, const Tile& tile, int64_t panel, 
         } else {
             each<kR, kS>([&](int r, int s) DLQC_LAMBDA { add(r, s, scale[s]); });
         }
-        k = end, past = 0, sum += kR;
+        k = end;
         if (++in_group == per_group) in_group = 0, at += kPanel;
     }
-}
-
-template <int kBits, int kR, int kS>
-__attribute__((noinline)) void run(const Call& call, const Tile& tile, int64_t panel, int64_t strip, int64_t from, int64_t to) {
-    constexpr int64_t pitch = kStrips * kBits * 64;
-    const uint8_t* const w = call.w.codes + call.place.codes_at(panel, kBits) + strip * kBits * 64;
-    segments_of<kR, kS>(call, tile, panel, strip, from, to, [&](int64_t k, int64_t end, Ints(&acc)[kR][kS]) DLQC_LAMBDA {
-        multiply<kBits, kR, kS>(w + k / kBlock * pitch, pitch, tile.ahead, tile.a + k * kR, (end - k) / kBlock, acc);
-    });
 }
 
 void finish(const Call& call, const Tile& tile, int64_t rows, int64_t panel) {
@@ -111,30 +94,23 @@ void finish(const Call& call, const Tile& tile, int64_t rows, int64_t panel) {
     finish(call.w, call.y, tile.token, rows, panel, tile.results, scales);
 }
 
-void multiply_panel(const Call& call, int64_t panel, int64_t chunk, char* space) {
+void multiply_panel(const Call& call, int64_t panel, int64_t chunk, float* results) {
     const int64_t start = chunk * kChunk, end = std::min(start + kChunk, call.x.count);
-    float* const results = reinterpret_cast<float*>(space);
-    Ints* const whole = reinterpret_cast<Ints*>(space + call.whole_at);
-    std::memset(results, 0, 4 * (end - start) * kPanel);
-    const auto tile_at = [&](int64_t token) {
-        const int64_t t = token - start;
-        // The first tile fetches what the slices after this one need.
-        const int64_t ahead = t ? 0 : std::max(kAhead, call.slice / kBlock * kStrips * call.w.bits * 64);
-        return Tile{call.codes + token * call.padded, token, results + t * kPanel, whole + t * kStrips, ahead};
-    };
-    for (int64_t from = 0; from < call.padded; from += call.slice) {
-        const int64_t to = std::min(from + call.slice, call.padded);
+    for (int64_t token = start, next; token < end; token = next) {
+        next = std::min(token + kRows, end);
+        const int64_t rows = next - token;
+        // The first tile fetches the weight, each other one the tokens after its own.
+        const Soon soon{token == start, next < end ? call.codes + next * call.padded : nullptr};
+        Tile tile{call.codes + token * call.padded, token, results, soon};
+        std::memset(results, 0, 4 * rows * kPanel);
         for_strips(call.w.n - panel * kPanel, [&](int64_t strip) {
-            for (int64_t token = start; token < end; token += kRows)
-                for_bits(call.w.bits, [&](auto bits) {
-                    for_rows(std::min<int64_t>(kRows, end - token), [&](auto rows) {
-                        run<bits(), rows(), kWide>(call, tile_at(token), panel, strip, from, to);
-                    });
-                });
+            for_bits(call.w.bits, [&](auto bits) {
+                for_rows(rows, [&](auto count) { run<bits(), count(), kWide>(call, tile, panel, strip); });
+            });
+            tile.soon = Soon{};
         });
+        finish(call, tile, rows, panel);
     }
-    for (int64_t token = start; token < end; token += kRows)
-        finish(call, tile_at(token), std::min<int64_t>(kRows, end - token), panel);
 }
 
 // Rows a power of two apart would share few lines of the cache.
@@ -198,9 +174,6 @@ int dlqc_linear8(const Weight* weight, const void* x, int type, int64_t m, int64
     call.segment = std::min(call.act_group, call.w.group);
     call.segments = (call.padded + call.segment - 1) / call.segment;
     call.act_groups = (call.padded + call.act_group - 1) / call.act_group;
-    // Whole segments if there is room for one; one tile passes once, so that nothing has to stay.
-    const int64_t room = m <= kRows ? call.padded : kSliceBytes / (kPanel * weight->bits / 8) / kBlock * kBlock;
-    call.slice = std::min(call.segment <= room ? room / call.segment * call.segment : room, call.padded);
 
     const int64_t sums_at = rounded(m * call.padded), scales_at = sums_at + rounded(4 * m * call.segments);
     char* const shared = static_cast<char*>(of_call.get(scales_at + rounded(4 * m * call.act_groups)));
@@ -209,11 +182,9 @@ int dlqc_linear8(const Weight* weight, const void* x, int type, int64_t m, int64
     call.sums = reinterpret_cast<int32_t*>(shared + sums_at);
     call.scales = reinterpret_cast<float*>(shared + scales_at);
 
-    const int64_t chunk = std::min(m, kChunk);
     call.row_at = kRows * row_pitch(call.padded) + rounded(4 * call.segments);
-    const int64_t rows_end = call.row_at + (call.before.kind ? 4 * call.padded : 0);
-    call.whole_at = rounded(4 * chunk * kPanel);
-    call.bytes = std::max(rows_end, call.whole_at + rounded(4 * chunk * kPanel));
+    const int64_t row_bytes = call.before.kind ? 4 * call.padded : 0, results_bytes = 4 * kRows * kPanel;
+    call.bytes = std::max(call.row_at + row_bytes, results_bytes);
     if (!of_thread.get(call.bytes)) return 1;  // so that at least this thread can do all the work
 
     const int64_t tiles = (m + kRows - 1) / kRows, chunks = (m + kChunk - 1) / kChunk;
@@ -227,10 +198,10 @@ int dlqc_linear8(const Weight* weight, const void* x, int type, int64_t m, int64
 
     next = 0;
     auto multiply = [&] {
-        char* const space = static_cast<char*>(of_thread.get(call.bytes));
-        if (!space) return;
+        float* const results = static_cast<float*>(of_thread.get(call.bytes));
+        if (!results) return;
         for (int64_t task; (task = next.fetch_add(1)) < call.place.panels * chunks;)
-            multiply_panel(call, task / chunks, task % chunks, space);
+            multiply_panel(call, task / chunks, task % chunks, results);
     };
     const int64_t work = m * call.padded * call.place.panels * kPanel;
     in_threads(static_cast<int>(std::min<int64_t>(threads, work >> 18)), team, multiply);

@@ -13,6 +13,14 @@
 
 namespace {
 
+// What is fetched into the second-level cache while a product runs; the first has few places for what is awaited.
+struct Soon {
+    bool weight = false;           // the stored weight, kAhead bytes on
+    const int8_t* tokens = nullptr;  // or as many codes of tokens as are used, from here on
+};
+
+constexpr int64_t kAhead = 16384;  // time for memory to answer
+
 #if DLQC_ISA == 2
 
 // gcc moves accumulators of the intrinsic between registers and memory; of this it keeps 24 in registers.
@@ -23,11 +31,14 @@ DLQC_INLINE void dot(Ints& sum, const Bytes& codes, const int8_t* word) {
 }
 
 template <int kBits, int kR, int kS>
-DLQC_INLINE void multiply(const uint8_t* w, int64_t pitch, int64_t ahead, const int8_t* a, int64_t blocks, Ints (&sums)[kR][kS]) {
+DLQC_INLINE void multiply(const uint8_t* w, int64_t pitch, const Soon& soon, const int8_t* a, int64_t blocks, Ints (&total)[kR][kS]) {
+    Ints sums[kR][kS];  // copies, or gcc keeps them in memory, too, and stores them with every block
+    each<kR, kS>([&](int r, int s) DLQC_LAMBDA { sums[r][s] = total[r][s]; });
     for (int64_t b = 0; b < blocks; ++b, w += pitch, a += kBlock * kR) {
-        // Into the second-level cache: the first has few places for what is awaited.
-        if (ahead)
-            for (int i = 0; i < kS * kBits; ++i) __builtin_prefetch(w + ahead + 64 * i, 0, 2);
+        if (soon.weight)
+            for (int i = 0; i < kS * kBits; ++i) __builtin_prefetch(w + kAhead + 64 * i, 0, 2);
+        else if (soon.tokens)
+            for (int i = 0; i < kBlock * kR / 64; ++i) __builtin_prefetch(soon.tokens + b * kBlock * kR + 64 * i, 0, 2);
 #pragma GCC unroll 8
         for (int j = 0; j < kSteps; ++j)
 #pragma GCC unroll 3
@@ -37,6 +48,7 @@ DLQC_INLINE void multiply(const uint8_t* w, int64_t pitch, int64_t ahead, const 
                 for (int r = 0; r < kR; ++r) dot(sums[r][s], codes, a + (j * kR + r) * kStep);
             }
     }
+    each<kR, kS>([&](int r, int s) DLQC_LAMBDA { total[r][s] = sums[r][s]; });
 }
 
 #else
@@ -100,7 +112,7 @@ DLQC_INLINE void dots(const Bytes (&codes)[4], const int8_t* a, Ints (&sums)[kR]
 #endif
 
 template <int kBits, int kR, int kS>
-DLQC_INLINE void multiply(const uint8_t* w, int64_t pitch, int64_t, const int8_t* a, int64_t blocks, Ints (&sums)[kR][kS]) {
+DLQC_INLINE void multiply(const uint8_t* w, int64_t pitch, const Soon&, const int8_t* a, int64_t blocks, Ints (&sums)[kR][kS]) {
     for (int64_t b = 0; b < blocks; ++b, w += pitch)
 #pragma GCC unroll 2
         for (int j = 0; j < kSteps; j += 4, a += 4 * kStep * kR) {
@@ -111,8 +123,6 @@ DLQC_INLINE void multiply(const uint8_t* w, int64_t pitch, int64_t, const int8_t
 }
 
 #endif
-
-constexpr int64_t kAhead = 16384;  // bytes of the weight: time for memory to answer
 
 // What codes are relative to inside the product: an instruction set that takes 8-bit codes as signed has them 128 lower.
 DLQC_INLINE int32_t lowered(int bits) { return DLQC_ISA != 2 && bits == 8 ? 128 : 0; }
