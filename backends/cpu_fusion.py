@@ -2,10 +2,11 @@
 
 Before:  y = linear8(rms_norm(h, gain), …) + r         After:  y = fused8("rms_norm", h, gain, …, r)
          y = linear8(silu(g) · u, …)                           y = fused8("silu_times", g, u, …)
+         y = linear8(x · (I ⊗ H/√n), …)                        y = fused8(…, x, …, block=n), x as any of the above
 
-A norm or a gate goes along if nobody else reads it, a sum if it is all that happens to the result. Attention and rotary
-embedding become native ops of the same arguments and meaning, so that what reads the lowered graph (`dlqc.cached`) sees them as
-what they were.
+A norm, a gate or a rotation goes along if nobody else reads it, a sum if it is all that happens to the result. Attention and
+rotary embedding become native ops of the same arguments and meaning, so that what reads the lowered graph (`dlqc.cached`) sees
+them as what they were.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, fx
 
+from dlqc import hadamard
 from dlqc.graph import (
     LAYER_NORM,
     RMS_NORM,
@@ -31,9 +33,10 @@ from dlqc.graph import (
     sweep,
 )
 from dlqc.kernels.cpu import attention, build
-from dlqc.kernels.cpu.fused8 import FUSED8, KINDS, rms_norm
+from dlqc.kernels.cpu.fused8 import FUSED8, KINDS, rms_norm, rotates
 from dlqc.kernels.cpu.linear8 import linear8
-from dlqc.ops import ROPE
+from dlqc.ops import ROPE, TRANSFORM
+from dlqc.transform import Hadamard, decode
 from dlqc.weights import Weights
 
 LINEAR8 = linear8
@@ -50,16 +53,22 @@ def fuse(graph: fx.Graph, weights: Weights) -> dict[str, int]:
     """
     counts = _attentions(graph)
     for node in [n for n in graph.nodes if is_call(n, LINEAR8)]:
-        kind, sources = _before(node, weights)
-        residual = _after(node)
-        if kind == "as_is" and residual is None:
-            continue
         x, *tensors = args_of(node)
+        rotation = _rotation(x)
+        if rotation is not None:
+            x = args_of(x)[0]
+        kind, sources = _before(x, args_of(node)[5])
+        residual = _after(node)
+        if kind == "as_is" and residual is None and rotation is None:
+            continue
         new_at, added = node, None
         if residual is not None:
             new_at, added = next(iter(node.users)), residual
             counts["residual"] = counts.get("residual", 0) + 1
         inputs = _inputs(kind, x, sources, graph, weights, new_at)
+        if rotation is not None:
+            tensors += rotation.block, _core(rotation, tensors[0], graph, weights, new_at)
+            counts["block_hadamard"] = counts.get("block_hadamard", 0) + 1
         replace(new_at, call_before(graph, new_at, FUSED8, (KINDS[kind], *inputs, added, *tensors)))
         if kind != "as_is":
             counts[kind] = counts.get(kind, 0) + 1
@@ -101,14 +110,32 @@ def _attentions(graph: fx.Graph) -> dict[str, int]:
     return counts
 
 
-def _before(node: fx.Node, weights: Weights) -> tuple[str, fx.Node | None]:
-    """What the linear's input is made by, if nobody else reads it and the row is all it needs."""
-    x = args_of(node)[0]
+def _rotation(x: object) -> Hadamard | None:
+    """The block Hadamard transform that x is the result of, if nobody else reads it and fused8 knows its order."""
+    if not is_call(x, TRANSFORM) or len(x.users) != 1:
+        return None
+    _, parts, spec = args_of(x)
+    found = None if parts else decode(spec, ())
+    return found if isinstance(found, Hadamard) and rotates(found.block) else None
+
+
+def _core(rotation: Hadamard, codes: fx.Node, graph: fx.Graph, weights: Weights, before: fx.Node) -> fx.Node | None:
+    """The core of the Hadamard matrix, a constant of the linear with these codes."""
+    core = hadamard.side(rotation.block, rotation.transposed).core
+    if core is None:
+        return None
+    name = f"{constant_name(codes)}_hadamard"
+    weights.put(name, core.to(torch.float32).contiguous())
+    return read(graph, weights, name, before)
+
+
+def _before(x: object, in_features: int) -> tuple[str, fx.Node | None]:
+    """What makes x, if nobody else reads it and the row is all it needs."""
     if not isinstance(x, fx.Node) or len(x.users) != 1:
         return "as_is", None
     if is_call(x, RMS_NORM, LAYER_NORM):
         shape, parts = args_of(x)[1], list(_constants(x))
-        if list(shape) == [args_of(node)[5]] and all(p is None or constant_name(p) is not None for p in parts):
+        if list(shape) == [in_features] and all(p is None or constant_name(p) is not None for p in parts):
             return ("rms_norm" if is_call(x, RMS_NORM) else "layer_norm"), x
     if is_call(x, aten.mul.Tensor):
         left, right = args_of(x)

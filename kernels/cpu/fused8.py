@@ -3,12 +3,16 @@
     rms_norm(h, gain, eps)            → linear8      kind "rms_norm"
     layer_norm(h, gain, shift, eps)   → linear8      kind "layer_norm"
     silu(h) · other                   → linear8      kind "silu_times"
+    any of these · (I ⊗ H/√n)         → linear8      any kind, also "as_is"
     linear8(…) + residual                            any kind, also "as_is"
 
 A row is prepared in the cache of the core that quantizes it and never goes to memory; the residual is added to the sums before
 they are written. The arithmetic in between is float32, so in bfloat16 two roundings fall away.
 
-Shapes: h, other [..., K], gain, shift float32 [K], residual [..., N] → [..., N].
+The rotation is by Hadamard matrices of order n = k·2ᵖ on n neighbours each, H = H_k ⊗ H_2ᵖ as of `dlqc.hadamard`: `block` is n (0
+for none), `core` is H_k, transposed if H is to be, or None for k = 1.
+
+Shapes: h, other [..., K], gain, shift float32 [K], residual [..., N], core float32 [k, k] → [..., N].
 """
 
 from __future__ import annotations
@@ -16,11 +20,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dlqc.kernels.cpu.linear8 import Before, described, product
+from dlqc import hadamard
+from dlqc.kernels.cpu import build
+from dlqc.kernels.cpu.linear8 import Before, Rotation, described, product
 from dlqc.kernels.cpu.native_op import native_op, register_fake
 from dlqc.kernels.reference.layout import blank
 
 KINDS = {"as_is": 0, "rms_norm": 1, "layer_norm": 2, "silu_times": 3}
+
+
+#: Entries of a block that the butterflies need if it has a core: a vector.
+LANES = 16
+
+
+def rotates(block: int) -> bool:
+    """Whether fused8 can multiply by Hadamard matrices of this order."""
+    split = hadamard.order(block)
+    return split is not None and (split[0] == 1 or 1 << split[1] >= LANES)
 
 
 @native_op
@@ -42,14 +58,24 @@ def fused8(
     group: int,
     act_bits: int,
     act_group: int,
+    block: int = 0,
+    core: Tensor | None = None,
 ) -> Tensor:
     """See the module docstring; `kind` is one of KINDS, arguments from `codes` on are those of `linear8`."""
     if not x.numel():
         return blank(x, in_features, out_features)
     weight = described(codes, scales, zeros, bias, in_features, out_features, bits, group)
     addresses = (None if part is None else part.data_ptr() for part in (gain, shift))
-    before = Before(kind, eps, *addresses, None, 0)
+    before = Before(kind, eps, *addresses, None, 0, Rotation(block, _order(core), build.address(core)))
     return product(x, weight, act_bits, act_group, before, other, residual)
+
+
+def _order(core: Tensor | None) -> int:
+    """k of a core that the library can read, 0 of another one."""
+    if core is None:
+        return 1
+    plain = core.dtype == torch.float32 and core.dim() == 2 and core.shape[0] == core.shape[1] and core.is_contiguous()
+    return len(core) if plain else 0
 
 
 def _fake(
@@ -70,6 +96,8 @@ def _fake(
     group: int,
     act_bits: int,
     act_group: int,
+    block: int = 0,
+    core: Tensor | None = None,
 ) -> Tensor:
     return blank(x, in_features, out_features)
 
