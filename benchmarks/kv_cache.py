@@ -159,7 +159,7 @@ def main(
             run = decoded(model, starts, cache, length, block)
             base = bases.setdefault(cache, (nll, run))
             table = tabulate(base[1], run)
-            row = {
+            row: dict[str, Any] = {
                 "recipe": recipe,
                 "bytes": held,
                 "nll": plain(mean_interval(nll)),

@@ -155,6 +155,32 @@ def write(node: fx.Node, widths: Sequence[int]) -> None:
     node.args = (*args_of(node)[:at], list(widths), *args_of(node)[at + 1 :])
 
 
+@dataclass(frozen=True)
+class WidthPair:
+    """Bits of weights and of activations in a forward; 0 where they have one width.
+
+    >>> str(WidthPair(4, 8)), str(WidthPair(0, 8)), WidthPair(4, 8).operations
+    ('4 bits and 8-bit activations', '8-bit activations', 32)
+    """
+
+    weights: int
+    activations: int
+
+    @property
+    def operations(self) -> int:
+        """Operations on bits in a product; what has one width does not count."""
+        return (self.weights or 1) * (self.activations or 1)
+
+    def numbers(self) -> dict[str, int]:
+        """By name, for reports."""
+        found = {"bits": self.weights, "activation_bits": self.activations}
+        return {what: bits for what, bits in found.items() if bits}
+
+    def __str__(self) -> str:
+        weights, activations = f"{self.weights} bits", f"{self.activations}-bit activations"
+        return " and ".join(([weights] if self.weights else []) + ([activations] if self.activations else []))
+
+
 def shares(edges: Sequence[float]) -> tuple[float, ...]:
     """Width of each bucket.
 

@@ -45,7 +45,7 @@ from dlqc.formats.nested import NestedFormat
 from dlqc.graph import args_of, call_before, is_call, replace, width
 from dlqc.observers import layout
 from dlqc.ops import LINEAR_CODED, LINEAR_NESTED, QUANTIZE_ACT, QUANTIZE_ACT_ADAPTIVE, QUANTIZE_ACT_STATIC
-from dlqc.precision import PrecisionSchedule, cheapest, check_edges, shares, write
+from dlqc.precision import PrecisionSchedule, WidthPair, cheapest, check_edges, shares, write
 from dlqc.static import bucket_of
 from dlqc.weights import Weights
 
@@ -166,17 +166,17 @@ class AdaptPrecision(Pass):
             replace(node, made)
             yield made
 
-    def _options(self, known: tuple[int, ...], acts: bool) -> list[list[_Pair]]:
+    def _options(self, known: tuple[int, ...], acts: bool) -> list[list[WidthPair]]:
         """What each bucket may choose: bits of weights and of activations; 0 where there is nothing to choose between."""
         found = []
         for b in range(len(self.edges) + 1):
             weights = (self.widths[b],) if self.widths and known else known or (0,)
             rounded = (self.act_widths[b],) if self.act_widths else self.act_choices
-            found.append([_Pair(w, a) for w in weights for a in (rounded if acts else (0,))])
+            found.append([WidthPair(w, a) for w in weights for a in (rounded if acts else (0,))])
         return found
 
     def _measure(
-        self, graph: fx.Graph, ctx: Context, sites: _Sites, options: list[list[_Pair]]
+        self, graph: fx.Graph, ctx: Context, sites: _Sites, options: list[list[WidthPair]]
     ) -> tuple[list[list[float]], list[int]]:
         """KL of each bucket with each of its options, nats per masked position, and how many states each bucket has."""
         if ctx.states is None or ctx.reference is None:
@@ -214,27 +214,6 @@ class AdaptPrecision(Pass):
         return [[float(means[b, every.index(pair)]) for pair in own] for b, own in enumerate(options)], counts
 
 
-@dataclass(frozen=True)
-class _Pair:
-    """Bits of weights and of activations; 0 where they have one width."""
-
-    weights: int
-    activations: int
-
-    @property
-    def operations(self) -> int:
-        """Operations on bits in a product, over what stays."""
-        return (self.weights or 1) * (self.activations or 1)
-
-    def numbers(self) -> dict[str, int]:
-        found = {"bits": self.weights, "activation_bits": self.activations}
-        return {what: bits for what, bits in found.items() if bits}
-
-    def __str__(self) -> str:
-        weights, activations = f"{self.weights} bits", f"{self.activations}-bit activations"
-        return " and ".join(([weights] if self.weights else []) + ([activations] if self.activations else []))
-
-
 _Sites = tuple[list[fx.Node], list[fx.Node]]
 
 
@@ -256,7 +235,7 @@ def _logits(graph: fx.Graph, weights: Weights, ids: Tensor, ratio: Tensor, ctx: 
     return logits_of(lambda rows: forward(graph, weights, rows, mask_ratio=ratio), ids, ctx.spec)
 
 
-def _set(sites: _Sites, pairs: Sequence[_Pair]) -> None:
+def _set(sites: _Sites, pairs: Sequence[WidthPair]) -> None:
     """Let all sites take one pair for each bucket."""
     for node in sites[0]:
         write(node, [pair.weights for pair in pairs])

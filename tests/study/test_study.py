@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from dlqc.cli import main
-from dlqc.errors import ArtifactError, FeasibilityError, RecipeError
+from dlqc.errors import ArtifactError, FeasibilityError, LoweringError, RecipeError
 from dlqc.study import cell as cell_module
 from dlqc.study.cell import cells_of
 from dlqc.study.figure import study_figure
@@ -162,6 +162,7 @@ def test_a_damaged_cell_is_refused(tmp_path: Path, faked: list[dict[str, Any]]) 
             {"tasks": {"x": {"kind": "exact_match", "tasks": ["adds"]}}},
             "tasks.x: 'adds' is no task. Did you mean 'add'?",
         ),
+        ({"backend": "referense"}, "backend: unknown backend 'referense'. Did you mean 'reference'?"),
         ({"text": "no.txt"}, "text: there is no file 'no.txt'. Give a path relative to the study file"),
     ],
 )
@@ -215,6 +216,11 @@ def test_the_example_is_a_study() -> None:
     assert {task.category for task in study.tasks.values()} == {"general", "math", "code"}
 
 
+class Absent:
+    def available(self) -> str:
+        return "it is away"
+
+
 def test_engines_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for options, message in (
         ({"jobs": 0}, "jobs: 0 processes are none. Use 1 or more"),
@@ -227,6 +233,9 @@ def test_engines_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(FeasibilityError) as error:
         run_study(read_study(written(tmp_path)), tmp_path / "out", ray="auto")
     assert str(error.value) == "ray: ray is not installed. Install it with: pip install 'dlqc[ray]', or use --jobs"
+    monkeypatch.setattr("dlqc.backends.reference.BACKEND", Absent())
+    with pytest.raises(LoweringError, match="backend 'reference' cannot run here: it is away"):
+        run_study(read_study(written(tmp_path)), tmp_path / "out")
     assert not (tmp_path / "out").exists(), "refused before any work"
 
 
@@ -241,7 +250,7 @@ def test_processes_give_what_one_gives() -> None:
     """`eval` is a function that every process finds, as it finds `measure`."""
     jobs: Any = ["[2 * 3]", "[__import__('os').getpid(), __import__('torch').get_num_threads()]"]
     here = dict(spread(eval, jobs))
-    found = spread(eval, [*jobs, "__import__('time').sleep(2) or __import__('os')._exit(1)"], jobs=2)  # type: ignore[list-item]
+    found = spread(eval, [*jobs, "__import__('time').sleep(0.5) or __import__('os')._exit(1)"], jobs=2)  # type: ignore[list-item]
     there = dict([next(found), next(found)])
     assert here[0] == there[0] == [6]
     assert here[1][0] == os.getpid() != there[1][0]
