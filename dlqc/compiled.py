@@ -36,6 +36,7 @@ class Compiled(nn.Module):
         graph, weights: the optimized graph before lowering (what `save` and `export` write) and its constants.
         lowered: the graph that runs.
         config: the model's configuration as plain data, for exports.
+        counts_masks: whether widths or scales follow the mask ratio of a row.
     """
 
     def __init__(
@@ -59,13 +60,9 @@ class Compiled(nn.Module):
         self.tokenizer = tokenizer
         self.config = config or {}
         self.lowered = lowered[0]
+        self.counts_masks = bool(mask_buckets(graph))
         self.module = build_module(*lowered)
         self.eval()
-
-    @property
-    def counts_masks(self) -> bool:
-        """Whether widths or scales follow the mask ratio of a row."""
-        return bool(mask_buckets(self.module.graph))
 
     def forward(self, input_ids: torch.Tensor, mask_ratio: torch.Tensor | None = None) -> torch.Tensor:
         """Logits [B, L, V] of token ids [B, L].

@@ -112,6 +112,9 @@ class AdaptPrecision(Pass):
         report = PassReport()
         nodes, planes = _nested(graph)
         known = planes.widths if planes is not None else ()
+        if self.widths and self.act_choices and not nodes:
+            what, remedy = "no weight has planes to read", "Give widths=(), or quantize_weights(format=nested(...))"
+            raise ContractError(what, where="adapt_precision.widths", remedy=remedy)
         for bits in self.widths or ():
             if planes is not None:
                 planes.level(bits)
@@ -154,8 +157,8 @@ class AdaptPrecision(Pass):
         """The quantizers of activations with widths to choose, the widest for now."""
         for node in [n for n in graph.nodes if is_call(n, QUANTIZE_ACT, QUANTIZE_ACT_STATIC)]:
             rows = layout(args_of(node)[0])
-            if is_call(node, QUANTIZE_ACT_STATIC) or rows not in _BY_TOKEN:
-                fixed = is_call(node, QUANTIZE_ACT_STATIC)
+            fixed = is_call(node, QUANTIZE_ACT_STATIC)
+            if fixed or (self.edges and rows not in _BY_TOKEN):
                 why = "its scales are fixed, for one width" if fixed else "its rows are other than the tokens"
                 report.declined.append(Declined(f"%{node.name}", why))
                 continue

@@ -55,9 +55,7 @@ def spread(work: Work, todo: Sequence[Job], *, jobs: int = 1, ray: str | None = 
 def _in_processes(work: Work, todo: Sequence[Job], jobs: int) -> Iterator[tuple[int, Any]]:
     # Read by torch when it is imported, which is when the first job is unpickled.
     settings = ("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
-    pool = ProcessPoolExecutor(
-        jobs, mp_context=get_context("spawn"), initializer=os.putenv, initargs=settings
-    )
+    pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=os.putenv, initargs=settings)
     try:
         running = {pool.submit(work, job): number for number, job in enumerate(todo)}
         for done in as_completed(running):
