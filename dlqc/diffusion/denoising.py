@@ -419,8 +419,10 @@ def check_share(options: object, *names: str) -> None:
     """Refuse options that are no probability; None passes."""
     for name in names:
         value = getattr(options, name)
-        if value is not None and not (isinstance(value, int | float) and 0 <= value <= 1):
-            raise FeasibilityError(f"{value} is no probability", where=name, remedy=f"Use 0 <= {name} <= 1")
+        number = isinstance(value, int | float)
+        if value is not None and not (number and 0 <= value <= 1):
+            said = f"{value:g}" if number else repr(value)
+            raise FeasibilityError(f"{said} is no probability", where=name, remedy=f"Use 0 <= {name} <= 1")
 
 
 def check_known(name: str, value: str, known: tuple[str, ...]) -> None:

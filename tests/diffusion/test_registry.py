@@ -109,7 +109,7 @@ def test_prompts_are_refused_before_the_first_token() -> None:
         ([1], {"steps": "2"}, "steps: '2' is no whole number. Use 1 or more"),
         ([1], {"temperature": "hot"}, "temperature: 'hot' is no finite number. Use 0 or more"),
         ([1], {"temperature": math.inf}, "temperature: inf is no finite number. Use 0 or more"),
-        ([1], {"sampler": "fast_dllm", "threshold": "1"}, "threshold: 1 is no probability. Use 0 <= threshold <= 1"),
+        ([1], {"sampler": "fast_dllm", "threshold": "1"}, "threshold: '1' is no probability. Use 0 <= threshold <= 1"),
         ([1], {"seed": None}, "seed: None seeds no noise. Give a whole number, or a list of one for each row"),
         ([1], {"seed": 1.5}, "seed: 1.5 seeds no noise"),
     ],
