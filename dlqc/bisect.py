@@ -138,9 +138,9 @@ class Bisection:
 
 def _table(first: str, *others: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column(first)
+    table.add_column(first, min_width=20, overflow="fold")  # a narrow screen breaks intervals, and leaves out no name
     for name in others:
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right")
     return table
 
 

@@ -67,6 +67,9 @@ def test_the_tables_say_so(found: Bisection) -> None:
     assert "the first pass beyond 0.005 nats is" in text
     assert "block 1" in text
     assert "model.transformer.blocks.1.up_proj" in text
+    narrow = Console(width=80, record=True, file=io.StringIO())
+    narrow.print(found.render())
+    assert "fold_norm_scale" in narrow.export_text()
     assert json.loads(json.dumps(found.to_plain()))["guilty"] == found.guilty
 
 
