@@ -100,12 +100,12 @@ def weight_only_job(
     pointers = {
         "x": f"*{kind}", "low": word, "high": "*i8" if shape.bits == 3 else word, "scales": "*bf16",
         "zeros": "*u8" if zeros else word, "table": "*fp32" if code in (1, 2) else word, "bias": word,
-        "y": "*fp32" if parts else f"*{kind}", "M": "i32", "x_stride": "i32", "y_stride": "i32",
+        "residual": f"*{kind}", "y": "*fp32" if parts else f"*{kind}", "M": "i32", "x_stride": "i32", "y_stride": "i32",
     }  # fmt: skip
     constants = {
         "N": shape.n, "NP": padded(shape.n), "K": shape.k, "BITS": shape.bits, "GROUP": shape.group, "ZEROS": zeros,
-        "CODE": code, "BIAS": False, "BN": config.bn, "BM": config.bm, "SPLITS": config.splits, "PRE": config.pre, "ASM": asm,
-        "CT": {"bf16": tl.bfloat16, "fp16": tl.float16}[kind],
+        "CODE": code, "BIAS": False, "ADD": False, "BN": config.bn, "BM": config.bm, "SPLITS": config.splits, "PRE": config.pre,
+        "ASM": asm, "CT": {"bf16": tl.bfloat16, "fp16": tl.float16}[kind],
     }  # fmt: skip
     block = 128 if shape.bits in (4, 8) else 256
     group = "channel" if shape.group >= shape.k else f"g{shape.group}"
@@ -122,13 +122,13 @@ def integer_job(shape: Shape, config: Config, *, zeros: bool = False) -> Job:
     channel, parts = shape.group >= shape.k, config.splits > 1
     pointers = {
         "q": "*i8", "low": "*i8", "scales": "*bf16", "zeros": "*u8" if zeros else "*i8", "sums": "*i32",
-        "token_scales": "*fp32", "bias": "*i8", "y": ("*i32" if channel else "*fp32") if parts else "*bf16",
+        "token_scales": "*fp32", "bias": "*i8", "residual": "*bf16", "y": ("*i32" if channel else "*fp32") if parts else "*bf16",
         "M": "i32", "y_stride": "i32",
     }  # fmt: skip
     constants = {
         "N": shape.n, "NP": padded(shape.n), "K": shape.k, "KP": -(-shape.k // 128) * 128, "BITS": shape.bits,
-        "GROUP": shape.group, "ZEROS": zeros, "BIAS": False, "BN": config.bn, "BM": config.bm, "SPLITS": config.splits,
-        "ASM": True,
+        "GROUP": shape.group, "ZEROS": zeros, "BIAS": False, "ADD": False, "BN": config.bn, "BM": config.bm,
+        "SPLITS": config.splits, "ASM": True,
     }  # fmt: skip
     name = (
         f"w{shape.bits}a8 {'channel' if channel else f'g{shape.group}'}{' zeros' if zeros else ''} {shape.k}x{shape.n}"
@@ -138,51 +138,45 @@ def integer_job(shape: Shape, config: Config, *, zeros: bool = False) -> Job:
     return replace(job, warps=config.warps, stages=config.stages, weights=config.bn * 128, turns=turns)
 
 
+def row_job(name: str, width: int, kind: int = 0, add: bool = False, block: int = 1, sums: int = 0) -> Job:
+    """Codes of rows, as `kernels/triton/rows.py` launches it."""
+    norm = kind == 1
+    pointers = {
+        "x": "*bf16", "other": "*bf16", "gain": "*fp32" if norm else "*bf16", "shift": "*bf16", "total": "*bf16",
+        "q": "*i8", "scales": "*fp32", "sums": "*i32", "M": "i32", "x_stride": "i32", "other_stride": "i32",
+        "epsilon": "fp32", "factor": "fp32",
+    }  # fmt: skip
+    constants = {
+        "KIND": kind, "ADD": add, "GAIN": norm, "SHIFT": False, "BLOCK": block, "K": width, "KP": width, "TOP": 127,
+        "GROUP": width // max(1, sums), "SUMS": sums, "WIDTH": 1 << (width - 1).bit_length(),
+    }  # fmt: skip
+    return Job(f"rows {name} {width}", rows.quantize_rows, pointers, constants, warps=8, product=False)
+
+
 def row_jobs() -> list[Job]:
     """What is done to rows; no products."""
-    x = {"x": "*bf16", "q": "*i8", "scales": "*fp32", "x_stride": "i32"}
-    wide, narrow = {"K": 12288, "KP": 12288, "TOP": 127}, {"K": 4096, "KP": 4096, "TOP": 127}
-    quantize = {**x, "sums": "*i32", "M": "i32"}
-    norm = {**x, "residual": "*bf16", "gain": "*bf16", "total": "*bf16", "epsilon": "fp32"}
-    silu = {
-        "gate": "*bf16",
-        "up": "*bf16",
-        "q": "*i8",
-        "scales": "*fp32",
-        "gate_stride": "i32",
-        "up_stride": "i32",
-        "factor": "fp32",
-    }
     turn = {"x": "*bf16", "y": "*bf16", "x_stride": "i32", "y_stride": "i32", "factor": "fp32"}
-    jobs = [
-        Job("rows quantize 4096", rows.quantize_rows, quantize, {**narrow, "GROUP": 128, "SUMS": 0, "WIDTH": 4096}, 8),
-        Job(
-            "rows quantize 12288 sums",
-            rows.quantize_rows,
-            quantize,
-            {**wide, "GROUP": 128, "SUMS": 96, "WIDTH": 16384},
-            8,
+    sizes = {"K": 12288, "WIDTH": 4096}
+    return [
+        row_job("quantize", 4096),
+        row_job("quantize with sums", 12288, sums=96),
+        row_job("norm and quantize", 4096, kind=1),
+        row_job("add, norm and quantize", 4096, kind=1, add=True),
+        row_job("silu and quantize", 12288, kind=3),
+        row_job("silu, hadamard 128 and quantize", 12288, kind=3, block=128),
+        *(
+            Job(f"rows hadamard {block}", rows.hadamard, turn, {**sizes, "BLOCK": block}, warps=8, product=False)
+            for block in (128, 4096)
         ),
-        Job("rows norm and quantize 4096", rows.norm_quantize, norm, {**narrow, "ADD": True, "WIDTH": 4096}, 8),
-        Job("rows silu and quantize 12288", rows.silu_quantize, silu, {**wide, "BLOCK": 1, "WIDTH": 16384}, 8),
-        Job(
-            "rows silu, hadamard 128 and quantize 12288",
-            rows.silu_quantize,
-            silu,
-            {**wide, "BLOCK": 128, "WIDTH": 16384},
-            8,
-        ),
-        Job("rows hadamard 128", rows.hadamard, turn, {"K": 12288, "BLOCK": 128, "WIDTH": 4096}, 8),
-        Job("rows hadamard 4096", rows.hadamard, turn, {"K": 12288, "BLOCK": 4096, "WIDTH": 4096}, 8),
     ]
-    return [replace(job, product=False) for job in jobs]
 
 
 def head_job(bits: int, tokens: int, stages: int) -> Job:
     """Head and argmax of LLaDA's vocabulary, as `kernels/triton/head.py` launches it."""
     shape, pre = Shape("w16", bits, 4096, 126464, 128), tokens >= 64
     job = weight_only_job(shape, Config(bn=128, bm=tokens, pre=pre, stages=stages))
-    drop, constants = ("y", "y_stride"), {k: v for k, v in job.constants.items() if k != "SPLITS"}
+    drop, unused = ("residual", "y", "y_stride"), ("SPLITS", "ADD")
+    constants = {k: v for k, v in job.constants.items() if k not in unused}
     pointers = {k: v for k, v in job.pointers.items() if k not in drop}
     pointers |= {"tops": "*fp32", "tokens": "*i32", "totals": "*fp32"}
     name = f"head w{bits}a16 g128 4096x126464, {tokens}x128"

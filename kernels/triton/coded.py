@@ -1,6 +1,6 @@
 """Weights in formats that are not integers by 16-bit activations: NF4, codebooks, FP8 (device/weight_only.py).
 
-    y = x̂ · Ŵᵀ + b,    Ŵ by format:   nf4        level[code] · scale of the block
+    y = x̂ · Ŵᵀ + b + r,    Ŵ by format:   nf4        level[code] · scale of the block
                                       codebook   table of the row and group [code]
                                       fp8        code as E4M3 · scale of the tensor, channel or block
 
@@ -45,6 +45,7 @@ def coded(
     act_bits: int,
     act_group: int,
     act_symmetric: bool,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """See the module docstring. `group` is 0 for one scale or table per channel; `code` as in `Packed`."""
     if not x.numel():
@@ -54,7 +55,7 @@ def coded(
     if act is not None:
         flat = act.fake_quantize(flat.to(torch.float32)).to(x.dtype)
     packed = Packed(low, high, scales, None, in_features, out_features, bits, group or in_features, code, table)
-    return product(x, flat, packed, bias)
+    return product(x, flat, packed, bias, residual)
 
 
 @coded.register_fake
@@ -73,8 +74,12 @@ def _(
     act_bits: int,
     act_group: int,
     act_symmetric: bool,
+    residual: Tensor | None = None,
 ) -> Tensor:
     return blank(x, in_features, out_features)
+
+
+CODED = torch.ops.dlqc_triton.coded.default
 
 
 @dataclass(frozen=True)
@@ -128,7 +133,7 @@ class CodedWeights:
         tensors = {"low": low, "high": high, "scales": scales, "table": table, "bias": held}
         group = 0 if _group(spec.weight) in (None, k) else _group(spec.weight) or 0
         scalars = (k, n, bits, group, code, *act_scalars(spec.act))
-        return Lowered(torch.ops.dlqc_triton.coded.default, tensors, scalars)
+        return Lowered(CODED, tensors, scalars)
 
 
 def _group(fmt: object) -> int | None:

@@ -1,9 +1,9 @@
 """Low-bit weights by 16-bit activations: W4A16, W2A16, W3A16, W8A16 of any group that 32 divides (device/weight_only.py).
 
-    y = x̂ · Ŵᵀ + b,    Ŵ = (codes - zero) · scale,    x̂ = x, or what the codes of x stand for
+    y = x̂ · Ŵᵀ + b + r,    Ŵ = (codes - zero) · scale,    x̂ = x, or what the codes of x stand for
 
 Shapes:  x [..., K]; low, high as of `packing.arrange`; scales [G, N'], zeros uint8 [G, N'] or None with N' = N padded to 128;
-         bias [N] or None → [..., N].
+         bias [N] or None; residual r [..., N] or None → [..., N].
 Dtypes:  both operands have the dtype of x if it has 16 bits; float32 x is rounded to bfloat16. codes - zero is exact; Ŵ is
          rounded to that dtype where a configuration scales before the product (`Config.pre`, and dense weights), else scales and
          sums are float32. Then the dtype of x. x in float64 takes the definition below.
@@ -48,6 +48,7 @@ def weight_only(
     act_bits: int = 0,
     act_group: int = 0,
     act_symmetric: bool = True,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """See the module docstring. `group` is 0 for one scale per channel, `act_bits` 0 for x as it is."""
     if not x.numel():
@@ -57,7 +58,7 @@ def weight_only(
     if act is not None:
         flat = act.fake_quantize(flat.to(torch.float32)).to(x.dtype)
     packed = Packed(low, high, scales, zeros, in_features, out_features, bits, group or in_features)
-    return product(x, flat, packed, bias)
+    return product(x, flat, packed, bias, residual)
 
 
 @weight_only.register_fake
@@ -75,8 +76,12 @@ def _(
     act_bits: int = 0,
     act_group: int = 0,
     act_symmetric: bool = True,
+    residual: Tensor | None = None,
 ) -> Tensor:
     return blank(x, in_features, out_features)
+
+
+WEIGHT_ONLY = torch.ops.dlqc_triton.weight_only.default
 
 
 @dataclass(frozen=True)
@@ -140,38 +145,52 @@ class Packed:
         return {**sizes, "ZEROS": self.zeros is not None, "CODE": self.code, "ASM": asm, "CT": kinds[product]}
 
 
-def product(x: Tensor, flat: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+def product(x: Tensor, flat: Tensor, packed: Packed, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
     """y [..., N] of x [..., K], `flat` being what x is multiplied as, [M, K]: by the kernel, or by the definition."""
+    added = None if residual is None else rows(residual, packed.n)
     if not runtime.launchable(x):
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        return outcome(flat.to(wide) @ packed.dequantize().to(wide).T, bias, x)
+        y = flat.to(wide) @ packed.dequantize().to(wide).T
+        return outcome(y if added is None else y + added.to(wide), bias, x)
     config = choose(packed.shape, flat.shape[0], runtime.device_of(x))
     if config.dense:
-        return multiply_dense(flat, packed, bias, config).to(x.dtype).reshape(*x.shape[:-1], packed.n)
+        y = multiply_dense(flat, packed, bias, config)
+        y = y if added is None else y + added
+        return y.to(x.dtype).reshape(*x.shape[:-1], packed.n)
     y = flat.new_empty(flat.shape[0], packed.n, dtype=runtime.interpretable(x))
-    launch(flat, packed, bias, y, config)
+    launch(flat, packed, bias, y, config, added)
     return y.to(x.dtype).reshape(*x.shape[:-1], packed.n)
 
 
-def launch(x: Tensor, packed: Packed, bias: Tensor | None, y: Tensor, config: Config) -> None:
+def launch(
+    x: Tensor, packed: Packed, bias: Tensor | None, y: Tensor, config: Config, residual: Tensor | None = None
+) -> None:
     """y [M, N] of x [M, K], both with unit stride in their rows."""
     x = x if x.stride(1) == 1 else x.contiguous()
     m, n, splits = x.shape[0], packed.n, config.splits
     target = y if splits == 1 else torch.empty(splits * m, n, dtype=torch.float32, device=x.device)
     grid = (packing.padded(n) // config.bn * splits, -(-m // config.bm))
     spare = packed.low  # stands for a tensor that is not there and is not read
+    last = (spare if bias is None else bias, spare if residual is None else residual.contiguous())
     with runtime.on(x):
         device.weight_only[grid](
-            *(x, *packed.pointers, spare if bias is None else bias, target, m, x.stride(0), target.stride(0)),
+            *(x, *packed.pointers, *last, target, m, x.stride(0), target.stride(0)),
             **packed.constants(runtime.product_dtype(x)),
-            **{"BIAS": bias is not None, "BN": config.bn, "BM": config.bm, "SPLITS": splits, "PRE": config.pre},
+            **{
+                "BIAS": bias is not None,
+                "ADD": residual is not None,
+                "BN": config.bn,
+                "BM": config.bm,
+                "SPLITS": splits,
+                "PRE": config.pre,
+            },
             **{"num_warps": config.warps, "num_stages": config.stages},
         )
         if splits > 1:
             width = 512
             device.add_splits[(m, -(-n // width))](
-                *(target, spare if bias is None else bias, y, m, y.stride(0)),
-                **{"N": n, "SPLITS": splits, "BIAS": bias is not None, "BLOCK": width},
+                *(target, *last, y, m, y.stride(0)),
+                **{"N": n, "SPLITS": splits, "BIAS": bias is not None, "ADD": residual is not None, "BLOCK": width},
             )
 
 
@@ -223,4 +242,4 @@ class WeightOnly:
         }
         group = 0 if spec.integers.group_size in (None, k) else spec.integers.group_size or 0
         scalars = (k, spec.out_features, spec.integers.bits, group, *act_scalars(spec.act))
-        return Lowered(torch.ops.dlqc_triton.weight_only.default, tensors, scalars)
+        return Lowered(WEIGHT_ONLY, tensors, scalars)

@@ -37,9 +37,10 @@ def lower(word, ASM: tl.constexpr):
 
 @jit
 def integer(
-    q, low, scales, zeros, sums, token_scales, bias, y, M, y_stride,
+    q, low, scales, zeros, sums, token_scales, bias, residual, y, M, y_stride,
     N: tl.constexpr, NP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-    ZEROS: tl.constexpr, BIAS: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, SPLITS: tl.constexpr, ASM: tl.constexpr,
+    ZEROS: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, SPLITS: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
     """One tile of y of codes q int8 [M, KP], or with SPLITS > 1 of its part [SPLITS, M, N].
 
@@ -99,6 +100,8 @@ def integer(
         value *= tl.load(token_scales + m, mask=m < M, other=0.0)[:, None]
         if BIAS:
             value += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+        if ADD:
+            value += tl.load(residual + m[:, None].to(tl.int64) * N + n[None, :], mask=inside, other=0.0).to(tl.float32)
         tl.store(to, value.to(y.dtype.element_ty), mask=inside)
 
 
@@ -115,11 +118,11 @@ def channel_scales(whole, scales, zeros, sums, m, n, M, N: tl.constexpr, BITS: t
 
 @jit
 def add_shares(
-    parts, scales, zeros, sums, token_scales, bias, y, M, y_stride,
-    N: tl.constexpr, BITS: tl.constexpr, CHANNEL: tl.constexpr, ZEROS: tl.constexpr, BIAS: tl.constexpr,
+    parts, scales, zeros, sums, token_scales, bias, residual, y, M, y_stride,
+    N: tl.constexpr, BITS: tl.constexpr, CHANNEL: tl.constexpr, ZEROS: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """y [M, N] of the parts [SPLITS, M, N] that `integer` left, always in the same order; here come the scales."""
+    """y [M, N] of the parts [SPLITS, M, N] that `integer` left, always in the same order; here come scales, bias and residual."""
     m = tl.program_id(0) + tl.arange(0, 1)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = n[None, :] < N
@@ -133,4 +136,6 @@ def add_shares(
     value *= tl.load(token_scales + m)[:, None]
     if BIAS:
         value += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    if ADD:
+        value += tl.load(residual + m.to(tl.int64)[:, None] * N + n[None, :], mask=inside, other=0.0).to(tl.float32)
     tl.store(y + m.to(tl.int64)[:, None] * y_stride + n[None, :], value.to(y.dtype.element_ty), mask=inside)

@@ -77,10 +77,10 @@ def product(
 
 @jit
 def weight_only(
-    x, low, high, scales, zeros, table, bias, y, M, x_stride, y_stride,
+    x, low, high, scales, zeros, table, bias, residual, y, M, x_stride, y_stride,
     N: tl.constexpr, NP: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr,
-    CODE: tl.constexpr, BIAS: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, SPLITS: tl.constexpr, PRE: tl.constexpr,
-    ASM: tl.constexpr, CT: tl.constexpr,
+    CODE: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, SPLITS: tl.constexpr,
+    PRE: tl.constexpr, ASM: tl.constexpr, CT: tl.constexpr,
 ):  # fmt: skip
     """One tile of y [M, N], or with SPLITS > 1 of its part over a share of K, float32 in y [SPLITS, M, N]."""
     split = tl.program_id(0) % SPLITS
@@ -96,14 +96,19 @@ def weight_only(
     else:
         y += split.to(tl.int64) * M * y_stride
     to = y + m[:, None].to(tl.int64) * y_stride + n[None, :]
-    tl.store(to, tl.trans(acc).to(y.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
+    inside = (m[:, None] < M) & (n[None, :] < N)
+    value = tl.trans(acc)
+    if ADD and SPLITS == 1:
+        value += tl.load(residual + m[:, None].to(tl.int64) * N + n[None, :], mask=inside, other=0.0).to(tl.float32)
+    tl.store(to, value.to(y.dtype.element_ty), mask=inside)
 
 
 @jit
 def add_splits(
-    parts, bias, y, M, y_stride, N: tl.constexpr, SPLITS: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """y [M, N] = the sum of parts [SPLITS, M, N], always in the same order, plus the bias."""
+    parts, bias, residual, y, M, y_stride,
+    N: tl.constexpr, SPLITS: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """y [M, N] = the sum of parts [SPLITS, M, N], always in the same order, plus bias and residual."""
     m = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -111,6 +116,8 @@ def add_splits(
         total += tl.load(parts + (split * M + m) * N + n, mask=n < N, other=0.0)
     if BIAS:
         total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
+    if ADD:
+        total += tl.load(residual + m * N + n, mask=n < N, other=0.0).to(tl.float32)
     tl.store(y + m * y_stride + n, total.to(y.dtype.element_ty), mask=n < N)
 
 
