@@ -57,8 +57,9 @@ def ours(k: int, n: int, device_: str) -> list[Entry]:
         held = packing.columns(scales)
         packed: Any
         if act == 16:
-            low, high = packing.arrange(codes, bits)
-            packed = weight_only.Packed(low, high, held, None, k, n, bits, group)
+            packed = weight_only.Packed(
+                packing.arrange(codes, bits, packing.run_of(bits, k, group)), held, None, k, n, bits, group
+            )
         else:
             packed = integer.Packed(packing.arrange_integers(codes, bits), held, None, k, n, bits, group)
         made.append(Entry(name, bits + 16 / group, act, _copies(packed), truth, 4e-3 if act == 16 else 2e-2))
@@ -73,7 +74,7 @@ def _copies(packed: Any, given: Given | None = None) -> Callable[[int], list[Cal
         calls = []
         for _ in range(count):
             if isinstance(packed, weight_only.Packed):
-                own = replace(packed, low=packed.low.clone(), high=None if packed.high is None else packed.high.clone())
+                own = replace(packed, low=packed.low.clone())
             else:
                 own = replace(packed, words=packed.words.clone())
             calls.append(partial(run, own, given=given))

@@ -34,7 +34,7 @@ from dlqc.kernels.triton.device import head as head_device
 from dlqc.kernels.triton.device import integer, rows, weight_only
 from dlqc.kernels.triton.dispatch import BUCKETS, Config, Shape, choose
 from dlqc.kernels.triton.language import tl
-from dlqc.kernels.triton.packing import padded
+from dlqc.kernels.triton.packing import block_of, padded, run_of
 from dlqc.kernels.triton.runtime import H200, Device
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -97,17 +97,18 @@ def weight_only_job(
     """The product of 16-bit activations, as `kernels/triton/weight_only.py` launches it."""
     word = "*u8" if shape.bits == 8 else "*i16"
     parts = config.splits > 1
+    run = run_of(shape.bits, shape.k, shape.group)
+    block = block_of(shape.bits, run)
     pointers = {
-        "x": f"*{kind}", "low": word, "high": "*i8" if shape.bits == 3 else word, "scales": "*bf16",
+        "x": f"*{kind}", "low": word, "scales": "*bf16",
         "zeros": "*u8" if zeros else word, "table": "*fp32" if code in (1, 2) else word, "bias": word,
         "residual": f"*{kind}", "y": "*fp32" if parts else f"*{kind}", "M": "i32", "x_stride": "i32", "y_stride": "i32",
     }  # fmt: skip
     constants = {
         "N": shape.n, "NP": padded(shape.n), "K": shape.k, "BITS": shape.bits, "GROUP": shape.group, "ZEROS": zeros,
-        "CODE": code, "BIAS": False, "ADD": False, "BN": config.bn, "BM": config.bm, "SPLITS": config.splits, "PRE": config.pre,
-        "ASM": asm, "CT": {"bf16": tl.bfloat16, "fp16": tl.float16}[kind],
+        "CODE": code, "RUN": run, "BIAS": False, "ADD": False, "BN": config.bn, "BM": config.bm, "SPLITS": config.splits,
+        "PRE": config.pre, "ASM": asm, "CT": {"bf16": tl.bfloat16, "fp16": tl.float16}[kind],
     }  # fmt: skip
-    block = 128 if shape.bits in (4, 8) else 256
     group = "channel" if shape.group >= shape.k else f"g{shape.group}"
     apart = f"{('', ' nf4', ' codebook', ' fp8')[code]}{' zeros' if zeros else ''}{'' if asm else ' plain'}"
     name = f"w{shape.bits}a16 {group}{apart} {shape.k}x{shape.n}"

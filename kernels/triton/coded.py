@@ -33,7 +33,6 @@ from dlqc.kernels.triton.weight_only import FLOAT8, PER_GROUP, SHARED, Packed, p
 def coded(
     x: Tensor,
     low: Tensor,
-    high: Tensor | None,
     scales: Tensor | None,
     table: Tensor | None,
     bias: Tensor | None,
@@ -54,7 +53,7 @@ def coded(
     act = act_format(act_bits, act_group, act_symmetric)
     if act is not None:
         flat = act.fake_quantize(flat.to(torch.float32)).to(x.dtype)
-    packed = Packed(low, high, scales, None, in_features, out_features, bits, group or in_features, code, table)
+    packed = Packed(low, scales, None, in_features, out_features, bits, group or in_features, code, table)
     return product(x, flat, packed, bias, residual)
 
 
@@ -62,7 +61,6 @@ def coded(
 def _(
     x: Tensor,
     low: Tensor,
-    high: Tensor | None,
     scales: Tensor | None,
     table: Tensor | None,
     bias: Tensor | None,
@@ -128,9 +126,13 @@ class CodedWeights:
                 else stored.scales.repeat_interleave(BLOCK if stored.format.unit == "block" else n, 0)
             )
             scales = packing.columns(scale[:n])
-        low, high = packing.arrange(codes, bits)
         held = None if bias is None else bias.to(torch.float32).contiguous()
-        tensors = {"low": low, "high": high, "scales": scales, "table": table, "bias": held}
+        tensors = {
+            "low": packing.arrange(codes, bits, packing.run_of(bits, k, _group(spec.weight) or k)),
+            "scales": scales,
+            "table": table,
+            "bias": held,
+        }
         group = 0 if _group(spec.weight) in (None, k) else _group(spec.weight) or 0
         scalars = (k, n, bits, group, code, *act_scalars(spec.act))
         return Lowered(CODED, tensors, scalars)

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from dlqc.kernels.triton.packing import BLOCKS, padded
+from dlqc.kernels.triton.packing import block_of, padded, run_of
 from dlqc.kernels.triton.runtime import H200, Device
 
 BUCKETS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -101,7 +101,8 @@ def rule(shape: Shape, size: int, device: Device = H200) -> Config:
     bm = min(size, 128)
     bn = 64 if size < 64 else 128
     programs = padded(shape.n) // bn * -(-size // bm)
-    blocks = -(-shape.k // (BLOCKS[shape.bits] if wide else 128))
+    block = block_of(shape.bits, run_of(shape.bits, shape.k, shape.group)) if wide else 128
+    blocks = -(-shape.k // block)
     splits = 1
     while (
         2 * splits * programs <= 4 * device.units
@@ -113,7 +114,6 @@ def rule(shape: Shape, size: int, device: Device = H200) -> Config:
     # a product is one warp's.
     both = not wide and shape.group < shape.k
     warps = 8 if bm > 64 and (both or not device.warpgroups) else 4
-    block = BLOCKS[shape.bits] if wide else 128
     stage = bm * block * (2 if wide else 1) + bn * block * shape.bits // 8
     spare = device.shared - (48 << 10 if shape.kernel == "coded" else 0)  # entries of tables change places there
     stages = max(1, min(3, spare // stage))

@@ -2,7 +2,7 @@
 
     y = x̂ · Ŵᵀ + b + r,    Ŵ = (codes - zero) · scale,    x̂ = x, or what the codes of x stand for
 
-Shapes:  x [..., K]; low, high as of `packing.arrange`; scales [G, N'], zeros uint8 [G, N'] or None with N' = N padded to 128;
+Shapes:  x [..., K]; low as of `packing.arrange`; scales [G, N'], zeros uint8 [G, N'] or None with N' = N padded to 128;
          bias [N] or None; residual r [..., N] or None → [..., N].
 Dtypes:  both operands have the dtype of x if it has 16 bits; float32 x is rounded to bfloat16. codes - zero is exact; Ŵ is
          rounded to that dtype where a configuration scales before the product (`Config.pre`, and dense weights), else scales and
@@ -37,7 +37,6 @@ INTEGERS, SHARED, PER_GROUP, FLOAT8 = range(4)
 def weight_only(
     x: Tensor,
     low: Tensor,
-    high: Tensor | None,
     scales: Tensor,
     zeros: Tensor | None,
     bias: Tensor | None,
@@ -57,7 +56,7 @@ def weight_only(
     act = act_format(act_bits, act_group, act_symmetric)
     if act is not None:
         flat = act.fake_quantize(flat.to(torch.float32)).to(x.dtype)
-    packed = Packed(low, high, scales, zeros, in_features, out_features, bits, group or in_features)
+    packed = Packed(low, scales, zeros, in_features, out_features, bits, group or in_features)
     return product(x, flat, packed, bias, residual)
 
 
@@ -65,7 +64,6 @@ def weight_only(
 def _(
     x: Tensor,
     low: Tensor,
-    high: Tensor | None,
     scales: Tensor,
     zeros: Tensor | None,
     bias: Tensor | None,
@@ -93,7 +91,6 @@ class Packed:
     """
 
     low: Tensor
-    high: Tensor | None
     scales: Tensor | None
     zeros: Tensor | None
     k: int
@@ -108,9 +105,14 @@ class Packed:
         """What the choice of a configuration depends on."""
         return Shape("coded" if self.code else "w16", self.bits, self.k, self.n, self.group)
 
+    @property
+    def run(self) -> int:
+        """Input features of one product."""
+        return packing.run_of(8, self.k, self.group) if self.bits == 8 else packing.run_in(self.low, self.bits)
+
     def dequantize(self) -> Tensor:
         """Ŵ float32 [N, K], in plain PyTorch."""
-        codes = packing.restore(self.low, self.high, self.bits, self.n, self.k)
+        codes = packing.restore(self.low, self.bits, self.n, self.k)
         if self.code == PER_GROUP:
             assert self.table is not None
             group = torch.arange(self.k, device=codes.device) // self.group
@@ -134,7 +136,7 @@ class Packed:
     @property
     def pointers(self) -> tuple[Tensor, ...]:
         """What kernels take, `low` in place of what is not there and not read."""
-        parts = (self.high, self.scales, self.zeros, self.table)
+        parts = (self.scales, self.zeros, self.table)
         return (self.low, *(self.low if part is None else part for part in parts))
 
     def constants(self, product: torch.dtype) -> dict[str, object]:
@@ -142,7 +144,14 @@ class Packed:
         kinds = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
         asm = product != torch.float32 and torch.version.hip is None and not runtime.interpreting()
         sizes = {"N": self.n, "NP": packing.padded(self.n), "K": self.k, "BITS": self.bits, "GROUP": self.group}
-        return {**sizes, "ZEROS": self.zeros is not None, "CODE": self.code, "ASM": asm, "CT": kinds[product]}
+        return {
+            **sizes,
+            "ZEROS": self.zeros is not None,
+            "CODE": self.code,
+            "RUN": self.run,
+            "ASM": asm,
+            "CT": kinds[product],
+        }
 
 
 def product(x: Tensor, flat: Tensor, packed: Packed, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
@@ -231,15 +240,13 @@ class WeightOnly:
     def lower(
         self, spec: LinearSpec, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None
     ) -> Lowered:
-        weight, k = canonical(spec, packed, scales, zeros, bias), spec.in_features
-        low, high = packing.arrange(weight.codes, spec.integers.bits)
+        weight, k, bits = canonical(spec, packed, scales, zeros, bias), spec.in_features, spec.integers.bits
         tensors = {
-            "low": low,
-            "high": high,
+            "low": packing.arrange(weight.codes, bits, packing.run_of(bits, k, spec.integers.group_size or k)),
             "scales": packing.columns(weight.scales),
             "zeros": None if weight.zeros is None else packing.columns(weight.zeros),
             "bias": None if bias is None else bias.to(torch.float32).contiguous(),
         }
         group = 0 if spec.integers.group_size in (None, k) else spec.integers.group_size or 0
-        scalars = (k, spec.out_features, spec.integers.bits, group, *act_scalars(spec.act))
+        scalars = (k, spec.out_features, bits, group, *act_scalars(spec.act))
         return Lowered(WEIGHT_ONLY, tensors, scalars)

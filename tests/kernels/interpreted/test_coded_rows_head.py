@@ -43,11 +43,11 @@ def test_formats(fmt: WeightFormat, k: int) -> None:
     spec = LinearSpec(k, n, fmt, None, True)
     assert CodedWeights().supports(spec) is None
     lowered = CodedWeights().lower_coded(spec, weight.pack(), bias)
-    low, high, scales, table, held = (
+    low, scales, table, held = (
         None if part is None else at_the_end(part.contiguous()) for part in lowered.tensors.values()
     )
     _, _, bits, group, code, *_ = lowered.scalars
-    packed = weight_only.Packed(low, high, scales, None, k, n, bits, group or k, code, table)
+    packed = weight_only.Packed(low, scales, None, k, n, bits, group or k, code, table)
     x = torch.randn(3, k)
     y = torch.full((3, n), torch.nan)
     weight_only.launch(x, packed, held, y, Config(64, 16, 2))
@@ -117,7 +117,7 @@ def test_head(judge: Any, bits: int, vocabulary: int) -> None:
     lowered = weight_only.WeightOnly().lower(problem.spec, *problem.canonical)
     x = problem.input((2, 9), torch.float32, 1) / 8
     token, confidence = head.head_argmax(x, *lowered.tensors.values(), *lowered.scalars[:4])
-    packed = weight_only.Packed(*list(lowered.tensors.values())[:4], *lowered.scalars[:3], 128)
+    packed = weight_only.Packed(*list(lowered.tensors.values())[:3], *lowered.scalars[:3], 128)
     logits = x.double() @ packed.dequantize().double().T + problem.bias.double()
     assert torch.equal(token, logits.argmax(-1))
     torch.testing.assert_close(confidence.double(), logits.softmax(-1).amax(-1), rtol=1e-4, atol=0)

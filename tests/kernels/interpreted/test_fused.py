@@ -89,8 +89,8 @@ def test_products_with_what_is_around_them(
 @pytest.mark.parametrize("splits", [1, 2])
 def test_a_sum_behind_16_bit_products(judge: Any, splits: int) -> None:
     problem = judge.make(LinearSpec(512, 70, IntFormat(4, 128), None, True), 1)
-    low, high, scales, zeros, bias = weight_only.WeightOnly().lower(problem.spec, *problem.canonical).tensors.values()
-    packed = weight_only.Packed(low, high, scales, zeros, 512, 70, 4, 128)  # type: ignore[arg-type]
+    low, scales, zeros, bias = weight_only.WeightOnly().lower(problem.spec, *problem.canonical).tensors.values()
+    packed = weight_only.Packed(low, scales, zeros, 512, 70, 4, 128)  # type: ignore[arg-type]
     x, residual = problem.input((5,), torch.float32, 1), torch.randn(5, 70)
     plain, y = torch.empty(5, 70), torch.full((5, 70), torch.nan)
     config = weight_only.Config(64, 16, splits)

@@ -26,7 +26,7 @@ def packed(problem: Any) -> tuple[host.Packed, torch.Tensor | None]:
     """The kernel's own layout of a problem's weight, and the bias."""
     held = KERNEL.lower(problem.spec, *problem.canonical).tensors
     k, n, fmt = problem.spec.in_features, problem.spec.out_features, problem.spec.integers
-    parts = [held[role] for role in ("low", "high", "scales", "zeros")]
+    parts = [held[role] for role in ("low", "scales", "zeros")]
     return host.Packed(*parts, k, n, fmt.bits, fmt.group_size or k), held["bias"]  # type: ignore[arg-type]
 
 
@@ -108,9 +108,7 @@ def test_memory_around_is_left_alone(judge: Any, bits: int, splits: int) -> None
     problem = judge.make(LinearSpec(280, 53, IntFormat(bits, None, False), None, True), 1)
     weight, bias = packed(problem)
     parts = {
-        role: at_the_end(part)
-        for role in ("low", "high", "scales", "zeros")
-        if (part := getattr(weight, role)) is not None
+        role: at_the_end(part) for role in ("low", "scales", "zeros") if (part := getattr(weight, role)) is not None
     }
     weight, bias = replace(weight, **parts), at_the_end(bias)
     m, n, k = 5, 53, 280
