@@ -135,8 +135,10 @@ def integer_job(shape: Shape, config: Config, *, zeros: bool = False) -> Job:
         f"w{shape.bits}a8 {'channel' if channel else f'g{shape.group}'}{' zeros' if zeros else ''} {shape.k}x{shape.n}"
     )
     job = Job(f"{name}, {config.bm}x{config.bn} splits {config.splits}", integer.integer, pointers, constants)
-    turns = -(-shape.k // 128 // config.splits)
-    return replace(job, warps=config.warps, stages=config.stages, weights=config.bn * 128, turns=turns)
+    blocks = -(-shape.k // 128 // config.splits)
+    turn = integer.turn_of(blocks, config.bm, shape.bits)
+    weights = config.bn * 128 * turn
+    return replace(job, warps=config.warps, stages=config.stages, weights=weights, turns=blocks // turn)
 
 
 def row_job(name: str, width: int, kind: int = 0, add: bool = False, block: int = 1, sums: int = 0) -> Job:

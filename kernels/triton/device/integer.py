@@ -7,7 +7,9 @@ taken off with the scale.
 
 from __future__ import annotations
 
-from dlqc.kernels.triton.language import jit, tl
+import math
+
+from dlqc.kernels.triton.language import at_compile_time, jit, tl
 
 
 @jit
@@ -35,6 +37,12 @@ def lower(word, ASM: tl.constexpr):
         return (word << 4).to(tl.int8)
 
 
+@at_compile_time
+def turn_of(blocks, tokens, bits):
+    """Blocks of one turn of the loop. Few tokens make short products, so several share what a turn costs beside them."""
+    return math.gcd(blocks, 1 if tokens >= 64 else 4 if tokens <= 16 and bits == 4 else 2)
+
+
 @jit
 def integer(
     q, low, scales, zeros, sums, token_scales, bias, residual, y, M, y_stride,
@@ -56,38 +64,40 @@ def integer(
     n = (tl.program_id(0) // SPLITS) * BN + tl.arange(0, BN)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     j = tl.arange(0, WORDS)
-    row = (n // 64) * (BLOCKS * 64 * WORDS) + (n % 64) * WORDS
+    row = low + ((n // 64) * (BLOCKS * 64 * WORDS) + (n % 64) * WORDS)[:, None] + j[None, :]
     token = q + m[None, :].to(tl.int64) * KP + j[:, None]
     whole = tl.zeros((BN, BM), tl.int32)
     acc = tl.zeros((BN, BM), tl.float32)
-    for step in range(PER):
-        block = split * PER + step
-        # Where shares are uneven, what lies past the last block is read as zeros.
-        limit = M if EVEN else tl.where(block < BLOCKS, M, 0)
-        kept = m[None, :] < limit
-        at = block if EVEN else tl.minimum(block, BLOCKS - 1)
-        word = tl.load(low + row[:, None] + at * (64 * WORDS) + j[None, :])
-        if CHANNEL:
-            part = whole
-        else:
-            part = tl.zeros((BN, BM), tl.int32)
-        first = tl.load(token + at * 128, mask=kept, other=0)
-        if BITS == 4:
-            second = tl.load(token + at * 128 + 64, mask=kept, other=0)
-            part = tl.dot(lower(word, ASM), first, part, out_dtype=tl.int32)
-            part = tl.dot(upper(word, ASM), second, part, out_dtype=tl.int32)
-        else:
-            part = tl.dot(word, first, part, out_dtype=tl.int32)
-        if CHANNEL:
-            whole = part
-        else:
-            group = at * 128 // GROUP
-            scale = tl.load(scales + group * NP + n).to(tl.float32)
-            acc += (scale * (0.0625 if BITS == 4 else 1.0))[:, None] * part.to(tl.float32)
-            if ZEROS:
-                point = tl.load(zeros + group * NP + n).to(tl.float32) - (8 if BITS == 4 else 128)
-                total = tl.load(sums + at * M + m, mask=m < limit, other=0).to(tl.float32)
-                acc -= (scale * point)[:, None] * total[None, :]
+    TURN: tl.constexpr = turn_of(PER, BM, BITS)
+    for turn in range(PER // TURN):
+        for step in tl.static_range(TURN):
+            block = split * PER + turn * TURN + step
+            # Where shares are uneven, what lies past the last block is read as zeros.
+            limit = M if EVEN else tl.where(block < BLOCKS, M, 0)
+            kept = m[None, :] < limit
+            at = block if EVEN else tl.minimum(block, BLOCKS - 1)
+            word = tl.load(row + at * (64 * WORDS))
+            if CHANNEL:
+                part = whole
+            else:
+                part = tl.zeros((BN, BM), tl.int32)
+            first = tl.load(token + at * 128, mask=kept, other=0)
+            if BITS == 4:
+                second = tl.load(token + at * 128 + 64, mask=kept, other=0)
+                part = tl.dot(lower(word, ASM), first, part, out_dtype=tl.int32)
+                part = tl.dot(upper(word, ASM), second, part, out_dtype=tl.int32)
+            else:
+                part = tl.dot(word, first, part, out_dtype=tl.int32)
+            if CHANNEL:
+                whole = part
+            else:
+                group = at * 128 // GROUP
+                scale = tl.load(scales + group * NP + n).to(tl.float32)
+                acc += (scale * (0.0625 if BITS == 4 else 1.0))[:, None] * part.to(tl.float32)
+                if ZEROS:
+                    point = tl.load(zeros + group * NP + n).to(tl.float32) - (8 if BITS == 4 else 128)
+                    total = tl.load(sums + at * M + m, mask=m < limit, other=0).to(tl.float32)
+                    acc -= (scale * point)[:, None] * total[None, :]
     inside = (m[:, None] < M) & (n[None, :] < N)
     to = y + m[:, None].to(tl.int64) * y_stride + n[None, :]
     if SPLITS > 1:
