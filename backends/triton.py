@@ -5,6 +5,7 @@ In order of preference:
     integer         weights of 4 and 8 bits by 8-bit activations, exactly
     weight_only     weights of 2, 3, 4 and 8 bits, activations in 16 bits
     coded_weights   NF4, codebooks and FP8, activations in 16 bits
+    planes          sums of sign planes, activations in 16 bits
 
 Linears that read one input run as one call, and products take what is around them along (triton_fusion.py).
 
@@ -23,6 +24,7 @@ from dlqc.backends.triton_fusion import fuse
 from dlqc.kernels.triton import runtime
 from dlqc.kernels.triton.coded import CodedWeights
 from dlqc.kernels.triton.integer import Integer
+from dlqc.kernels.triton.planes import Planes
 from dlqc.kernels.triton.weight_only import WeightOnly
 from dlqc.weights import Weights
 
@@ -32,7 +34,7 @@ class TritonBackend:
     """Triton kernels on a GPU."""
 
     name: str = "triton"
-    kernels: tuple[AnyKernel, ...] = (Integer(), WeightOnly(), CodedWeights())
+    kernels: tuple[AnyKernel, ...] = (Integer(), WeightOnly(), CodedWeights(), Planes())
 
     merges: bool = True
 

@@ -35,10 +35,11 @@ FIELDS = {1: 16, 2: 8, 3: 16, 4: 4}
 
 
 def run_of(bits: int, in_features: int, group: int) -> int:
-    """The run of a weight: 64 where groups are whole runs and K whole blocks, else 32; blocks of 3 bits are long as they are."""
+    """The run of a weight: 64 where groups are whole runs and K whole blocks, else 32; blocks of 1 and 3 bits are long as they
+    are."""
     long = 2 * RUN
     whole = group >= in_features or group % long == 0
-    return long if bits != 3 and whole and in_features % block_of(bits, long) == 0 else RUN
+    return long if bits not in (1, 3) and whole and in_features % block_of(bits, long) == 0 else RUN
 
 
 def block_of(bits: int, run: int) -> int:

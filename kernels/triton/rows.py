@@ -109,7 +109,7 @@ def quantize(
             **{"KIND": KINDS[before.kind], "ADD": total is not None, "GAIN": before.gain is not None},
             **{"SHIFT": before.shift is not None, "BLOCK": before.block, "K": k, "KP": stored},
             **{"TOP": (1 << (bits - 1)) - 1, "GROUP": stored // group, "SUMS": sums, "WIDTH": width},
-            num_warps=_warps(width),
+            num_warps=warps(width),
         )
     return Codes(q, scales, found)
 
@@ -167,7 +167,7 @@ def block_hadamard(x: Tensor, block: int) -> Tensor:
     width = max(block, min(WIDEST, 1 << (k - 1).bit_length()))
     with runtime.on(x):
         device.hadamard[flat.shape[0], -(-k // width)](
-            flat, y, k, k, block**-0.5, K=k, BLOCK=block, WIDTH=width, num_warps=_warps(width)
+            flat, y, k, k, block**-0.5, K=k, BLOCK=block, WIDTH=width, num_warps=warps(width)
         )
     return y.to(x.dtype).reshape(x.shape)
 
@@ -207,6 +207,6 @@ def _blank(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
 
-def _warps(width: int) -> int:
+def warps(width: int) -> int:
     """Warps of a program that holds so many features: 16 to 64 a thread."""
     return min(8, max(1, width // 512))

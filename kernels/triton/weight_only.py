@@ -124,7 +124,8 @@ class Packed:
         elif self.code == FLOAT8:
             values = codes.view(torch.float8_e4m3fn).to(torch.float32)
         else:
-            zero = 1 << (self.bits - 1) if self.zeros is None else self._spread(self.zeros)
+            middle = 0.5 if self.bits == 1 else 1 << (self.bits - 1)
+            zero = middle if self.zeros is None else self._spread(self.zeros)
             values = codes.to(torch.float32) - zero
         assert self.scales is not None
         return values * self._spread(self.scales)

@@ -102,21 +102,24 @@ CHOICES = [
     (IntFormat(4, 16), None, "weight_only: weights have a scale per group of 16, it needs a multiple of 32"),
     (CodebookFormat(4, sparse=0.01), None, "coded_weights: codebook4 channel +1% sparse has a sparse part"),
     (CodebookFormat(4, 16), None, "coded_weights: groups of 16 are not a multiple of 32"),
-    (PlanesFormat(2), None, "coded_weights: it has no code for planes2 g128"),
+    (PlanesFormat(2), None, "planes"),
+    (PlanesFormat(2, 48), None, "planes: groups of 48 are not a multiple of 32"),
 ]
 
 
 @pytest.mark.parametrize(("weight", "act", "said"), CHOICES)
 def test_who_gets_which_site(weight: object, act: ActFormat | None, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "unavailable", lambda: None)
-    kernel, refusals = choose_kernel(BACKEND, LinearSpec(256, 64, weight, act, True))  # type: ignore[arg-type]
+    kernel, refusals = choose_kernel(
+        BACKEND, LinearSpec(96 if said.endswith("48 are not a multiple of 32") else 256, 64, weight, act, True)
+    )  # type: ignore[arg-type]
     if ":" not in said:
         assert kernel is not None
         assert kernel.name == said
         return
     name, reason = said.split(": ", 1)
     assert refusals[name] == reason
-    nobody = name == "coded_weights" or (isinstance(weight, IntFormat) and weight.group_size == 16)
+    nobody = name in ("coded_weights", "planes") or (isinstance(weight, IntFormat) and weight.group_size == 16)
     assert kernel is None if nobody else kernel is not None and kernel.name == "weight_only"
 
 

@@ -90,6 +90,17 @@ def quantize_rows(
 
 
 @jit
+def spread(x, columns, groups, y, x_stride, G: tl.constexpr, WIDTH: tl.constexpr):
+    """y [M, P·G], plane p being columns[p] times the features of group groups[p] of x [M, K]; a program a plane of a row."""
+    row, plane = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    k = tl.arange(0, WIDTH)
+    value = tl.load(x + row * x_stride + tl.load(groups + plane) * G + k, mask=k < G, other=0.0).to(tl.float32)
+    value *= tl.load(columns + plane * G + k, mask=k < G, other=0.0)
+    to = y + row * tl.num_programs(1) * G + plane * G + k
+    tl.store(to, value.to(y.dtype.element_ty), mask=k < G)
+
+
+@jit
 def hadamard(x, y, x_stride, y_stride, factor, K: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
     """y [M, K] = x times the block-diagonal Hadamard matrix, times `factor`; a program takes WIDTH features of a row."""
     row, k = tl.program_id(0).to(tl.int64), tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
