@@ -3,7 +3,7 @@
 Before:  y = linear(rms_norm(h, gain), …) + r            After:  y = joint(h, gain, …, r)
          y = linear((silu(g) · u)·H, …)                          y = joint(g, u, …)
 
-A norm, a gate or a Hadamard transform goes along if nobody else reads it, a sum if it is all that happens to the result.
+A norm, gate, factor or Hadamard transform goes along if nobody else reads it, a sum if it is all that happens to the result.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Found:
 
     Attributes:
         kind: "as_is", "rms_norm", "layer_norm" or "silu_times": how the input of the linear is made of x.
-        x: its source. other: the factor of silu(x). gain, shift: float32, of a norm. eps: of a norm.
+        x: its source. other: the factor of silu(x). gain, shift: float32, of a norm, or gain of x as it is. eps: of a norm.
         block: order of the Hadamard matrices behind that; 1 for none.
         residual: what is added to the result.
         rest: the arguments of the linear behind its input.
@@ -71,12 +71,14 @@ class Joint:
 
     Attributes:
         linear: the op. call: the call that does all of it.
-        inputs: whether norms and gates may go along. widest: the largest Hadamard block that may (1: none).
+        inputs: whether norms and gates may go along. factors: whether a constant factor of each feature may.
+        widest: the largest Hadamard block that may (1: none).
     """
 
     linear: Callable[..., Any]
     call: Callable[[Found], Call]
     inputs: bool = True
+    factors: bool = False
     widest: int = 1
 
 
@@ -85,11 +87,12 @@ def fuse(graph: fx.Graph, weights: Weights, joint: Joint) -> dict[str, int]:
     counts: dict[str, int] = {}
     for node in [n for n in graph.nodes if is_call(n, joint.linear)]:
         x, *rest = args_of(node)
-        found = Found(x, tuple(rest), residual=_after(node))
+        found = Found(x, tuple(rest), residual=sum_behind(node))
         new_at = node if found.residual is None else next(iter(node.users))
         if joint.inputs:
             found = _before(found, joint, graph, weights, new_at)
-        names = (found.kind, "hadamard" if found.block > 1 else "as_is", "residual" if found.residual else "as_is")
+        kind = "factor" if found.kind == "as_is" and found.gain is not None else found.kind
+        names = (kind, "hadamard" if found.block > 1 else "as_is", "residual" if found.residual else "as_is")
         joined = [name for name in names if name != "as_is"]
         if not joined:
             continue
@@ -119,6 +122,9 @@ def _before(found: Found, joint: Joint, graph: fx.Graph, weights: Weights, at: f
             return _with_norm(found, parts, graph, weights, at)
     if is_call(x, aten.mul.Tensor):
         left, right = args_of(x)
+        name = constant_name(right)
+        if name is not None and joint.factors and list(weights[name].shape) == [width(x)] and _same(left, x):
+            return replace(found, x=left, gain=_float32(name, graph, weights, at))
         gates = [side for side in (left, right) if is_call(side, aten.silu.default) and _own(side)]
         alike = all(isinstance(side, fx.Node) and _same(side, x) for side in (left, right))
         if gates and alike and left is not right:
@@ -137,13 +143,7 @@ def _with_norm(found: Found, parts: list[Any], graph: fx.Graph, weights: Weights
     held: list[fx.Node | None] = []
     for part in parts:
         name = constant_name(part)
-        if name is None:
-            held.append(None)
-            continue
-        wide = f"{name}_float32"
-        if wide not in weights:
-            weights.put(wide, weights.value(name).to(torch.float32).contiguous())
-        held.append(read(graph, weights, wide, at))
+        held.append(None if name is None else _float32(name, graph, weights, at))
     rms = is_call(x, RMS_NORM)
     default = float(torch.finfo(x.meta["val"].dtype).eps) if rms else 1e-5
     eps = arg(x, 3 if rms else 4, "eps")
@@ -153,12 +153,20 @@ def _with_norm(found: Found, parts: list[Any], graph: fx.Graph, weights: Weights
     return replace(found, kind=kind, x=args_of(x)[0], gain=gain, shift=shift, eps=eps)
 
 
+def _float32(name: str, graph: fx.Graph, weights: Weights, at: fx.Node) -> fx.Node:
+    """A constant in float32, read in front of a node."""
+    wide = f"{name}_float32"
+    if wide not in weights:
+        weights.put(wide, weights.value(name).to(torch.float32).contiguous())
+    return read(graph, weights, wide, at)
+
+
 def _constants(norm: fx.Node) -> Iterator[object]:
     yield arg(norm, 2, "weight")
     yield arg(norm, 3, "bias") if is_call(norm, LAYER_NORM) else None
 
 
-def _after(node: fx.Node) -> fx.Node | None:
+def sum_behind(node: fx.Node) -> fx.Node | None:
     """What is added to the linear's result, if that is all that happens to it."""
     users = list(node.users)
     if len(users) != 1 or not is_call(users[0], aten.add.Tensor) or users[0].kwargs:

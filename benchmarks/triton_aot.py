@@ -118,22 +118,23 @@ def weight_only_job(
     return replace(job, weights=config.bn * block, turns=-(-blocks // config.splits))
 
 
-def integer_job(shape: Shape, config: Config, *, zeros: bool = False) -> Job:
+def integer_job(shape: Shape, config: Config, *, zeros: bool = False, out: int = 0) -> Job:
     """The product of 8-bit activations, as `kernels/triton/integer.py` launches it."""
     channel, parts = shape.group >= shape.k, config.splits > 1
     pointers = {
         "q": "*i8", "low": "*i8", "scales": "*bf16", "zeros": "*u8" if zeros else "*i8", "sums": "*i32",
-        "token_scales": "*fp32", "bias": "*i8", "residual": "*bf16", "y": ("*i32" if channel else "*fp32") if parts else "*bf16",
-        "M": "i32", "y_stride": "i32",
+        "token_scales": "*fp32", "bias": "*i8", "residual": "*bf16", "x": "*bf16", "columns": "*i32", "outliers": "*bf16",
+        "y": ("*i32" if channel else "*fp32") if parts else "*bf16", "M": "i32", "x_stride": "i32", "y_stride": "i32",
     }  # fmt: skip
     constants = {
         "N": shape.n, "NP": padded(shape.n), "K": shape.k, "KP": -(-shape.k // 128) * 128, "BITS": shape.bits,
         "GROUP": shape.group, "ZEROS": zeros, "BIAS": False, "ADD": False, "BN": config.bn, "BM": config.bm,
-        "SPLITS": config.splits, "ASM": True,
+        "OUT": out, "SPLITS": config.splits, "ASM": True, "CT": tl.bfloat16,
     }  # fmt: skip
     name = (
         f"w{shape.bits}a8 {'channel' if channel else f'g{shape.group}'}{' zeros' if zeros else ''} {shape.k}x{shape.n}"
     )
+    name = f"{name} outliers {out}" if out else name
     job = Job(f"{name}, {config.bm}x{config.bn} splits {config.splits}", integer.integer, pointers, constants)
     blocks = -(-shape.k // 128 // config.splits)
     turn = integer.turn_of(blocks, config.bm, shape.bits)
@@ -213,6 +214,12 @@ def shipped(target: str) -> list[Job]:
                 add(integer_job(shape, choose(shape, size, device)))
     grouped = Shape("w8", 4, 12288, 4096, 128)
     add(integer_job(grouped, choose(grouped, 32, device), zeros=True))
+    split = Shape("w8", 8, 4096, 4096, 4096)
+    for size in (32, 256):
+        add(integer_job(split, choose(split, size, device), out=32))
+    planes = Shape("w16", 1, 8192, 4096, 128)
+    for size in (16, 32):
+        add(weight_only_job(planes, choose(planes, size, device)))
     for code, bits, group in ((1, 4, 64), (2, 3, 4096), (3, 8, 4096)):
         shape = Shape("coded", bits, 4096, 4096, group)
         for size in (16, 64):

@@ -125,6 +125,12 @@ def restore_integers(words: Tensor, bits: int, out_features: int, in_features: i
     return words.transpose(1, 2).reshape(words.shape[0] * ROWS, -1)[:out_features, :in_features].contiguous()
 
 
+def outliers(indices: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices of columns int32 [O] and the weight [N, O] on them as [O, N padded], O padded to 16 with columns of weight zero."""
+    short = -len(indices) % 16
+    return F.pad(indices.to(torch.int32), (0, short)), columns(F.pad(weight, (0, short)))
+
+
 def columns(values: Tensor, fill: float = 0) -> Tensor:
     """Parameters [N, G] as [G, N padded]: what the rows of a tile need lies side by side."""
     n, groups = values.shape

@@ -41,7 +41,8 @@ class Before:
     """What is done to rows x [..., K] before they are quantized.
 
     Attributes:
-        kind: one of `KINDS`. other: [..., K], the factor of silu(x). gain, shift: [K], of a norm, or None. eps: of a norm.
+        kind: one of `KINDS`. other: [..., K], the factor of silu(x). gain, shift: [K], of a norm, or None; gain of x as
+            it is, too. eps: of a norm.
         block: order of the Hadamard matrices that blocks of the result are multiplied with; 1 for none.
     """
 
@@ -62,6 +63,8 @@ class Before:
             wide = F.layer_norm(wide, wide.shape[-1:], gain, shift, self.eps)
         elif other is not None:
             wide = F.silu(wide) * other
+        elif gain is not None:
+            wide = wide * gain
         return wide if self.block == 1 else _turned(wide, self.block)
 
 

@@ -27,7 +27,6 @@ from dlqc.kernels.reference.layout import act_format, act_scalars, blank, canoni
 from dlqc.kernels.triton import packing, runtime
 from dlqc.kernels.triton.device import weight_only as device
 from dlqc.kernels.triton.dispatch import Config, Shape, bucket, choose
-from dlqc.kernels.triton.language import tl
 
 #: What codes stand for: themselves, entries of one table, entries of a table for each row and group, numbers in e4m3.
 INTEGERS, SHARED, PER_GROUP, FLOAT8 = range(4)
@@ -142,7 +141,6 @@ class Packed:
 
     def constants(self, product: torch.dtype) -> dict[str, object]:
         """The compile-time arguments that the weight decides."""
-        kinds = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
         asm = product != torch.float32 and torch.version.hip is None and not runtime.interpreting()
         sizes = {"N": self.n, "NP": packing.padded(self.n), "K": self.k, "BITS": self.bits, "GROUP": self.group}
         return {
@@ -151,7 +149,7 @@ class Packed:
             "CODE": self.code,
             "RUN": self.run,
             "ASM": asm,
-            "CT": kinds[product],
+            "CT": runtime.in_triton(product),
         }
 
 

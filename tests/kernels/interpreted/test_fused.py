@@ -18,7 +18,7 @@ from dlqc.formats.packing import pack
 from dlqc.graph import args_of, aten, is_call
 from dlqc.hadamard import hadamard
 from dlqc.kernels.triton import integer as host
-from dlqc.kernels.triton import rows, weight_only
+from dlqc.kernels.triton import packing, rows, weight_only
 from dlqc.ops import TRANSFORM
 from dlqc.passes.lower import Lower
 from dlqc.passes.pack import Pack
@@ -137,3 +137,33 @@ def test_a_model_with_everything_joined(case: Callable[..., Any]) -> None:
         logits.append(k.forward(k.ids(2, 10)))
     together, apart = logits
     assert float((together - apart).norm() / apart.norm()) < 1e-2
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("group", [None, 128])
+def test_columns_with_outliers(group: int | None, splits: int) -> None:
+    """Codes of whole numbers are exact, and so is the product on the columns, of which one is the first and one the last."""
+    m, n, k = 5, 70, 256
+    stored = IntFormat(8, group, True, "float32").quantize(torch.randn(n, k))
+    lowered = host.Integer().lower(
+        LinearSpec(k, n, stored.format, ActFormat(8), False), pack(stored.codes, 8), stored.scales, None, None
+    )
+    columns, apart = packing.outliers(torch.tensor([0, 17, k - 1]), torch.randint(-9, 10, (n, 3)).float())
+    x = torch.randint(-127, 128, (m, k)).float()
+    x[:, 3] = 127.0
+    kept = torch.ones(k).index_fill(0, torch.tensor([0, 17, k - 1]), 0.0)
+    whole = x.clone()
+    whole[:, [0, 17, k - 1]] *= 1000.0
+    truth = (x * kept).double() @ stored.dequantize().double().T + whole[:, [0, 17, k - 1]].double() @ apart[
+        :3, :n
+    ].double()
+    rest = ("as_is", None, kept, None, 0.0, 1, None, whole, columns, apart)
+    wide = (rest[0], None, kept.double(), *rest[3:7], whole.double(), *rest[8:])
+    for given, extra in ((whole, rest), (whole.double(), wide)):
+        y = lowered.op(given, *lowered.tensors.values(), *lowered.scalars, *extra)
+        torch.testing.assert_close(y.double(), truth, rtol=1e-5, atol=1e-3)
+    packed = host.Packed(*list(lowered.tensors.values())[:3], k, n, 8, group or k)  # type: ignore[arg-type]
+    codes = host.quantize(whole, 8, packed, rows.Before(gain=kept))
+    y = torch.full((m, n), torch.nan)
+    host.launch(codes, packed, None, y, host.Config(64, 16, splits), None, host.Apart(whole, columns, apart))
+    torch.testing.assert_close(y.double(), truth, rtol=1e-5, atol=1e-3)
