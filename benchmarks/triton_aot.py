@@ -30,9 +30,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dlqc.kernels.triton import head
+from dlqc.kernels.triton import integer as integer_host
+from dlqc.kernels.triton.cache import ROWS
+from dlqc.kernels.triton.device import cache, float8, integer, rows, weight_only
 from dlqc.kernels.triton.device import head as head_device
-from dlqc.kernels.triton.device import integer, rows, weight_only
 from dlqc.kernels.triton.dispatch import BUCKETS, Config, Shape, choose
+from dlqc.kernels.triton.float8 import config_of
 from dlqc.kernels.triton.language import tl
 from dlqc.kernels.triton.packing import block_of, padded, run_of
 from dlqc.kernels.triton.runtime import H200, Device
@@ -56,10 +59,13 @@ PRODUCT = {
     "gfx942": r"\bv_mfma_\w+",
 }
 INTEGER = re.compile(r"\b(LOP3|SHF|SHL|SHR|PRMT|IADD3|IADD|IMAD|LEA|BFE|SGXT|I2F\w*|I2I\w*|VABSDIFF)\b")
-#: The most instructions and integer instructions for each weight in the loop on sm_90, with up to 64 tokens a tile: what keeps up
-#: with the memory of an H200 is 3.55 and 1.78 for 4 bits, 7.1 and 3.56 for 8 bits (and 4.7, 2.4 for 3 bits, which is missed).
+#: What keeps up with the memory of an H200, for each weight: instructions and integer instructions, 29.6 and 14.8 · 10¹² a second
+#: over 4.3 · 10¹² bytes a second. With 8, 4, 3, 2 and 1 bits 6.9, 3.55, 2.7, 1.8 and 0.97 instructions, half as many of integers.
+#: These are the most that the loop may take on sm_90 with up to 64 tokens a tile: above what the memory allows at 3 bits and
+#: fewer, where numbers are made two at a time (a shift for several, a mask, a multiply-add) and each product has to be set up.
 LIMITS = {
-    "w4a16 channel": (3.7, 1.2), "w4a16 g128": (3.7, 1.2), "w8a16 channel": (7.1, 3.56), "w8a8 channel": (1.6, 0.9),
+    "w1a16 g128": (2.7, 0.9), "w2a16 g128": (2.9, 0.97), "w3a16 g128": (3.4, 1.2),
+    "w4a16 channel": (3.55, 1.25), "w4a16 g128": (3.55, 1.25), "w8a16 channel": (6.9, 3.4), "w8a8 channel": (1.6, 0.9),
     "w4a8 channel": (1.4, 0.7), "w4a8 g128": (2.5, 1.2),
 }  # fmt: skip
 
@@ -142,17 +148,19 @@ def integer_job(shape: Shape, config: Config, *, zeros: bool = False, out: int =
     return replace(job, warps=config.warps, stages=config.stages, weights=weights, turns=blocks // turn)
 
 
-def row_job(name: str, width: int, kind: int = 0, add: bool = False, block: int = 1, sums: int = 0) -> Job:
+def row_job(
+    name: str, width: int, kind: int = 0, add: bool = False, block: int = 1, sums: int = 0, float8: bool = False
+) -> Job:
     """Codes of rows, as `kernels/triton/rows.py` launches it."""
     norm = kind == 1
     pointers = {
         "x": "*bf16", "other": "*bf16", "gain": "*fp32" if norm else "*bf16", "shift": "*bf16", "total": "*bf16",
-        "q": "*i8", "scales": "*fp32", "sums": "*i32", "M": "i32", "x_stride": "i32", "other_stride": "i32",
+        "q": "*u8" if float8 else "*i8", "scales": "*fp32", "sums": "*i32", "M": "i32", "x_stride": "i32", "other_stride": "i32",
         "epsilon": "fp32", "factor": "fp32",
     }  # fmt: skip
     constants = {
-        "KIND": kind, "ADD": add, "GAIN": norm, "SHIFT": False, "BLOCK": block, "K": width, "KP": width, "TOP": 127,
-        "GROUP": width // max(1, sums), "SUMS": sums, "WIDTH": 1 << (width - 1).bit_length(),
+        "KIND": kind, "ADD": add, "GAIN": norm, "SHIFT": False, "BLOCK": block, "FLOAT8": float8, "K": width, "KP": width,
+        "TOP": 127, "GROUP": width // max(1, sums), "SUMS": sums, "WIDTH": 1 << (width - 1).bit_length(),
     }  # fmt: skip
     return Job(f"rows {name} {width}", rows.quantize_rows, pointers, constants, warps=8, product=False)
 
@@ -164,6 +172,7 @@ def row_jobs() -> list[Job]:
     return [
         row_job("quantize", 4096),
         row_job("quantize with sums", 12288, sums=96),
+        row_job("quantize to e4m3", 4096, float8=True),
         row_job("norm and quantize", 4096, kind=1),
         row_job("add, norm and quantize", 4096, kind=1, add=True),
         row_job("silu and quantize", 12288, kind=3),
@@ -172,7 +181,29 @@ def row_jobs() -> list[Job]:
             Job(f"rows hadamard {block}", rows.hadamard, turn, {**sizes, "BLOCK": block}, warps=8, product=False)
             for block in (128, 4096)
         ),
+        *(cache_job(bits, keys) for bits, keys in ((2, True), (4, True), (3, False), (8, False))),
     ]
+
+
+def cache_job(bits: int, keys: bool) -> Job:
+    """Codes of keys in groups of 64 tokens, or of values of 128 channels, as `kernels/triton/cache.py` launches it."""
+    numbers = ("R", "INNER", "outer", "row_stride", "stride", "LAST", "WORDS")
+    pointers = {"x": "*bf16", "centers": "*fp16", "codes": "*i32", "steps": "*fp16", **dict.fromkeys(numbers, "i32")}
+    size = 64 if keys else 128
+    constants = {"BITS": bits, "GROUP": size, "GROUPS": 16 if keys else 1, "GIVEN": keys, "ROWS": ROWS, "WIDTH": size}
+    name = f"cache {bits} bits of {'keys' if keys else 'values'}"
+    return Job(name, cache.quantize_bins, pointers, constants, product=False)
+
+
+def float8_job(shape: Shape, config: Config) -> Job:
+    """The product in e4m3, as `kernels/triton/float8.py` launches it."""
+    pointers = {
+        "q": "*fp8e4nv", "weight": "*fp8e4nv", "scales": "*fp32", "token_scales": "*fp32", "bias": "*fp32",
+        "y": "*fp32" if config.splits > 1 else "*bf16", "M": "i32", "y_stride": "i32",
+    }  # fmt: skip
+    constants = {"N": shape.n, "KP": shape.k, "BIAS": False, "BN": config.bn, "BM": config.bm, "SPLITS": config.splits}
+    name = f"w8a8 e4m3 {shape.k}x{shape.n}, {config.bm}x{config.bn} splits {config.splits}"
+    return Job(name, float8.float8, pointers, constants, config.warps, config.stages)
 
 
 def head_job(bits: int, tokens: int, stages: int) -> Job:
@@ -216,7 +247,9 @@ def shipped(target: str) -> list[Job]:
     add(integer_job(grouped, choose(grouped, 32, device), zeros=True))
     split = Shape("w8", 8, 4096, 4096, 4096)
     for size in (32, 256):
-        add(integer_job(split, choose(split, size, device), out=32))
+        add(integer_job(split, integer_host.config_of(split, size, device, apart=True), out=32))
+    for size in (32, 256) if target not in ("sm_80", "gfx942") else ():  # which have no e4m3
+        add(float8_job(split, config_of(split.n, split.k, size, device)))
     planes = Shape("w16", 1, 8192, 4096, 128)
     for size in (16, 32):
         add(weight_only_job(planes, choose(planes, size, device)))

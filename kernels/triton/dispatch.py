@@ -98,10 +98,11 @@ def rule(shape: Shape, size: int, device: Device = H200) -> Config:
     wide = shape.kernel != "w8"
     if wide and size >= DENSE:
         return Config(bn=64, dense=True)
-    bm = min(size, 128)
-    bn = 64 if size < 64 else 128
-    programs = padded(shape.n) // bn * -(-size // bm)
     block = block_of(shape.bits, run_of(shape.bits, shape.k, shape.group)) if wide else 128
+    large = 128 if block < 512 else 64  # tokens of a long block would fill the shared memory
+    bm = min(size, large)
+    bn = 64 if size < 64 else large
+    programs = padded(shape.n) // bn * -(-size // bm)
     blocks = -(-shape.k // block)
     splits = 1
     while (

@@ -20,7 +20,7 @@ On a CPU the op computes the definition, with float64 in place of the integers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -76,7 +76,7 @@ def integer(
         y = ((codes.double() @ packed.dequantize().T) * scale).to(wide)
         y = y if apart is None else y + apart.value(wide)[:, :out_features]
         return outcome(y if added is None else y + added.to(wide), bias, x)
-    config = choose(packed.shape, flat.shape[0], runtime.device_of(x))
+    config = config_of(packed.shape, flat.shape[0], runtime.device_of(x), apart is not None)
     y = flat.new_empty(flat.shape[0], out_features, dtype=runtime.interpretable(x))
     launch(quantize(flat, act_bits, packed, before), packed, bias, y, config, added, apart)
     return y.to(x.dtype).reshape(*x.shape[:-1], out_features)
@@ -165,6 +165,12 @@ class Apart:
 def quantize(x: Tensor, bits: int, packed: Packed, before: Before = AS_IS) -> Codes:
     """Codes of x [M, K] as the product of `packed` reads them: in whole blocks of K, with the sums its zero points need."""
     return quantize_rows(x, bits, before, stored=packed.words.shape[1] * BLOCK, sums=packed.sums)
+
+
+def config_of(shape: Shape, tokens: int, device_: runtime.Device, apart: bool = False) -> Config:
+    """The choice, with more threads where sums of columns apart are held beside those of the product."""
+    found = choose(shape, tokens, device_)
+    return replace(found, warps=8) if apart and found.bm > 64 else found
 
 
 def launch(

@@ -88,17 +88,19 @@ def quantize(
     stored: int | None = None,
     sums: int = 0,
     total: Tensor | None = None,
+    float8: bool = False,
 ) -> Codes:
     """Codes of rows x [M, K] on a GPU.
 
     Args:
         stored: width of a row of codes, K or more. sums: of how many groups of a stored row the codes are summed.
         total: [M, K], takes x + other, which then goes on in place of x.
+        float8: codes are uint8, the bits of numbers in e4m3.
     """
     (m, k), group = x.shape, max(1, sums)
     stored = stored or k
     width = 1 << (max(stored, MULTIPLE) - 1).bit_length()
-    q = torch.empty(m, stored, dtype=torch.int8, device=x.device)
+    q = torch.empty(m, stored, dtype=torch.uint8 if float8 else torch.int8, device=x.device)
     scales = torch.empty(m, dtype=torch.float32, device=x.device)
     found = torch.empty(group, m, dtype=torch.int32, device=x.device)
     x = x if x.stride(1) == 1 else x.contiguous()
@@ -110,8 +112,8 @@ def quantize(
             *(x, *(x if t is None else t for t in given), q, scales, found, m),
             *(x.stride(0), x.stride(0) if other is None else other.stride(0), before.eps, before.block**-0.5),
             **{"KIND": KINDS[before.kind], "ADD": total is not None, "GAIN": before.gain is not None},
-            **{"SHIFT": before.shift is not None, "BLOCK": before.block, "K": k, "KP": stored},
-            **{"TOP": (1 << (bits - 1)) - 1, "GROUP": stored // group, "SUMS": sums, "WIDTH": width},
+            **{"SHIFT": before.shift is not None, "BLOCK": before.block, "FLOAT8": float8, "K": k},
+            **{"TOP": (1 << (bits - 1)) - 1, "GROUP": stored // group, "SUMS": sums, "WIDTH": width, "KP": stored},
             num_warps=warps(width),
         )
     return Codes(q, scales, found)

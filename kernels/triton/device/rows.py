@@ -25,6 +25,21 @@ def to_codes(value, TOP: tl.constexpr):
 
 
 @jit
+def to_float8(value):
+    """Codes of a row (1-D) in e4m3 as the bits of them, uint8, and its scale: by integers, as casts differ between devices."""
+    most = tl.max(tl.abs(value), 0)
+    scale = tl.div_rn(most, 448.0)
+    scale = tl.where(most == 0.0, 1.0, tl.maximum(scale, 1.1754943508222875e-38))
+    size = tl.minimum(tl.div_rn(tl.abs(value), tl.zeros_like(value) + scale), 448.0)
+    bits = size.to(tl.int32, bitcast=True)
+    # Three bits of mantissa are left, ties to even; the exponent's bias goes from 127 to 7.
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 960
+    small = ((size * 512.0 + 12582912.0) - 12582912.0).to(tl.int32)
+    code = tl.where(size < 0.015625, small, normal) | tl.where(value < 0.0, 128, 0)
+    return code.to(tl.uint8), scale
+
+
+@jit
 def keep_codes(
     code, scale, q, scales, sums, row, M, KP: tl.constexpr, GROUP: tl.constexpr, SUMS: tl.constexpr, WIDTH: tl.constexpr
 ):
@@ -54,13 +69,14 @@ def butterflies(value, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
 @jit
 def quantize_rows(
     x, other, gain, shift, total, q, scales, sums, M, x_stride, other_stride, epsilon, factor,
-    KIND: tl.constexpr, ADD: tl.constexpr, GAIN: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
+    KIND: tl.constexpr, ADD: tl.constexpr, GAIN: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr, FLOAT8: tl.constexpr,
     K: tl.constexpr, KP: tl.constexpr, TOP: tl.constexpr, GROUP: tl.constexpr, SUMS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Codes int8 [M, KP] and scales [M] of what KIND makes of x [M, K]; with SUMS > 0 their sums, int32 [SUMS, M], by group of K.
 
     KIND: 0 x itself, 1 gain · x / rms(x), 2 gain · (x - mean) / deviation + shift, 3 silu(x) · other. Where ADD, `other` is added
-    to x first and the sum kept in `total`. BLOCK > 1: times a block-diagonal Hadamard matrix, and `factor`.
+    to x first and the sum kept in `total`. BLOCK > 1: times a block-diagonal Hadamard matrix, and `factor`. FLOAT8: codes are the
+    bits of numbers in e4m3.
     """
     row = tl.program_id(0)
     k = tl.arange(0, WIDTH)
@@ -85,7 +101,10 @@ def quantize_rows(
         value += tl.load(shift + k, mask=k < K, other=0.0).to(tl.float32)
     if BLOCK > 1:
         value = butterflies(value, BLOCK, WIDTH) * factor
-    code, scale = to_codes(value, TOP)
+    if FLOAT8:
+        code, scale = to_float8(value)
+    else:
+        code, scale = to_codes(value, TOP)
     keep_codes(code, scale, q, scales, sums, row, M, KP, GROUP, SUMS, WIDTH)
 
 
