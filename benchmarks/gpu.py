@@ -55,7 +55,7 @@ def floor(m: int, k: int, n: int, entry: Entry, ceilings: dict[str, float]) -> f
     """Seconds that the weight, x and y take at the rate of a copy, or the operations at that of a large product."""
     size = k * n * entry.weight_bits / 8 + m * k * entry.act_bits / 8 + 2 * m * n
     rate = ceilings["int8" if entry.act_bits == 8 else "bf16"]
-    if entry.name.startswith("fp8"):
+    if entry.name.startswith("fp8") or "e4m3" in entry.name:
         rate = ceilings["fp8"]
     return max(size / ceilings["copy"], 2 * m * k * n / rate)
 

@@ -64,7 +64,7 @@ INTEGER = re.compile(r"\b(LOP3|SHF|SHL|SHR|PRMT|IADD3|IADD|IMAD|LEA|BFE|SGXT|I2F
 #: These are the most that the loop may take on sm_90 with up to 64 tokens a tile: above what the memory allows at 3 bits and
 #: fewer, where numbers are made two at a time (a shift for several, a mask, a multiply-add) and each product has to be set up.
 LIMITS = {
-    "w1a16 g128": (2.7, 0.9), "w2a16 g128": (2.9, 0.97), "w3a16 g128": (3.4, 1.2),
+    "w1a16 g128": (2.7, 0.9), "w2a16 g128": (3.0, 0.97), "w3a16 g128": (3.4, 1.2),
     "w4a16 channel": (3.55, 1.25), "w4a16 g128": (3.55, 1.25), "w8a16 channel": (6.9, 3.4), "w8a8 channel": (1.6, 0.9),
     "w4a8 channel": (1.4, 0.7), "w4a8 g128": (2.5, 1.2),
 }  # fmt: skip

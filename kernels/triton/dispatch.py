@@ -111,9 +111,9 @@ def rule(shape: Shape, size: int, device: Device = H200) -> Config:
         and 2 * splits * size * shape.n * 8 <= shape.weight_bytes
     ):
         splits *= 2
-    # Sums of groups beside those of all of K are twice the registers: the tile is then spread over more threads, as it is where
-    # a product is one warp's.
-    both = not wide and shape.group < shape.k
+    # Sums of groups beside those of all of K are twice the registers, and so are numbers made of codes: the tile is then spread
+    # over more threads, as it is where a product is one warp's.
+    both = wide or shape.group < shape.k
     warps = 8 if bm > 64 and (both or not device.warpgroups) else 4
     stage = bm * block * (2 if wide else 1) + bn * block * shape.bits // 8
     spare = device.shared - (48 << 10 if shape.kernel == "coded" else 0)  # entries of tables change places there

@@ -40,7 +40,8 @@ def lower(word, ASM: tl.constexpr):
 @at_compile_time
 def turn_of(blocks, tokens, bits):
     """Blocks of one turn of the loop. Few tokens make short products, so several share what a turn costs beside them."""
-    return math.gcd(blocks, 1 if tokens >= 64 else 4 if tokens <= 16 and bits == 4 else 2)
+    most = 1 if tokens >= 64 else 4 if tokens <= 16 and bits == 4 else 2
+    return math.gcd(blocks, min(most, max(1, blocks // 4)))
 
 
 @jit
