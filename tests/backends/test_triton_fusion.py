@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from torch import fx
 
 from dlqc.backends.triton import TritonBackend
-from dlqc.graph import args_of, aten, is_call
+from dlqc.graph import args_of, aten, copy_graph, is_call
 from dlqc.kernels.triton import runtime
 from dlqc.kernels.triton.integer import INTEGER
 from dlqc.manager import PassManager
@@ -34,11 +35,13 @@ def test_a_model_with_outlier_columns(case: Callable[..., Any], monkeypatch: pyt
     is one linear: output and down of each block."""
     monkeypatch.setattr(runtime, "unavailable", lambda: None)
     logits = []
+    split, rounded = SplitOutliers(threshold=0.0, share=0.05), QuantizeWeights(8, None, method=Rtn())
+    packed = case("llada", TritonBackend())
+    PassManager((split, rounded, QuantizeActivations(8), Pack())).run(packed.graph, packed.ctx)
     for backend in (TritonBackend(), Apart()):
-        k = case("llada", backend)
-        split, rounded = SplitOutliers(threshold=0.0, share=0.05), QuantizeWeights(8, None, method=Rtn())
-        steps = PassManager((split, rounded, QuantizeActivations(8), Pack(), Lower())).run(k.graph, k.ctx)
-        metrics, sums = steps[-1][1].metrics, sum(is_call(node, aten.add.Tensor) for node in k.graph.nodes)
+        ctx = replace(packed.ctx, weights=packed.ctx.weights.clone(), backend=backend)
+        k = replace(packed, graph=copy_graph(packed.graph), ctx=ctx)
+        metrics, sums = k.apply(Lower()).metrics, sum(is_call(node, aten.add.Tensor) for node in k.graph.nodes)
         if not isinstance(backend, Apart):
             assert (metrics["fused_outliers"], metrics["fused_residual"]) == (4, 4)
             joined = [args_of(node) for node in k.graph.nodes if is_call(node, INTEGER)]

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 import dlqc
+import dlqc.kernels.reference.coded
 from dlqc.backends.triton_graphs import captured, uncapturable
 from dlqc.compiled import Compiled
 from dlqc.errors import LoweringError
 from dlqc.graph import aten
 from dlqc.kernels.triton import runtime
 
+CODED = torch.ops.dlqc_reference.coded.default
 RECIPE = "quantize_weights(bits=4, group_size=32, method=rtn), pack, lower"
 
 
@@ -100,12 +102,6 @@ def test_what_cannot_be_captured_is_refused(model: Compiled, monkeypatch: pytest
     with monkeypatch.context() as patch:
         patch.setattr(node, "target", aten.nonzero.default)
         assert uncapturable(model.lowered) == f"%{node.name} (aten.nonzero.default) reads values on the host"
-    other = dlqc.compile(model_of(), RECIPE, backend="reference", mask_id=60, progress=False)
-    with pytest.raises(LoweringError, match=r"\(dlqc_reference\.\w+\.default\) is no kernel of a GPU"):
-        captured(other, recorder=Fake())
-
-
-def model_of() -> torch.nn.Module:
-    from zoo import ZOO
-
-    return ZOO["llada"]()
+    monkeypatch.setattr(node, "target", CODED)
+    with pytest.raises(LoweringError, match=r"\(dlqc_reference\.coded\.default\) is no kernel of a GPU"):
+        captured(model, recorder=Fake())
