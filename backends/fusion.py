@@ -119,7 +119,9 @@ def _before(found: Found, joint: Joint, graph: fx.Graph, weights: Weights, at: f
     if is_call(x, RMS_NORM, LAYER_NORM):
         parts = list(_constants(x))
         if list(args_of(x)[1]) == [width(x)] and all(p is None or constant_name(p) is not None for p in parts):
-            return _with_norm(found, parts, graph, weights, at)
+            kind = "rms_norm" if is_call(x, RMS_NORM) else "layer_norm"
+            gain, shift, eps = norm(x, graph, weights, at)
+            return replace(found, kind=kind, x=args_of(x)[0], gain=gain, shift=shift, eps=eps)
     if is_call(x, aten.mul.Tensor):
         left, right = args_of(x)
         name = constant_name(right)
@@ -138,19 +140,14 @@ def _own(x: object) -> bool:
     return isinstance(x, fx.Node) and len(x.users) == 1
 
 
-def _with_norm(found: Found, parts: list[Any], graph: fx.Graph, weights: Weights, at: fx.Node) -> Found:
-    x = found.x
-    held: list[fx.Node | None] = []
-    for part in parts:
-        name = constant_name(part)
-        held.append(None if name is None else _float32(name, graph, weights, at))
-    rms = is_call(x, RMS_NORM)
-    default = float(torch.finfo(x.meta["val"].dtype).eps) if rms else 1e-5
-    eps = arg(x, 3 if rms else 4, "eps")
-    kind = "rms_norm" if rms else "layer_norm"
-    gain, shift = held
-    eps = default if eps is None else float(eps)
-    return replace(found, kind=kind, x=args_of(x)[0], gain=gain, shift=shift, eps=eps)
+def norm(node: fx.Node, graph: fx.Graph, weights: Weights, at: fx.Node) -> tuple[fx.Node | None, fx.Node | None, float]:
+    """Gain and shift of a norm in float32, read in front of a node, and its eps."""
+    names = [constant_name(part) for part in _constants(node)]
+    gain, shift = (None if name is None else _float32(name, graph, weights, at) for name in names)
+    rms = is_call(node, RMS_NORM)
+    default = float(torch.finfo(node.meta["val"].dtype).eps) if rms else 1e-5
+    eps = arg(node, 3 if rms else 4, "eps")
+    return gain, shift, default if eps is None else float(eps)
 
 
 def _float32(name: str, graph: fx.Graph, weights: Weights, at: fx.Node) -> fx.Node:
