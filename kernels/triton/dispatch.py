@@ -114,7 +114,8 @@ def rule(shape: Shape, size: int, device: Device = H200) -> Config:
     # Sums of groups beside those of all of K are twice the registers, and so are numbers made of codes: the tile is then spread
     # over more threads, as it is where a product is one warp's.
     both, tables = wide or shape.group < shape.k, shape.kernel == "coded"
-    warps = 8 if (bm > 64 and (both or not device.warpgroups)) or (bn > 64 and tables) else 4
+    crowded = bm > 64 and both if device.warpgroups else bm > 32 or (tables and block >= 512)
+    warps = 8 if crowded or (bn > 64 and tables) else 4
     stage = bm * block * (2 if wide else 1) + bn * block * shape.bits // 8
     spare = device.shared - ((block * bn * 4) if tables else 0)  # entries of tables change places there
     stages = max(1, min(3, spare // stage))

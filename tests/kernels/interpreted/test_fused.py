@@ -68,7 +68,7 @@ def test_products_with_what_is_around_them(
     packed = host.Packed(*list(lowered.tensors.values())[:3], k, n, 4, group or k)  # type: ignore[arg-type]
     codes = host.quantize(x, 8, packed, rows.Before(kind, *given, block))
     y = torch.full((m, n), torch.nan)
-    host.launch(codes, packed, bias, y, host.Config(64, 16, splits), residual)
+    host.launch(codes, packed, bias, y, host.Config(128, 16, splits), residual)
     assert ((y.double() - truth).abs() <= bound).all()
     wide = lowered.op(x.double(), *lowered.tensors.values(), *lowered.scalars, kind, *given, block, residual)
     assert ((wide - truth).abs() <= bound).all()
@@ -81,7 +81,7 @@ def test_a_sum_behind_16_bit_products(judge: Any, splits: int) -> None:
     packed = weight_only.Packed(low, scales, zeros, 512, 70, 4, 128)  # type: ignore[arg-type]
     x, residual = problem.input((5,), torch.float32, 1), torch.randn(5, 70)
     plain, y = torch.empty(5, 70), torch.full((5, 70), torch.nan)
-    config = weight_only.Config(64, 16, splits)
+    config = weight_only.Config(128, 16, splits)
     weight_only.launch(x, packed, bias, plain, config)
     weight_only.launch(x, packed, bias, y, config, residual)
     torch.testing.assert_close(y, plain + residual, rtol=1e-6, atol=1e-6)
@@ -115,5 +115,5 @@ def test_columns_with_outliers(group: int | None, splits: int) -> None:
     packed = host.Packed(*list(lowered.tensors.values())[:3], k, n, 8, group or k)  # type: ignore[arg-type]
     codes = host.quantize(whole, 8, packed, rows.Before(gain=kept))
     y = torch.full((m, n), torch.nan)
-    host.launch(codes, packed, None, y, host.Config(64, 16, splits), None, host.Apart(whole, columns, apart))
+    host.launch(codes, packed, None, y, host.Config(128, 16, splits), None, host.Apart(whole, columns, apart))
     torch.testing.assert_close(y.double(), truth, rtol=1e-5, atol=1e-3)
