@@ -33,7 +33,8 @@ _TUNED = (("-march=native",), ())  # some compilers do not know their own proces
 _COMPILERS = ("c++", "g++", "clang++")
 _PATIENCE_S = 120
 
-_lock = threading.Lock()
+_lock = threading.Lock()  # of what follows
+_building: dict[tuple[str, Path | None, tuple[str, ...]], threading.Lock] = {}
 _found: dict[tuple[str, Path | None, tuple[str, ...]], ctypes.CDLL | str] = {}
 
 
@@ -59,6 +60,8 @@ def library(name: str, folder: Path | None = None, options: tuple[str, ...] = ()
     found = _found.get(key)
     if found is None:
         with _lock:
+            mine = _building.setdefault(key, threading.Lock())
+        with mine:  # others may be built at the same time
             found = _found.get(key)
             if found is None:
                 try:
