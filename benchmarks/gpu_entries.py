@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dlqc.kernels.triton import dispatch, integer, packing, runtime, weight_only
+from dlqc.formats.fp8 import Fp8Format
+from dlqc.kernels.triton import dispatch, float8, integer, packing, runtime, weight_only
 
 WRONG = 1e-2
 
@@ -57,15 +58,29 @@ def ours(k: int, n: int, device_: str) -> list[Entry]:
         held = packing.columns(scales)
         packed: Any
         if act == 16:
-            low, high = packing.arrange(codes, bits)
-            packed = weight_only.Packed(low, high, held, None, k, n, bits, group)
+            packed = weight_only.Packed(
+                packing.arrange(codes, bits, packing.run_of(bits, k, group)), held, None, k, n, bits, group
+            )
         else:
             packed = integer.Packed(packing.arrange_integers(codes, bits), held, None, k, n, bits, group)
         made.append(Entry(name, bits + 16 / group, act, _copies(packed), truth, 4e-3 if act == 16 else 2e-2))
         if act == 8:
             given = Given(partial(integer.quantize, bits=8, packed=packed))
             made.append(replace(made[-1], name=f"{name}, codes given", copies=_copies(packed, given)))
-    return made
+    return [*made, *_float8(k, n, device_)]
+
+
+def _float8(k: int, n: int, device_: str) -> list[Entry]:
+    """Our product in e4m3, quantization of tokens included, where the device has such products."""
+    if float8.unavailable() is not None:
+        return []
+    stored = Fp8Format().quantize(torch.randn(n, k, device=device_).div_(k**0.5))
+    codes, scales = float8.arrange(stored)
+
+    def call(weight: Tensor, x: Tensor) -> Tensor:
+        return float8.float8(x, weight, scales, None, k, n)
+
+    return [Entry("W8A8 e4m3", 8, 8, turns(codes, call), stored.dequantize()[: min(n, 128)].double(), 6e-2)]
 
 
 def _copies(packed: Any, given: Given | None = None) -> Callable[[int], list[Callable[[Tensor], Tensor]]]:
@@ -73,7 +88,7 @@ def _copies(packed: Any, given: Given | None = None) -> Callable[[int], list[Cal
         calls = []
         for _ in range(count):
             if isinstance(packed, weight_only.Packed):
-                own = replace(packed, low=packed.low.clone(), high=None if packed.high is None else packed.high.clone())
+                own = replace(packed, low=packed.low.clone())
             else:
                 own = replace(packed, words=packed.words.clone())
             calls.append(partial(run, own, given=given))
