@@ -2,7 +2,7 @@
 
     y = x · Ŵᵀ + b,    Ŵ[n, k] = Σ_p ±r_p[n] · c_p[k]    over the planes of the group of k, of which there are 1 to 3
 
-Shapes:  x [..., K]; words as of `arrange`; rows bfloat16 [planes, N'], columns bfloat16 [K'], offsets and first int32, N' being N
+Shapes:  x [..., K]; words as of `arrange`; rows bfloat16 [K'/stretch, N'], columns bfloat16 [K'], offsets and first int32, N' being N
          padded to 128 and K' all planes one after the other; bias float32 [N] or None → [..., N].
 Dtypes:  up to 64 tokens, products of column scales and x are rounded to bfloat16, whatever x is, and all sums are float32; signs
          are exact, so Ŵ is never rounded. From there on Ŵ is made dense in 16 bits at each call and the library multiplies.
@@ -136,9 +136,9 @@ class Packed:
         return -(-self.group // BLOCK) * BLOCK
 
     @property
-    def planes(self) -> int:
-        """Planes of all groups."""
-        return self.steps * STEP // self.width
+    def stretch(self) -> int:
+        """Places of K' that have a row of row scales."""
+        return BLOCK if self.width % STEP else STEP
 
     def splits(self, size: int, device: runtime.Device) -> int:
         """Shares of K' for a bucket."""
@@ -147,7 +147,7 @@ class Packed:
     def dequantize(self) -> Tensor:
         """Ŵ float32 [N, K], in plain PyTorch."""
         signs = restore(self.words, self.n).float().mul_(2).sub_(1)
-        values = signs * self.columns.float() * self.rows[:, : self.n].float().T.repeat_interleave(self.width, 1)[:, : len(self.columns)]
+        values = signs * self.columns.float() * self.rows[:, : self.n].float().T.repeat_interleave(self.stretch, 1)
         weight = torch.zeros(self.n, self.k, dtype=torch.float32, device=signs.device)
         starts = self.offsets.tolist()
         for plane in range(int(self.first[-1])):
@@ -187,7 +187,7 @@ def lay_out(weight: PlanesWeight) -> Packed:
     n, k = weight.codes.shape
     group, device = k // len(weight.orders), weight.codes.device
     width = -(-group // BLOCK) * BLOCK
-    total = sum(weight.orders)
+    total, stretch = sum(weight.orders), BLOCK if width % STEP else STEP
     steps = -(-total * width // STEP)
     bits = torch.zeros(n, steps * STEP, dtype=torch.uint8, device=device)
     plane, offsets = 0, []
@@ -204,7 +204,7 @@ def lay_out(weight: PlanesWeight) -> Packed:
     first = torch.tensor([0, *weight.orders], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     return Packed(
         words=arrange(bits),
-        rows=columns(F.pad(weight.row_scales, (0, extra))),
+        rows=columns(F.pad(weight.row_scales, (0, extra)).repeat_interleave(width // stretch, 1)),
         columns=F.pad(scales, (0, steps * STEP - len(scales))),
         offsets=torch.tensor([*offsets, *[0] * extra], dtype=torch.int32, device=device),
         first=first.to(device),
@@ -226,7 +226,7 @@ def product(x: Tensor, packed: Packed, bias: Tensor | None, y: Tensor, splits: i
     x = x if x.stride(1) == 1 else x.contiguous()
     bm = launch.bucket(x.shape[0])
     products = torch.empty(packed.steps, bm, STEP, dtype=torch.bfloat16, device=x.device)
-    totals = torch.empty(packed.steps * STEP // BLOCK, bm, dtype=torch.float32, device=x.device)
+    totals = torch.empty(packed.steps * STEP // packed.stretch, bm, dtype=torch.float32, device=x.device)
     scales = torch.empty(bm, dtype=torch.float32, device=x.device)
     call = _call(packed)
     # A bit is worth 2: what is between -1 and +1.

@@ -2,8 +2,8 @@
 
     y = (Σ_k (code - zero) · q) · s_w · s_x + b,    q, s_x = codes and scales of x, one scale per token, quantized on the fly
 
-Shapes:  x [..., K]; words as of `arrange`; scales float32 [1, N'] for one per channel or bfloat16 [G, N'], zeros uint8 [G, N'] or
-         None, N' being N padded to 128; bias float32 [N] or None → [..., N].
+Shapes:  x [..., K]; words as of `arrange`; scales float32 [1, N'] for one per channel, else bfloat16 [K'/128, N']; points bfloat16
+         likewise, 16·(8 - zero), or None; N' and K' are padded to 128; bias float32 [N] or None → [..., N].
 Dtypes:  codes of x are those of `ActFormat.quantize_dynamic`. Sums over K (over 128 features where the weight has groups) are
          exact; scales, zero points of groups and the bias are applied in float32; then the dtype of x.
 Layout:  4-bit codes in the order of the fragments of mma.sync m16n8k32 (sm_80 and newer; wgmma is not used, so on Hopper
@@ -42,8 +42,8 @@ class Integers(ctypes.Structure):
         ("to", build.Target),
         ("x", ctypes.c_void_p),
         ("x_stride", ctypes.c_int64),
-        *((name, ctypes.c_int) for name in ("type", "k", "steps", "group", "top", "padded")),
-        *((name, ctypes.c_void_p) for name in ("words", "scales", "zeros", "q", "tokens", "sums")),
+        *((name, ctypes.c_int) for name in ("type", "k", "steps", "channel", "top", "padded")),
+        *((name, ctypes.c_void_p) for name in ("words", "scales", "points", "q", "tokens", "sums")),
     )
 
 
@@ -52,18 +52,18 @@ def w4a8(
     x: Tensor,
     words: Tensor,
     scales: Tensor,
-    zeros: Tensor | None,
+    points: Tensor | None,
     bias: Tensor | None,
     in_features: int,
     out_features: int,
-    group: int,
+    channel: bool,
     act_bits: int,
 ) -> Tensor:
-    """See the module docstring. `group` is 0 for one scale per channel."""
+    """See the module docstring."""
     if not x.numel():
         return blank(x, in_features, out_features)
     flat = rows(x, in_features)
-    packed = Packed(words, scales, zeros, in_features, out_features, group or in_features)
+    packed = Packed(words, scales, points, in_features, out_features, channel)
     if not build.launchable(x, "w4a8"):
         codes, scale, _ = ActFormat(act_bits).quantize_dynamic(flat)
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -77,11 +77,11 @@ def _(
     x: Tensor,
     words: Tensor,
     scales: Tensor,
-    zeros: Tensor | None,
+    points: Tensor | None,
     bias: Tensor | None,
     in_features: int,
     out_features: int,
-    group: int,
+    channel: bool,
     act_bits: int,
 ) -> Tensor:
     return blank(x, in_features, out_features)
@@ -89,19 +89,14 @@ def _(
 
 @dataclass(frozen=True)
 class Packed:
-    """A weight in the layout of this kernel; `group` is K for one scale per channel."""
+    """A weight in the layout of this kernel; `channel` tells whether a channel has one scale."""
 
     words: Tensor
     scales: Tensor
-    zeros: Tensor | None
+    points: Tensor | None
     k: int
     n: int
-    group: int
-
-    @property
-    def channel(self) -> bool:
-        """Whether a channel has one scale."""
-        return self.group == self.k
+    channel: bool
 
     @property
     def steps(self) -> int:
@@ -119,12 +114,13 @@ class Packed:
     def dequantize(self) -> Tensor:
         """Ŵ float64 [N, K], in plain PyTorch."""
         codes = restore(self.words, self.n, self.k).double()
-        if self.zeros is not None:
-            codes = codes + 8 - self._spread(self.zeros)
+        if self.points is not None:
+            codes = codes + self._spread(self.points) / 16
         return codes * self._spread(self.scales)
 
     def _spread(self, values: Tensor) -> Tensor:
-        return values[:, : self.n].T.double().repeat_interleave(self.group, 1)
+        wide = values[:, : self.n].T.double().repeat_interleave(self.k if self.channel else STEP, 1)
+        return wide[:, : self.k]
 
 
 def arrange(codes: Tensor) -> Tensor:
@@ -152,9 +148,15 @@ def restore(words: Tensor, out_features: int, in_features: int) -> Tensor:
     return codes[:out_features, :in_features].contiguous()
 
 
+def lay_out(values: Tensor, group: int, in_features: int) -> Tensor:
+    """Parameters [N, G] in bfloat16, as the kernel reads them: a row of N' for each step, or one for all of K."""
+    spread = values if group == in_features else values.repeat_interleave(group // STEP, 1)
+    return columns(spread.to(torch.bfloat16))
+
+
 @dataclass(frozen=True)
 class Codes:
-    """Quantized tokens, padded to whole blocks: codes int8 [M', K'], scales float32 [M'], sums float32 [_, M']."""
+    """Quantized tokens, padded to whole blocks: codes int8 [K'/64, M', 64], scales float32 [M'], sums float32 [_, M']."""
 
     q: Tensor
     scales: Tensor
@@ -167,7 +169,7 @@ def quantize(x: Tensor, packed: Packed, act_bits: int) -> Codes:
     block = packed.block(launch.bucket(x.shape[0]))
     m, steps = -(-x.shape[0] // block) * block, packed.steps
     codes = Codes(
-        torch.empty(m, steps * STEP, dtype=torch.int8, device=x.device),
+        torch.empty(2 * steps, m, STEP // 2, dtype=torch.int8, device=x.device),
         torch.empty(m, dtype=torch.float32, device=x.device),
         torch.empty(1 if packed.channel else steps, m, dtype=torch.float32, device=x.device),
     )
@@ -190,10 +192,9 @@ def product(codes: Codes, packed: Packed, bias: Tensor | None, y: Tensor, splits
 
 
 def _call(packed: Packed, codes: Codes) -> Integers:
-    group = 0 if packed.channel else packed.group // STEP
-    zeros = None if packed.zeros is None else packed.zeros.data_ptr()
-    sizes = {"k": packed.k, "steps": packed.steps, "group": group, "padded": codes.q.shape[0], "zeros": zeros}
-    weight = {"words": packed.words.data_ptr(), "scales": packed.scales.data_ptr()}
+    points = None if packed.points is None else packed.points.data_ptr()
+    sizes = {"k": packed.k, "steps": packed.steps, "channel": packed.channel, "padded": len(codes.scales)}
+    weight = {"words": packed.words.data_ptr(), "scales": packed.scales.data_ptr(), "points": points}
     tokens = {"q": codes.q.data_ptr(), "tokens": codes.scales.data_ptr(), "sums": codes.sums.data_ptr()}
     return Integers(**sizes, **weight, **tokens)
 
@@ -241,13 +242,14 @@ class W4A8:
     ) -> Lowered:
         assert spec.act is not None
         weight, k = canonical(spec, packed, scales, zeros, bias), spec.in_features
-        channel = spec.integers.group_size in (None, k)
-        held = columns(weight.scales)
+        size = spec.integers.group_size or k
         tensors = {
             "words": arrange(weight.codes),
-            "scales": held.to(torch.float32) if channel else held,
-            "zeros": None if weight.zeros is None else columns(weight.zeros),
+            "scales": lay_out(weight.scales, size, k),
+            "points": None if weight.zeros is None else lay_out(16 * (8 - weight.zeros.float()), size, k),
             "bias": None if bias is None else bias.to(torch.float32).contiguous(),
         }
-        group = 0 if channel else spec.integers.group_size or 0
-        return Lowered(torch.ops.dlqc_cuda.w4a8.default, tensors, (k, spec.out_features, group, spec.act.bits))
+        if size == k:
+            tensors["scales"] = columns(weight.scales.to(torch.float32))
+        scalars = (k, spec.out_features, size == k, spec.act.bits)
+        return Lowered(torch.ops.dlqc_cuda.w4a8.default, tensors, scalars)

@@ -13,7 +13,7 @@
 // Layouts, K' cut into steps of 128, a step into two blocks b of 64; k = 64·b + 16·member + 2·i + e within a step:
 //     words      uint32 [N'/32, steps, 32 lanes, 4]   pair 8·b + i of feature 4·quad + r; e is the half of the word
 //     products   bf16 [steps, M'/8, 4 quarters, 32 lanes, 8]  z, 8 neighbours of k in 16 bytes, ready to be B fragments
-//     totals     float32 [K'/BLOCK, M']   -t of a stretch of BLOCK;   rows bf16 [planes, N'];   columns bf16 [K']
+//     totals     float32 [K'/BLOCK, M']   -t of a stretch of BLOCK;   rows bf16 [K'/BLOCK, N'];   columns bf16 [K']
 #include "tiles.h"
 
 struct Planes {
@@ -89,21 +89,26 @@ KERNEL(THREADS) product(const Planes p) {
     char* const shared = shared_memory();
     const int share = (p.steps + p.to.splits - 1) / p.to.splits, begin = min(my.split * share, p.steps);
     const int count = min(share, p.steps - begin);
-    const uint4* words = reinterpret_cast<const uint4*>(p.words) + (static_cast<int64_t>(my.tile) * 4 + my.warp) * p.steps * WARP;
+    // What this thread copies at each turn, and how far apart the turns lie.
+    const int64_t first = begin;
+    const char* words = reinterpret_cast<const char*>(p.words) +
+                        ((static_cast<int64_t>(my.tile * 4 + my.warp) * p.steps + first) * WARP + my.lane) * 16;
+    const char* tokens = reinterpret_cast<const char*>(p.products) + (first * p.padded + my.token) * (STEP * 2) + my.thread * 16;
+    const int64_t tokens_stride = static_cast<int64_t>(p.padded) * (STEP * 2);
+    const bool is_row = my.thread < BLOCKS * 16;
+    const int piece = is_row ? my.thread : my.thread - BLOCKS * 16, pieces = is_row ? 16 : BM / 4;
+    const int64_t wide = is_row ? p.to.columns * 2 : p.padded * 4;
+    const char* extra = (is_row ? reinterpret_cast<const char*>(p.rows) + my.tile * FEATURES * 2
+                                : reinterpret_cast<const char*>(p.totals) + my.token * 4) +
+                        (first * BLOCKS + piece / pieces) * wide + piece % pieces * 16;
+    const int extra_to = WORDS + TOKENS + (is_row ? TOTALS : 0) + piece * 16;
 
     auto fetch = [&](int turn) {
-        const int step = begin + turn;
         char* stage = shared + turn % STAGES * STAGE;
-        copy16(stage + my.thread * 16, words + static_cast<int64_t>(step) * WARP + my.lane);
-        const int64_t tile = static_cast<int64_t>(step) * (p.padded / 8) + my.token / 8;
-        copy_run(stage + WORDS, p.products + tile * 4 * WARP * 8, TOKENS, my.thread);
-        UNROLL for (int b = 0; b < BLOCKS; ++b) {
-            const int64_t block = static_cast<int64_t>(step) * BLOCKS + b;
-            copy_run(stage + WORDS + TOKENS + b * BM * 4, p.totals + block * p.padded + my.token, BM * 4, my.thread);
-            const int64_t plane = block * BLOCK / p.width;
-            const uint16_t* rows = p.rows + plane * p.to.columns + my.tile * FEATURES;
-            copy_run(stage + WORDS + TOKENS + TOTALS + b * FEATURES * 2, rows, FEATURES * 2, my.thread);
-        }
+        copy16(stage + my.thread * 16, words);
+        copy_run<TOKENS>(stage + WORDS + my.thread * 16, tokens, my.thread);
+        if (my.thread < BLOCKS * (16 + BM / 4)) copy16(stage + extra_to, extra);
+        words += WARP * 16, tokens += tokens_stride, extra += BLOCKS * wide;
     };
 
     float acc[2][TILES][4] = {};
@@ -119,16 +124,10 @@ KERNEL(THREADS) product(const Planes p) {
         const char* stage = shared + turn % STAGES * STAGE;
         const uint4 four = *reinterpret_cast<const uint4*>(stage + my.thread * 16);
         const uint32_t word[4] = {four.x, four.y, four.z, four.w};
-        const uint4* tokens = reinterpret_cast<const uint4*>(stage + WORDS);
+        const uint4* z = reinterpret_cast<const uint4*>(stage + WORDS) + my.lane;
         UNROLL for (int b = 0; b < BLOCKS; ++b) {
             float part[2][TILES][4];
-            const float2* totals = reinterpret_cast<const float2*>(stage + WORDS + TOKENS + b * BM * 4);
-            UNROLL for (int t = 0; t < TILES; ++t) {
-                const float2 start = totals[t * 4 + my.member];
-                UNROLL for (int i = 0; i < 2; ++i) {
-                    part[i][t][0] = part[i][t][2] = start.x, part[i][t][1] = part[i][t][3] = start.y;
-                }
-            }
+            const float2* totals = reinterpret_cast<const float2*>(stage + WORDS + TOKENS + b * BM * 4) + my.member;
             UNROLL for (int q = 0; q < QUARTERS; ++q) {
                 const int quarter = b * QUARTERS + q;
                 uint32_t a[2][2][4];  // two products of 16, two tiles of 16 features
@@ -136,17 +135,18 @@ KERNEL(THREADS) product(const Planes p) {
                     a[s][i][r] = pair_of(word[2 * i + r % 2], 4 * quarter + 2 * s + r / 2);
                 }
                 UNROLL for (int t = 0; t < TILES; ++t) {
-                    const uint4 z = tokens[(t * 4 + quarter) * WARP + my.lane];
+                    const uint4 pairs = z[(t * 4 + quarter) * WARP];
+                    const float2 total = totals[t * 4];
+                    const float start[4] = {total.x, total.y, total.x, total.y};
                     UNROLL for (int i = 0; i < 2; ++i) {
-                        multiply_bf16(part[i][t], a[0][i], z.x, z.y, part[i][t]);
-                        multiply_bf16(part[i][t], a[1][i], z.z, z.w, part[i][t]);
+                        if (q == 0) multiply_bf16(part[i][t], a[0][i], pairs.x, pairs.y, start);
+                        else multiply_bf16(part[i][t], a[0][i], pairs.x, pairs.y, part[i][t]);
+                        multiply_bf16(part[i][t], a[1][i], pairs.z, pairs.w, part[i][t]);
                     }
                 }
             }
-            const int mine = my.warp * WARP + 4 * my.quad;
-            const uint2 rows = *reinterpret_cast<const uint2*>(stage + WORDS + TOKENS + TOTALS + (b * FEATURES + mine) * 2);
-            const float r[4] = {from_bf16(rows.x), as_float(rows.x & 0xffff0000u), from_bf16(rows.y),
-                                as_float(rows.y & 0xffff0000u)};
+            float r[4];
+            load4(r, stage + WORDS + TOKENS + TOTALS + (b * FEATURES + my.warp * WARP + 4 * my.quad) * 2);
             UNROLL for (int i = 0; i < 2; ++i) UNROLL for (int t = 0; t < TILES; ++t) UNROLL for (int c = 0; c < 4; ++c) {
                 acc[i][t][c] = fmaf(r[2 * i + c / 2], part[i][t][c], acc[i][t][c]);
             }
@@ -188,7 +188,8 @@ KERNEL(ROW_THREADS) dense(const Planes p) {
         const int lane = n % WARP / 4 * 4 + local / 16 % 4;
         const int64_t tile = static_cast<int64_t>(n / WARP) * p.steps + at / STEP;
         const uint32_t word = p.words[(tile * WARP + lane) * 4 + n % 4];
-        const float r = from_bf16(p.rows[static_cast<int64_t>(plane) * p.to.columns + n]);
+        const int stretch = p.width % STEP ? STEP / 2 : STEP;
+        const float r = from_bf16(p.rows[static_cast<int64_t>(at / stretch) * p.to.columns + n]);
         UNROLL for (int i = 0; i < 8; ++i) {
             const int pair = 8 * (local / 64) + 4 * (local / 8 % 2) + i / 2;
             const float size = r * from_bf16(p.columns[at + i]);

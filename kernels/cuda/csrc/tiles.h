@@ -100,9 +100,19 @@ struct Place {
     DEVICE_MEMBER int feature() const { return tile * FEATURES + warp * WARP + 4 * quad; }
 };
 
-// Bytes, a multiple of 16, to shared memory by all threads.
-DEVICE void copy_run(char* to, const void* from, int bytes, int thread) {
-    for (int at = thread * 16; at < bytes; at += THREADS * 16) copy16(to + at, static_cast<const char*>(from) + at);
+// A run of bytes to shared memory by all threads; `to` and `from` are already at this thread's 16.
+template <int BYTES>
+DEVICE void copy_run(char* to, const char* from, int thread) {
+    UNROLL for (int at = 0; at < BYTES; at += THREADS * 16) {
+        if (at + THREADS * 16 <= BYTES || at + thread * 16 < BYTES) copy16(to + at, from + at);
+    }
+}
+
+// Four neighbours in bfloat16.
+DEVICE void load4(float (&to)[4], const char* from) {
+    const uint2 pairs = *reinterpret_cast<const uint2*>(from);
+    to[0] = as_float(pairs.x << 16), to[1] = as_float(pairs.x & 0xffff0000u);
+    to[2] = as_float(pairs.y << 16), to[3] = as_float(pairs.y & 0xffff0000u);
 }
 
 // Sums of four neighbouring features of a token to y: the scale of the token, and the bias.

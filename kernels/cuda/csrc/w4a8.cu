@@ -10,8 +10,8 @@
 //
 // Layouts, k = 64·block + 16·member + 8·f + 4·half + e:
 //     words    uint32 [N'/32, K'/64, 2 fragments f, 32 lanes, 4]   byte e of word r: feature 4·quad + r, low nibble half 0
-//     q        int8 [M', K'], rows as they are;   sums float32 [K'/128, M'] of q, or [M'] over all K for one scale per channel
-//     scales   bf16 [G, N'], or float32 [N'] per channel;   zeros uint8 [G, N'] or null
+//     q        int8 [K'/64, M', 64];   sums float32 [K'/128, M'] of q, or [M'] over all K for one scale per channel
+//     scales   bf16 [K'/128, N'], or float32 [N'] per channel;   points bf16 likewise, 16·(8 - zero), or null
 #include "tiles.h"
 
 enum Kind { CHANNEL, GROUPS, GROUPS_WITH_ZEROS };
@@ -21,10 +21,10 @@ struct Integers {
     Target to;
     const void* x;
     int64_t x_stride;
-    int type, k, steps, group, top, padded;  // steps of 128 in K'; steps that share a scale, 0: one per channel; M'
+    int type, k, steps, channel, top, padded;  // steps of 128 in K'; whether a channel has one scale; M'
     const uint32_t* words;
     const void* scales;
-    const uint8_t* zeros;
+    const uint16_t* points;
     int8_t* q;
     float *tokens, *sums;
 };
@@ -52,15 +52,16 @@ KERNEL(ROW_THREADS) quantize(const Integers p) {
                 sum += code;
                 made[i / 4] |= (static_cast<uint32_t>(static_cast<int32_t>(code)) & 0xff) << 8 * (i % 4);
             }
-            *reinterpret_cast<uint2*>(p.q + static_cast<int64_t>(m) * total + at) = make_uint2(made[0], made[1]);
+            const int64_t place = (static_cast<int64_t>(at / 64) * p.padded + m) * 64 + at % 64;
+            *reinterpret_cast<uint2*>(p.q + place) = make_uint2(made[0], made[1]);
         }
         all += sum;
-        if (p.group) {
+        if (!p.channel) {
             UNROLL for (int far = 8; far; far /= 2) sum += shuffle_xor(sum, far);
             if (at < total && at % STEP == 0) p.sums[static_cast<int64_t>(at / STEP) * p.padded + m] = sum;
         }
     }
-    if (p.group) return;
+    if (!p.channel) return;
     UNROLL for (int far = WARP / 2; far; far /= 2) all += shuffle_xor(all, far);
     if (threadIdx.x % WARP == 0) shared[warps + threadIdx.x / WARP] = all;
     barrier();
@@ -75,7 +76,8 @@ DEVICE void finish_channel(const Integers& p, int m, int n, const int32_t (&sum)
     float value[4];
     const int32_t total = static_cast<int32_t>(p.sums[m]);
     UNROLL for (int i = 0; i < 4; ++i) {
-        const int32_t whole = (sum[i] >> 4) - (p.zeros ? (p.zeros[n + i] - 8) * total : 0);
+        const int32_t point = p.points ? static_cast<int32_t>(from_bf16(p.points[n + i])) : 0;
+        const int32_t whole = (sum[i] >> 4) + (point >> 4) * total;
         value[i] = static_cast<float>(whole) * static_cast<const float*>(p.scales)[n + i];
     }
     finish(p.to, m, n, value);
@@ -85,34 +87,41 @@ template <int BM, int KIND>
 KERNEL(THREADS) product(const Integers p) {
     constexpr int TILES = BM / 8, HALF = BM * 64;
     constexpr int WORDS = FEATURES * STEP / 2, TOKENS = BM * STEP, SCALES = KIND == CHANNEL ? 0 : FEATURES * 2;
-    constexpr int ZEROS = KIND == GROUPS_WITH_ZEROS ? FEATURES : 0, SUMS = KIND == GROUPS_WITH_ZEROS ? BM * 4 : 0;
-    constexpr int STAGE = WORDS + TOKENS + SCALES + ZEROS + SUMS;
+    constexpr int POINTS = KIND == GROUPS_WITH_ZEROS ? FEATURES * 2 : 0, SUMS = KIND == GROUPS_WITH_ZEROS ? BM * 4 : 0;
+    constexpr int STAGE = WORDS + TOKENS + SCALES + POINTS + SUMS;
     const Place my(p.to.splits, BM);
     char* const shared = shared_memory();
     const int share = (p.steps + p.to.splits - 1) / p.to.splits, begin = min(my.split * share, p.steps);
     const int count = min(share, p.steps - begin);
-    const uint4* words = reinterpret_cast<const uint4*>(p.words) + (static_cast<int64_t>(my.tile) * 4 + my.warp) * p.steps * 4 * WARP;
-    const int8_t* q = p.q + static_cast<int64_t>(my.token) * p.steps * STEP;
+    // What this thread copies at each turn, and how far apart the turns lie. Of few tokens, half of the threads take either half.
+    const int64_t first = begin;
+    constexpr bool BOTH = HALF <= THREADS * 8;
+    const int half_ = BOTH ? my.thread * 16 / HALF : 0, chunk = BOTH ? my.thread * 16 % HALF : my.thread * 16;
+    const char* words = reinterpret_cast<const char*>(p.words) +
+                        ((static_cast<int64_t>(my.tile * 4 + my.warp) * p.steps + first) * 4 * WARP + my.lane) * 16;
+    const int64_t half_stride = static_cast<int64_t>(p.padded) * 64;
+    const char* tokens = reinterpret_cast<const char*>(p.q) + (2 * first + half_) * half_stride + my.token * 64 + chunk;
+    const int kind = my.thread / 16;  // 0: scales, 1: points, then sums of tokens
+    const int64_t extra_stride = kind < 2 ? p.to.columns * 2 : p.padded * 4;
+    const char* extra = (kind == 0   ? static_cast<const char*>(p.scales) + my.tile * FEATURES * 2
+                         : kind == 1 ? reinterpret_cast<const char*>(p.points) + my.tile * FEATURES * 2
+                                     : reinterpret_cast<const char*>(p.sums) + my.token * 4) +
+                        first * extra_stride + (kind < 2 ? my.thread % 16 : my.thread - 32) * 16;
+    const int extra_to = WORDS + TOKENS + my.thread * 16;
 
     auto fetch = [&](int turn) {
-        const int step = begin + turn;
         char* stage = shared + turn % STAGES * STAGE;
         UNROLL for (int f = 0; f < 4; ++f) {
-            copy16(stage + (my.warp * 4 + f) * WARP * 16 + my.lane * 16, words + (static_cast<int64_t>(step) * 4 + f) * WARP + my.lane);
+            copy16(stage + (my.warp * 4 + f) * WARP * 16 + my.lane * 16, words + f * WARP * 16);
         }
-        UNROLL for (int i = 0; i < TOKENS / 16; i += THREADS) {
-            const int chunk = i + my.thread, token = chunk / 8, part = chunk % 8;
-            if (TOKENS / 16 % THREADS && chunk >= TOKENS / 16) break;
-            const int8_t* from = q + (static_cast<int64_t>(token) * p.steps + step) * STEP + part * 16;
-            copy16(stage + WORDS + part / 4 * HALF + token * 64 + part % 4 * 16, from);
+        if (BOTH) {
+            if (my.thread * 16 < TOKENS) copy16(stage + WORDS + my.thread * 16, tokens);
+        } else {
+            copy_run<HALF>(stage + WORDS + my.thread * 16, tokens, my.thread);
+            copy_run<HALF>(stage + WORDS + HALF + my.thread * 16, tokens + half_stride, my.thread);
         }
-        if (KIND == CHANNEL) return;
-        const int64_t place = static_cast<int64_t>(step / p.group) * p.to.columns + my.tile * FEATURES;
-        copy_run(stage + WORDS + TOKENS, static_cast<const uint16_t*>(p.scales) + place, SCALES, my.thread);
-        if (KIND == GROUPS) return;
-        copy_run(stage + WORDS + TOKENS + SCALES, p.zeros + place, ZEROS, my.thread);
-        const float* sums = p.sums + static_cast<int64_t>(step) * p.padded + my.token;
-        copy_run(stage + WORDS + TOKENS + SCALES + ZEROS, sums, SUMS, my.thread);
+        if (SCALES && my.thread * 16 < SCALES + POINTS + SUMS) copy16(stage + extra_to, extra);
+        words += 4 * WARP * 16, tokens += 2 * half_stride, extra += extra_stride;
     };
     // The weights of 64 features, spread out: two products of 32, two tiles of 16 output features.
     auto spread = [&](uint32_t (&a)[2][2][4], int turn, int half) {
@@ -143,37 +152,29 @@ KERNEL(THREADS) product(const Integers p) {
         if (turn + STAGES - 1 < count) fetch(turn + STAGES - 1);
         commit_copies();
         const char* stage = shared + turn % STAGES * STAGE;
-        if (KIND != CHANNEL) {
-            UNROLL for (int i = 0; i < 2; ++i) UNROLL for (int t = 0; t < TILES; ++t) UNROLL for (int c = 0; c < 4; ++c) {
-                whole[i][t][c] = MAGIC;
-            }
-        }
         UNROLL for (int half = 0; half < 2; ++half) {
             if (half == 0) spread(a[1], turn, 1);
             else if (turn + 1 < count) spread(a[0], turn + 1, 0);
-            const uint4* tokens = reinterpret_cast<const uint4*>(stage + WORDS + half * HALF);
+            const uint4* tokens = reinterpret_cast<const uint4*>(stage + WORDS + half * HALF) + my.lane;
             UNROLL for (int t = 0; t < TILES; ++t) {
-                const uint4 codes = tokens[t * WARP + my.lane];
+                const uint4 codes = tokens[t * WARP];
                 UNROLL for (int i = 0; i < 2; ++i) {
-                    multiply_s8(whole[i][t], a[half][0][i], codes.x, codes.y, whole[i][t]);
+                    const int32_t magic[4] = {MAGIC, MAGIC, MAGIC, MAGIC};
+                    if (KIND != CHANNEL && half == 0) multiply_s8(whole[i][t], a[half][0][i], codes.x, codes.y, magic);
+                    else multiply_s8(whole[i][t], a[half][0][i], codes.x, codes.y, whole[i][t]);
                     multiply_s8(whole[i][t], a[half][1][i], codes.z, codes.w, whole[i][t]);
                 }
             }
         }
         if (KIND == CHANNEL) continue;
-        const int mine = my.warp * WARP + 4 * my.quad;
-        const uint2 pairs = *reinterpret_cast<const uint2*>(stage + WORDS + TOKENS + mine * 2);
-        const float scale[4] = {from_bf16(pairs.x), as_float(pairs.x & 0xffff0000u), from_bf16(pairs.y),
-                                as_float(pairs.y & 0xffff0000u)};
-        float point[4] = {};
-        if (KIND == GROUPS_WITH_ZEROS) {
-            const uint32_t zeros = *reinterpret_cast<const uint32_t*>(stage + WORDS + TOKENS + SCALES + mine);
-            UNROLL for (int r = 0; r < 4; ++r) point[r] = static_cast<float>((8 - static_cast<int>(zeros >> 8 * r & 0xff)) * 16);
-        }
+        const char* scales = stage + WORDS + TOKENS + (my.warp * WARP + 4 * my.quad) * 2;
+        float scale[4], point[4];
+        load4(scale, scales);
+        if (KIND == GROUPS_WITH_ZEROS) load4(point, scales + SCALES);
         UNROLL for (int t = 0; t < TILES; ++t) {
             float2 sums = make_float2(0.0f, 0.0f);
             if (KIND == GROUPS_WITH_ZEROS) {
-                sums = reinterpret_cast<const float2*>(stage + WORDS + TOKENS + SCALES + ZEROS)[t * 4 + my.member];
+                sums = reinterpret_cast<const float2*>(stage + WORDS + TOKENS + SCALES + POINTS)[t * 4 + my.member];
             }
             UNROLL for (int i = 0; i < 2; ++i) UNROLL for (int c = 0; c < 4; ++c) {
                 float part = as_float(static_cast<uint32_t>(whole[i][t][c])) - as_float(MAGIC);
@@ -228,7 +229,7 @@ KERNEL(THREADS) add_shares(const Integers p) {
 
 template <int BM, int KIND>
 static int run(const Integers& p, void* stream) {
-    const int extra = KIND == CHANNEL ? 0 : KIND == GROUPS ? FEATURES * 2 : FEATURES * 3 + BM * 4;
+    const int extra = KIND == CHANNEL ? 0 : KIND == GROUPS ? FEATURES * 2 : FEATURES * 4 + BM * 4;
     const int stage = FEATURES * STEP / 2 + BM * STEP + extra;
     const dim3 grid(p.to.columns / FEATURES * p.to.splits, p.padded / BM);
     if (const int wrong = launch(product<BM, KIND>, grid, THREADS, stage * STAGES, stream, p)) return wrong;
@@ -256,8 +257,8 @@ extern "C" int dlqc_quantize(const Integers* p, void* stream) {
 
 // 0, or what `dlqc_said` has words for. M' is a multiple of bm.
 extern "C" int dlqc_w4a8(const Integers* p, int bm, void* stream) {
-    if (!p->group) return run_by_tokens<CHANNEL>(*p, bm, stream);
-    return p->zeros ? run_by_tokens<GROUPS_WITH_ZEROS>(*p, bm, stream) : run_by_tokens<GROUPS>(*p, bm, stream);
+    if (p->channel) return run_by_tokens<CHANNEL>(*p, bm, stream);
+    return p->points ? run_by_tokens<GROUPS_WITH_ZEROS>(*p, bm, stream) : run_by_tokens<GROUPS>(*p, bm, stream);
 }
 
 extern "C" const char* dlqc_said(int error) { return error == -1 ? "no such number of tokens in a block" : said(error); }
