@@ -71,16 +71,16 @@ def options() -> tuple[str, ...]:
     return (f"-arch=sm_{major}{minor}",)
 
 
-def launchable(x: Tensor, name: str) -> bool:
-    """Whether the kernel itself runs on this tensor, or the definition does in its place."""
-    return x.is_cuda and x.dtype in TYPES and unavailable(name) is None
+def launchable(x: Tensor) -> bool:
+    """Whether the kernel itself runs on this tensor, or the definition does in its place: on a CPU, and in float64."""
+    return x.is_cuda and x.dtype in TYPES
 
 
 def library(name: str) -> ctypes.CDLL:
-    """The library; only where `unavailable` has no objection."""
+    """The library for the current GPU; a RuntimeError where `unavailable` has an objection."""
     found = native.library(name, SOURCES, options(), NVCC)
     if found is None:
-        raise RuntimeError(f"the CUDA library {name} went away: {unavailable(name)}")
+        raise RuntimeError(f"the CUDA library {name} is not there: {unavailable(name)}")
     return found
 
 

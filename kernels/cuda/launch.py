@@ -1,7 +1,7 @@
 """How many tokens a block of threads takes, and into how many shares K is cut: by bucket of the number of tokens.
 
-As of the Triton kernels everything about a launch follows from the bucket, so a row of the result has the same bits in every batch
-of its bucket. There is one bucket more, of 8: a fragment of the tensor cores is 8 tokens wide.
+As of the Triton kernels everything about a launch follows from the bucket, so a row of the result has the same bits in every
+batch of its bucket. There is one bucket more, of 8: a fragment of the tensor cores is 8 tokens wide.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def bucket(tokens: int) -> int:
 def splits(size: int, bm: int, n: int, steps: int, weight_bytes: int, device: Device) -> int:
     """Shares of K for a bucket of `size` tokens in blocks of `bm`.
 
-    Shares are doubled while there are multiprocessors without a block, each keeps four steps, and to write and read their sums costs
-    less than half of reading the weight.
+    Shares are doubled while there is room for more blocks, each keeps four steps, and to write and read their sums costs less
+    than half of reading the weight.
     """
     blocks = padded(n) // PADDED * -(-size // bm)
     found = 1
@@ -45,12 +45,24 @@ def splits(size: int, bm: int, n: int, steps: int, weight_bytes: int, device: De
     return found
 
 
-def target(y: Tensor, bias: Tensor | None, tokens: Tensor, shares: int, unit: float) -> tuple[build.Target, Tensor | None]:
+def target(
+    y: Tensor, bias: Tensor | None, tokens: Tensor, shares: int, unit: float
+) -> tuple[build.Target, Tensor | None]:
     """Where y [M, N] goes, and the memory of its shares (4 bytes each), which must outlive the launch."""
     m, n = y.shape
     parts = torch.empty(shares, m, padded(n), dtype=torch.int32, device=y.device) if shares > 1 else None
     held = (y.data_ptr(), None if parts is None else parts.data_ptr(), tokens.data_ptr())
     to = build.Target(
-        *(*held, None if bias is None else bias.data_ptr(), y.stride(0), build.TYPES[y.dtype], m, n, padded(n), shares, unit)
+        *(
+            *held,
+            None if bias is None else bias.data_ptr(),
+            y.stride(0),
+            build.TYPES[y.dtype],
+            m,
+            n,
+            padded(n),
+            shares,
+            unit,
+        )
     )
     return to, parts

@@ -2,8 +2,8 @@
 
     y = x · Ŵᵀ + b,    Ŵ[n, k] = Σ_p ±r_p[n] · c_p[k]    over the planes of the group of k, of which there are 1 to 3
 
-Shapes:  x [..., K]; words as of `arrange`; rows bfloat16 [K'/stretch, N'], columns bfloat16 [K'], offsets and first int32, N' being N
-         padded to 128 and K' all planes one after the other; bias float32 [N] or None → [..., N].
+Shapes:  x [..., K]; words as of `arrange`; rows bfloat16 [K'/stretch, N'], columns bfloat16 [K'], offsets and first int32, N'
+         being N padded to 128 and K' all planes one after the other; bias float32 [N] or None → [..., N].
 Dtypes:  up to 64 tokens, products of column scales and x are rounded to bfloat16, whatever x is, and all sums are float32; signs
          are exact, so Ŵ is never rounded. From there on Ŵ is made dense in 16 bits at each call and the library multiplies.
          Then the dtype of x. x in float64 takes the definition below.
@@ -83,7 +83,7 @@ def planes(
         flat = act.fake_quantize(flat.to(torch.float32)).to(x.dtype)
     held = (words, row_scales, column_scales, offsets, first)
     packed = Packed(*held, in_features, out_features, group or in_features, unit)
-    if not build.launchable(x, "planes"):
+    if not build.launchable(x):
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         return outcome(flat.to(wide) @ packed.dequantize().to(wide).T, bias, x)
     with runtime.on(x):
@@ -197,14 +197,16 @@ def lay_out(weight: PlanesWeight) -> Packed:
             offsets.append(start)
             plane += 1
     # The half of a step that may be left over belongs to a plane of zeros.
-    extra = steps * STEP // width - total
+    extra = -(-steps * STEP // width) - total
     # Column scales are brought to 1 and below; the power of two is given back with the sums.
     unit = 2.0 ** int(torch.frexp(weight.column_scales.float().abs().amax()).exponent)
-    scales = F.pad((weight.column_scales.float() / unit).to(torch.bfloat16), (0, width - group, 0, extra)).reshape(-1)
+    scales = F.pad((weight.column_scales.float() / unit).to(torch.bfloat16), (0, width - group)).reshape(-1)
     first = torch.tensor([0, *weight.orders], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     return Packed(
         words=arrange(bits),
-        rows=columns(F.pad(weight.row_scales, (0, extra)).repeat_interleave(width // stretch, 1)),
+        rows=columns(
+            F.pad(weight.row_scales, (0, extra)).repeat_interleave(width // stretch, 1)[:, : steps * STEP // stretch]
+        ),
         columns=F.pad(scales, (0, steps * STEP - len(scales))),
         offsets=torch.tensor([*offsets, *[0] * extra], dtype=torch.int32, device=device),
         first=first.to(device),

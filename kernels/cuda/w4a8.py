@@ -2,8 +2,8 @@
 
     y = (Σ_k (code - zero) · q) · s_w · s_x + b,    q, s_x = codes and scales of x, one scale per token, quantized on the fly
 
-Shapes:  x [..., K]; words as of `arrange`; scales float32 [1, N'] for one per channel, else bfloat16 [K'/128, N']; points bfloat16
-         likewise, 16·(8 - zero), or None; N' and K' are padded to 128; bias float32 [N] or None → [..., N].
+Shapes:  x [..., K]; words as of `arrange`; scales float32 [1, N'] for one per channel, else bfloat16 [K'/128, N']; points
+         bfloat16 likewise, 16·(8 - zero), or None; N' and K' are padded to 128; bias float32 [N] or None → [..., N].
 Dtypes:  codes of x are those of `ActFormat.quantize_dynamic`. Sums over K (over 128 features where the weight has groups) are
          exact; scales, zero points of groups and the bias are applied in float32; then the dtype of x.
 Layout:  4-bit codes in the order of the fragments of mma.sync m16n8k32 (sm_80 and newer; wgmma is not used, so on Hopper
@@ -64,7 +64,7 @@ def w4a8(
         return blank(x, in_features, out_features)
     flat = rows(x, in_features)
     packed = Packed(words, scales, points, in_features, out_features, channel)
-    if not build.launchable(x, "w4a8"):
+    if not build.launchable(x):
         codes, scale, _ = ActFormat(act_bits).quantize_dynamic(flat)
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         return outcome(((codes.double() @ packed.dequantize().T) * scale).to(wide), bias, x)
@@ -175,7 +175,12 @@ def quantize(x: Tensor, packed: Packed, act_bits: int) -> Codes:
     )
     call = _call(packed, codes)
     call.to.m = x.shape[0]
-    call.x, call.x_stride, call.type, call.top = x.data_ptr(), x.stride(0), build.TYPES[x.dtype], (1 << (act_bits - 1)) - 1
+    call.x, call.x_stride, call.type, call.top = (
+        x.data_ptr(),
+        x.stride(0),
+        build.TYPES[x.dtype],
+        (1 << (act_bits - 1)) - 1,
+    )
     found = build.library("w4a8")
     build.check(found, found.dlqc_quantize(ctypes.byref(call), ctypes.c_void_p(build.stream(x))))
     return codes

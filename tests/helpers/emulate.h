@@ -2,10 +2,12 @@
 //
 // What is checked on the way: threads of a block meet at the same barriers, threads of a warp at the same products and shuffles.
 // A copy to shared memory fills its place with ones when it is issued and reads its source only when it is waited for; shared memory
-// begins as ones, and is as large as was asked for. Threads and blocks take turns in an order that `dlqc_order` chooses, so what
+// begins as ones, and ends before a page that may not be touched. Threads and blocks take turns in an order that `dlqc_order` chooses, so what
 // depends on an order that CUDA does not promise comes out differently.
 #pragma once
+#include <sys/mman.h>
 #include <ucontext.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
@@ -64,7 +66,8 @@ constexpr size_t STACK = 256 << 10;
 static ucontext_t scheduler;
 static std::vector<Thread> threads;
 static int current, seed;
-static std::vector<char> memory;
+static char* memory;  // shared by a block
+static size_t size;
 static void (*body)(const void*);
 static const void* given;
 
@@ -82,9 +85,8 @@ static void wait(What what) {
 static void enter() {
     body(given);
     Thread& own = threads[current];
-    if (!own.open.empty() || !own.groups.empty()) {
-        for (auto& group : own.groups) if (!group.empty()) stop("a thread ended with copies under way");
-    }
+    for (auto& group : own.groups) if (!group.empty()) stop("a thread ended with copies under way");
+    if (!own.open.empty()) stop("a thread ended with copies that it never committed");
     own.at = DONE;
     swapcontext(&own.context, &scheduler);
 }
@@ -159,7 +161,7 @@ static void run_block(int count) {
         thread.groups.clear();
         thread.open.clear();
     }
-    std::memset(memory.data(), 0xff, memory.size());
+    std::memset(memory, 0xff, size);
     const std::vector<int> turns = order(count);
     for (;;) {
         for (int i : turns) {
@@ -188,7 +190,7 @@ static void run_block(int count) {
 
 }  // namespace emulated
 
-DEVICE char* shared_memory() { return emulated::memory.data(); }
+DEVICE char* shared_memory() { return emulated::memory; }
 DEVICE void barrier() { emulated::wait(emulated::BARRIER); }
 
 DEVICE float shuffle_xor(float value, int mask) {
@@ -201,8 +203,7 @@ DEVICE float shuffle_xor(float value, int mask) {
 DEVICE void copy16(void* shared, const void* global) {
     char* to = static_cast<char*>(shared);
     if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(global) % 16) emulated::stop("a copy is not aligned");
-    const auto& memory = emulated::memory;
-    if (to < memory.data() || to + 16 > memory.data() + memory.size()) emulated::stop("a copy leaves shared memory");
+    if (to < emulated::memory || to + 16 > emulated::memory + emulated::size) emulated::stop("a copy leaves shared memory");
     std::memset(to, 0xff, 16);
     emulated::threads[emulated::current].open.push_back({to, static_cast<const char*>(global)});
 }
@@ -272,14 +273,18 @@ template <class Arguments>
 static int launch(void (*kernel)(Arguments), dim3 grid, int threads, int shared, void*, const Arguments& given) {
     static void (*chosen)(Arguments);
     chosen = kernel;
-    emulated::memory = std::vector<char>(shared);
-    emulated::memory.shrink_to_fit();
+    const size_t page = sysconf(_SC_PAGESIZE), whole = (shared + page - 1) / page * page;
+    void* made = mmap(nullptr, whole + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (made == MAP_FAILED || mprotect(static_cast<char*>(made) + whole, page, PROT_NONE)) emulated::stop("no memory");
+    emulated::memory = static_cast<char*>(made) + whole - shared;
+    emulated::size = shared;
     emulated::body = [](const void* arguments) { chosen(*static_cast<const Arguments*>(arguments)); };
     emulated::given = &given;
     for (int block : emulated::order(grid.x * grid.y)) {
         blockIdx = dim3(block % grid.x, block / grid.x);
         emulated::run_block(threads);
     }
+    munmap(made, whole + page);
     return 0;
 }
 static const char* said(int) { return "nothing"; }
