@@ -210,7 +210,10 @@ def lay_out(weight: PlanesWeight) -> Packed:
         columns=F.pad(scales, (0, steps * STEP - len(scales))),
         offsets=torch.tensor([*offsets, *[0] * extra], dtype=torch.int32, device=device),
         first=first.to(device),
-        **{"k": k, "n": n, "group": group, "unit": unit},
+        k=k,
+        n=n,
+        group=group,
+        unit=unit,
     )
 
 
