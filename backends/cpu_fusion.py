@@ -26,11 +26,11 @@ from dlqc.graph import (
     replace,
     sweep,
 )
-from dlqc.kernels.cpu.fused8 import FUSED8
+from dlqc.kernels.cpu.fused8 import FUSED8, KINDS
 from dlqc.kernels.cpu.linear8 import linear8
 from dlqc.weights import Weights
 
-LINEAR8 = linear8._opoverload
+LINEAR8 = linear8
 
 
 def fuse(graph: fx.Graph, weights: Weights) -> dict[str, int]:
@@ -47,7 +47,7 @@ def fuse(graph: fx.Graph, weights: Weights) -> dict[str, int]:
             new_at, added = next(iter(node.users)), residual
             counts["residual"] = counts.get("residual", 0) + 1
         inputs = _inputs(kind, x, sources, graph, weights, new_at)
-        replace(new_at, call_before(graph, new_at, FUSED8, (kind, *inputs, added, *tensors)))
+        replace(new_at, call_before(graph, new_at, FUSED8, (KINDS[kind], *inputs, added, *tensors)))
         if kind != "as_is":
             counts[kind] = counts.get(kind, 0) + 1
     sweep(graph, weights)

@@ -25,11 +25,12 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from cpu_peers import PEERS, Entry
 
 from dlqc import native
 from dlqc.backend import LinearSpec
@@ -132,18 +133,6 @@ def _cpuinfo() -> list[str]:
         return []
 
 
-Call = Callable[[torch.Tensor], torch.Tensor]
-
-
-class Entry:
-    """One implementation of one shape: how to call it, the float64 weight that it has, and its stored bytes."""
-
-    def __init__(
-        self, name: str, mode: str, call: Call, weight: torch.Tensor, bytes_: float, dtype: torch.dtype
-    ) -> None:
-        self.name, self.mode, self.call, self.weight, self.bytes, self.dtype = name, mode, call, weight, bytes_, dtype
-
-
 def ours(k: int, n: int, w: torch.Tensor) -> list[Entry]:
     """The kernels of the CPU backend, with the weight quantized as each of them takes it."""
     found = []
@@ -175,142 +164,6 @@ def ours(k: int, n: int, w: torch.Tensor) -> list[Entry]:
         size = fmt.bits_per_weight(n, k) * n * k / 8
         entries.append(Entry(name, mode, call, stored.dequantize().double(), size, dtype))
     return entries
-
-
-def torch_peers(k: int, n: int, w: torch.Tensor) -> list[Entry]:
-    """What torch has for weights that are not low-bit, and its dynamic quantization."""
-    half = w.bfloat16()
-    entries = [
-        Entry("torch float32", "fp", lambda x: x @ w.T, w.double(), 4 * n * k, torch.float32),
-        Entry("torch bfloat16", "fp", lambda x: x @ half.T, half.double(), 2 * n * k, torch.bfloat16),
-    ]
-    try:
-        ready = torch.ops.mkldnn._reorder_linear_weight(half.to_mkldnn(), None)
-        entries.append(
-            Entry(
-                "torch bfloat16 prepacked",
-                "fp",
-                lambda x: torch.ops.mkldnn._linear_pointwise(x, ready, None, "none", [], ""),
-                *(half.double(), 2 * n * k, torch.bfloat16),
-            )
-        )
-    except (RuntimeError, AttributeError) as error:
-        print(f"  torch bfloat16 prepacked: {error}", file=sys.stderr)
-    scale = float(w.abs().max()) / 127
-    codes = torch.quantize_per_tensor(w, scale, 0, torch.qint8)
-    for engine in torch.backends.quantized.supported_engines:
-        if engine not in ("fbgemm", "x86", "onednn"):
-            continue
-        torch.backends.quantized.engine = engine
-        packed = torch.ops.quantized.linear_prepack(codes, None)
-
-        def call(x: torch.Tensor, engine: str = engine, packed: Any = packed) -> torch.Tensor:
-            torch.backends.quantized.engine = engine
-            return torch.ops.quantized.linear_dynamic(x, packed, reduce_range=False)  # type: ignore[no-any-return]
-
-        entries.append(
-            Entry(
-                f"torch linear_dynamic {engine}", "W8A8 tensor", call, codes.dequantize().double(), n * k, torch.float32
-            )
-        )
-    return entries
-
-
-def onnx_peers(k: int, n: int, w: torch.Tensor) -> list[Entry]:
-    """ONNX Runtime's MatMulNBits, where it is installed."""
-    import numpy as np
-    import onnxruntime as ort
-    from onnx import TensorProto, helper
-
-    entries = []
-    for bits in (2, 4, 8):
-        stored = IntFormat(bits, 128).quantize(w)
-        blob = pack(stored.codes, bits).reshape(n, k // 128, 16 * bits).numpy()
-        scales = stored.scales.float().numpy()
-        node = helper.make_node(
-            *("MatMulNBits", ["x", "b", "s"], ["y"]),
-            domain="com.microsoft",
-            K=k,
-            N=n,
-            bits=bits,
-            block_size=128,
-            accuracy_level=4,
-        )
-        graph = helper.make_graph(
-            *([node], "g", [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["m", k])]),
-            [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["m", n])],
-            [
-                helper.make_tensor("b", TensorProto.UINT8, blob.shape, blob.tobytes(), raw=True),
-                helper.make_tensor("s", TensorProto.FLOAT, [scales.size], np.ravel(scales).tobytes(), raw=True),
-            ],
-        )
-        model = helper.make_model(
-            graph, opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
-        )
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        session = ort.InferenceSession(model.SerializeToString(), options)
-
-        def call(x: torch.Tensor, session: Any = session) -> torch.Tensor:
-            return torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
-
-        size = IntFormat(bits, 128).bits_per_weight(n, k) * n * k / 8
-        entries.append(
-            Entry(f"onnxruntime W{bits}A8 g128", f"W{bits}A8", call, stored.dequantize().double(), size, torch.float32)
-        )
-    return entries
-
-
-def openvino_peers(k: int, n: int, w: torch.Tensor) -> list[Entry]:
-    """OpenVINO's weight decompression with dynamic quantization in groups of 128, where it is installed."""
-    import numpy as np
-    import openvino as ov
-    from openvino import opset13 as op
-
-    entries = []
-    for bits, kind in ((2, "u2"), (4, "u4")):
-        stored = IntFormat(bits, 128).quantize(w)
-        groups = k // 128
-        codes = ov.Tensor(pack(stored.codes, bits).numpy(), [n, groups, 128], getattr(ov.Type, kind))
-        x = op.parameter([-1, k], np.float32)
-        middle = op.constant(np.full((1, 1, 1), 1 << (bits - 1), np.float32))
-        centred = op.subtract(op.convert(op.constant(codes), "f32"), middle)
-        scaled = op.multiply(centred, op.constant(stored.scales.float().numpy()[..., None]))
-        weight = op.reshape(scaled, op.constant(np.array([n, k])), False)
-        model = ov.Model([op.matmul(x, weight, False, True)], [x])
-        config = {
-            "DYNAMIC_QUANTIZATION_GROUP_SIZE": "128",
-            "INFERENCE_PRECISION_HINT": "f32",
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        }
-        request = ov.Core().compile_model(model, "CPU", config).create_infer_request()
-
-        def call(x: torch.Tensor, request: Any = request) -> torch.Tensor:
-            return torch.from_numpy(request.infer([x.numpy()], share_inputs=True)[0])
-
-        size = IntFormat(bits, 128).bits_per_weight(n, k) * n * k / 8
-        entries.append(
-            Entry(f"openvino W{bits}A8 g128", f"W{bits}A8", call, stored.dequantize().double(), size, torch.float32)
-        )
-    return entries
-
-
-def zentorch_peers(k: int, n: int, w: torch.Tensor) -> list[Entry]:
-    """zentorch's dynamic per-token W8A8, where it is installed. The unpacked weight must stay alive."""
-    import zentorch  # noqa: F401
-
-    stored = IntFormat(8, None, scale_dtype="float32").quantize(w)
-    codes = (stored.codes.to(torch.int16) - 128).to(torch.int8)
-    scales = stored.scales[:, 0].contiguous()
-
-    def call(x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.zentorch.zentorch_dynamic_qlinear(x, codes, scales)  # type: ignore[no-any-return]
-
-    return [Entry("zentorch W8A8", "W8A8 channel", call, stored.dequantize().double(), n * k, torch.bfloat16)]
-
-
-PEERS = {"torch": torch_peers, "onnxruntime": onnx_peers, "openvino": openvino_peers, "zentorch": zentorch_peers}
 
 
 def gather(k: int, n: int) -> list[Entry]:

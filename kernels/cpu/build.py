@@ -23,27 +23,17 @@ import torch
 from torch import Tensor
 
 from dlqc import native
+from dlqc.kernels.cpu import native_op
 
 SOURCES = Path(__file__).parent / "csrc"
 ISAS = ("portable", "avx2", "avx512vnni")
 PANEL = 48  # columns that lie together, as csrc/weights.h says
 BLOCK = 32  # input features likewise
+OPS = {"linear8": ("linear8", "fused8")}  # by the library that has their kernels
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 _COMMON = ("-ffp-contract=fast", "-Wno-psabi")
 _FORCED = {"avx512vnni": "-march=x86-64-v4 -mavx512vnni", "avx2": "-march=x86-64-v3", "portable": "-march=x86-64 -O1"}
-
-_forked = False
-
-
-def _after_fork() -> None:
-    """The OpenMP threads of the parent do not exist in a child, and libgomp would wait for them forever."""
-    global _forked
-    _forked = True
-
-
-os.register_at_fork(after_in_child=_after_fork)
-
 
 class Weight(ctypes.Structure):
     """`Weight` of csrc/weights.h."""
@@ -92,6 +82,7 @@ def library(name: str) -> ctypes.CDLL:
     found = native.library(name, SOURCES, options())
     if found is None:
         raise RuntimeError(f"the native library {name} went away: {unavailable(name)}")
+    native_op.connect(found, *OPS.get(name, ()))
     return found
 
 
@@ -100,22 +91,9 @@ def isa(name: str) -> str:
     return ISAS[int(library(name).dlqc_isa())]
 
 
-@cache
-def _torch_team() -> int | None:
-    """The address of GOMP_parallel in the OpenMP runtime that torch loaded, if it has one of that kind."""
-    names = ("libtorch_cpu.so", "libtorch_cpu.dylib")
-    for name in names:
-        try:
-            torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))
-            return ctypes.cast(torch_cpu.GOMP_parallel, ctypes.c_void_p).value
-        except (OSError, AttributeError):
-            continue
-    return None
-
-
 def threads() -> tuple[int, int | None]:
     """How many threads to use, as many as torch would, and whose."""
-    return torch.get_num_threads(), None if _forked else _torch_team()
+    return torch.get_num_threads(), native_op.team()
 
 
 def address(part: Tensor | None) -> int | None:

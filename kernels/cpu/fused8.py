@@ -13,18 +13,18 @@ Shapes: h, other [..., K], gain, shift float32 [K], residual [..., N] → [..., 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from dlqc.kernels.cpu.linear8 import Before, described, product
+from dlqc.kernels.cpu.native_op import native_op, register_fake
 from dlqc.kernels.reference.layout import blank
 
 KINDS = {"as_is": 0, "rms_norm": 1, "layer_norm": 2, "silu_times": 3}
 
 
-@torch.library.custom_op("dlqc_cpu::fused8", mutates_args=())
+@native_op
 def fused8(
-    kind: str,
+    kind: int,
     x: Tensor,
     other: Tensor | None,
     gain: Tensor | None,
@@ -42,18 +42,17 @@ def fused8(
     act_bits: int,
     act_group: int,
 ) -> Tensor:
-    """See the module docstring; arguments from `codes` on are those of `linear8`."""
+    """See the module docstring; `kind` is one of KINDS, arguments from `codes` on are those of `linear8`."""
     if not x.numel():
         return blank(x, in_features, out_features)
     weight = described(codes, scales, zeros, bias, in_features, out_features, bits, group)
     addresses = (None if part is None else part.data_ptr() for part in (gain, shift))
-    before = Before(KINDS[kind], eps, *addresses, None, 0)
+    before = Before(kind, eps, *addresses, None, 0)
     return product(x, weight, act_bits, act_group, before, other, residual)
 
 
-@fused8.register_fake
-def _(
-    kind: str,
+def _fake(
+    kind: int,
     x: Tensor,
     other: Tensor | None,
     gain: Tensor | None,
@@ -74,4 +73,5 @@ def _(
     return blank(x, in_features, out_features)
 
 
-FUSED8 = torch.ops.dlqc_cpu.fused8.default
+register_fake(fused8, _fake)
+FUSED8 = fused8

@@ -23,10 +23,11 @@ from torch import Tensor
 
 from dlqc.backend import LinearSpec, Lowered
 from dlqc.kernels.cpu import build, selfcheck
+from dlqc.kernels.cpu.native_op import native_op, register_fake
 from dlqc.kernels.reference.layout import blank, canonical, misfit, rows
 
 
-@torch.library.custom_op("dlqc_cpu::linear8", mutates_args=())
+@native_op
 def linear8(
     x: Tensor,
     codes: Tensor,
@@ -47,8 +48,7 @@ def linear8(
     return product(x, weight, act_bits, act_group)
 
 
-@linear8.register_fake
-def _(
+def _fake(
     x: Tensor,
     codes: Tensor,
     scales: Tensor,
@@ -62,6 +62,9 @@ def _(
     act_group: int,
 ) -> Tensor:
     return blank(x, in_features, out_features)
+
+
+register_fake(linear8, _fake)
 
 
 class Before(ctypes.Structure):
@@ -168,4 +171,4 @@ class Linear8:
         sizes = (0 if size in (None, k) else size for size in (spec.integers.group_size, spec.act.group_size))
         group, act_group = sizes
         scalars = (k, spec.out_features, spec.integers.bits, group or 0, spec.act.bits, act_group or 0)
-        return Lowered(torch.ops.dlqc_cpu.linear8.default, tensors, scalars)
+        return Lowered(linear8, tensors, scalars)

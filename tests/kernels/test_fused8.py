@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import dlqc
 from dlqc.backend import LinearSpec
+from dlqc.errors import ContractError
 from dlqc.formats.activation import ActFormat
 from dlqc.formats.integer import IntFormat
 from dlqc.formats.packing import pack
@@ -72,7 +73,7 @@ def test_by_the_definition_in_float64(
     if kind == "rms_norm":
         parts = (gain, None)
     y = FUSED8(
-        kind,
+        KINDS[kind],
         x,
         other if kind == "silu_times" else None,
         *parts,
@@ -101,7 +102,7 @@ def test_the_largest_entry_of_a_token_is_not_rounded(kind: str) -> None:
     x, other = sizes * torch.randn(3000, 96, generator=g), torch.randn(3000, 96, generator=g)
     gain, shift = torch.randn(96, generator=g), torch.randn(96, generator=g)
     parts = {"rms_norm": (None, gain, None), "layer_norm": (None, gain, shift), "silu_times": (other, None, None)}
-    given = (kind, x, *parts.get(kind, (None, None, None)), 1e-5, None)
+    given = (KINDS[kind], x, *parts.get(kind, (None, None, None)), 1e-5, None)
     y = FUSED8(*given, *lowered.tensors.values(), *lowered.scalars).double()
     expected = before(kind, x.double(), other.double(), gain.double(), shift.double())
     largest = expected.abs().argmax(1, keepdim=True)
@@ -114,13 +115,45 @@ def test_it_is_linear8_of_the_same_input() -> None:
     lowered, _ = weight(70, 256, 3, 64, ActFormat(8, 128))
     x, added = torch.randn(2, 9, 256), torch.randn(2, 9, 70)
     plain = lowered.op(x, *lowered.tensors.values(), *lowered.scalars)
-    y = FUSED8("as_is", x, None, None, None, 0.0, added, *lowered.tensors.values(), *lowered.scalars)
+    y = FUSED8(KINDS["as_is"], x, None, None, None, 0.0, added, *lowered.tensors.values(), *lowered.scalars)
     assert torch.equal(y, plain + added)
-    assert FUSED8("as_is", x[:0], None, None, None, 0.0, None, *lowered.tensors.values(), *lowered.scalars).shape == (
+    assert FUSED8(KINDS["as_is"], x[:0], None, None, None, 0.0, None, *lowered.tensors.values(), *lowered.scalars).shape == (
         0,
         9,
         70,
     )
+
+
+@pytest.mark.parametrize("layout", ["flat", "rows of a wider one", "batch and tokens swapped", "features apart", "none", "one row"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_the_native_op_and_its_twin_in_python_agree(layout: str, dtype: torch.dtype) -> None:
+    """Layouts and types that native code has no way for go to the twin; others give the same bits without it."""
+    lowered, _ = weight(50, 96, 4, 32, ActFormat(8))
+
+    def tokens(width: int) -> torch.Tensor:
+        whole = torch.randn(3, 5, 2 * width, dtype=torch.float32).to(dtype)
+        given = {
+            "flat": whole[..., :width].contiguous(),
+            "rows of a wider one": whole[..., 3 : width + 3],
+            "batch and tokens swapped": whole[..., :width].transpose(0, 1),
+            "features apart": whole[..., ::2],
+            "none": whole[:0, :, :width],
+            "one row": whole[0, 0, :width],
+        }
+        return given[layout]
+
+    given = (KINDS["silu_times"], tokens(96), tokens(96), None, None, 0.0, tokens(50))
+    arguments = (*given, *lowered.tensors.values(), *lowered.scalars)
+    y, twin = FUSED8(*arguments), torch.ops.dlqc_cpu.fused8_in_python(*arguments)
+    assert y.shape == twin.shape == (*given[1].shape[:-1], 50)
+    assert y.dtype is dtype
+    assert torch.equal(y, twin)
+
+
+def test_a_wrong_width_is_refused() -> None:
+    lowered, _ = weight(50, 96, 4, 32, ActFormat(8))
+    with pytest.raises((RuntimeError, ContractError), match=r"the input is .*\b95\b.* not \[\.\.\., 96\] of a floating dtype"):
+        lowered.op(torch.randn(2, 95), *lowered.tensors.values(), *lowered.scalars)
 
 
 def test_odd_rows() -> None:
@@ -131,7 +164,7 @@ def test_odd_rows() -> None:
     def run(kind: str) -> torch.Tensor:
         gain = torch.ones(96) if kind == "rms_norm" else None
         tensors = (*lowered.tensors.values(), *lowered.scalars)
-        return FUSED8(kind, x, other if gain is None else None, gain, None, 1e-5, None, *tensors)  # type: ignore[no-any-return]
+        return FUSED8(KINDS[kind], x, other if gain is None else None, gain, None, 1e-5, None, *tensors)  # type: ignore[no-any-return]
 
     plain = {kind: run(kind) for kind in ("rms_norm", "silu_times")}
     x[3], x[4, 7], x[5, 2], x[6] = 0.0, float("inf"), float("nan"), -1e4
@@ -146,7 +179,7 @@ def test_odd_rows() -> None:
 def test_opcheck() -> None:
     lowered, _ = weight(48, 64, 4, 32, ActFormat(8))
     arguments = (torch.randn(3, 64), torch.randn(3, 64), None, None, 0.0, torch.randn(3, 48))
-    torch.library.opcheck(FUSED8, ("silu_times", *arguments, *lowered.tensors.values(), *lowered.scalars))
+    torch.library.opcheck(FUSED8, (KINDS["silu_times"], *arguments, *lowered.tensors.values(), *lowered.scalars))
 
 
 def test_a_block_is_six_calls() -> None:
@@ -180,4 +213,4 @@ def test_a_norm_that_others_read_stays(case: CaseMaker) -> None:
     metrics = k.apply(Lower()).metrics
     assert (metrics.get("fused_rms_norm", 0), metrics["fused_silu_times"]) == (1, 2)  # the last norm, before the head
     kinds = [args_of(n)[0] for n in k.graph.nodes if is_call(n, FUSED8)]
-    assert kinds.count("silu_times") == 2
+    assert kinds.count(KINDS["silu_times"]) == 2

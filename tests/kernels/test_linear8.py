@@ -12,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import dlqc.kernels.cpu.linear8 as linear8_module
 from dlqc import native
 from dlqc.backend import LinearSpec, choose_kernel
 from dlqc.backends.cpu import BACKEND
@@ -19,7 +20,7 @@ from dlqc.doctor import examine
 from dlqc.formats.activation import ActFormat
 from dlqc.formats.integer import IntFormat
 from dlqc.formats.packing import pack
-from dlqc.kernels.cpu import build, selfcheck
+from dlqc.kernels.cpu import build, native_op, selfcheck
 from dlqc.kernels.cpu.linear8 import Linear8, linear8
 
 KERNEL = Linear8()
@@ -117,12 +118,13 @@ def test_odd_tokens() -> None:
     assert torch.equal(y[kept], plain[kept])
 
 
-def make(spec: LinearSpec) -> Any:
+def make(spec: LinearSpec, in_python: bool = False) -> Any:
     g = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 16, (spec.out_features, spec.in_features), dtype=torch.uint8, generator=g)
     scales = torch.rand(spec.out_features, spec.integers.groups(spec.in_features), generator=g)
     lowered = KERNEL.lower(spec, pack(codes, 4), scales, None, None)
-    return lambda x: lowered.op(x, *lowered.tensors.values(), *lowered.scalars)
+    op = torch.ops.dlqc_cpu.linear8_in_python if in_python else lowered.op
+    return lambda x: op(x, *lowered.tensors.values(), *lowered.scalars)
 
 
 @pytest.mark.usefixtures("isa")
@@ -140,7 +142,7 @@ def test_memory_around_the_result_is_left_alone(dtype: torch.dtype, tokens: int)
     y = whole.as_strided((tokens, 53), (pitch, 1), GUARD)
     held = {role: part for role, part in lowered.tensors.items() if part is not None}
     weight = build.Weight(53, 256, 64, held["codes"].data_ptr(), held["scales"].data_ptr(), None, None, 4, 0)
-    call = build.library("linear8").dlqc_linear8
+    call = linear8_module._function()
     arguments = (
         x.data_ptr(),
         build.TYPES[dtype],
@@ -166,7 +168,8 @@ def test_memory_around_the_result_is_left_alone(dtype: torch.dtype, tokens: int)
 @pytest.mark.parametrize("own", [False, True], ids=["torch's threads", "its own threads"])
 def test_the_number_of_threads_changes_nothing(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     run, x = make(replace(SPEC, in_features=2048, out_features=500)), torch.randn(70, 2048)
-    monkeypatch.setattr(build, "_forked", own)
+    monkeypatch.setattr(native_op, "_forked", own)
+    native_op.rebind()
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 5):
@@ -174,6 +177,8 @@ def test_the_number_of_threads_changes_nothing(own: bool, monkeypatch: pytest.Mo
             found.append(run(x))
     finally:
         torch.set_num_threads(before)
+        monkeypatch.undo()
+        native_op.rebind()
     assert all(torch.equal(found[0], other) for other in found[1:])
 
 
@@ -264,10 +269,10 @@ def test_a_silent_error_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dlqc.kernels.cpu.linear8._function", lambda: lambda *arguments: 1)
+    monkeypatch.setattr(linear8_module, "_function", lambda: lambda *arguments: 1)
     with pytest.raises(MemoryError, match=r"no memory to quantize \[3, 256\] activations"):
-        make(SPEC)(torch.randn(3, 256))
+        make(SPEC, in_python=True)(torch.randn(3, 256))
 
 
 def test_it_is_one_op() -> None:
-    assert linear8._qualname == "dlqc_cpu::linear8"
+    assert linear8.name() == "dlqc_cpu::linear8"

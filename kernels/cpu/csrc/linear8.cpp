@@ -14,6 +14,7 @@
 #include "quantize.h"
 #include "threads.h"
 #include "tiles.h"
+#include "torch_op.h"
 #include "weights.h"
 
 namespace {
@@ -276,6 +277,81 @@ int dlqc_linear8(const Weight* weight, const void* x, int type, int64_t m, int64
     const int64_t work = m * call.padded * call.place.panels * kPanel;
     in_threads(static_cast<int>(std::min<int64_t>(threads, work >> 18)), team, multiply);
     return 0;
+}
+
+}  // extern "C"
+
+namespace {
+
+// What comes behind the activations in both ops: the weight, and how x is quantized.
+struct Site {
+    Tensor codes, scales, zeros, bias;
+    int64_t k, n, bits, group, act_bits, act_group;
+
+    explicit Site(Arguments& args)
+        : codes(args.tensor()), scales(args.tensor()), zeros(args.optional()), bias(args.optional()), k(args.integer()),
+          n(args.integer()), bits(args.integer()), group(args.integer()), act_bits(args.integer()), act_group(args.integer()) {}
+
+    Refill& put(Refill& words) {
+        words << codes << scales;
+        return words.optional(zeros).optional(bias) << k << n << bits << group << act_bits << act_group;
+    }
+
+    // Null where the tensors do not fit together in a way that native code takes; what is not [..., K] is refused.
+    Tensor run(const Tensor& x, const Before* before, const Tensor* other, const Tensor* added) const {
+        if (!x.dim || x.size(-1) != k)
+            throw std::runtime_error("the input is " + x.shape() + ", not [..., " + std::to_string(k) + "] of a floating dtype");
+        int64_t count, pitch, other_count = 0, other_pitch = 0, added_count = 0, added_pitch = 0;
+        if (!x.rows(k, &count, &pitch)) return Tensor();
+        if (other && (!other->rows(k, &other_count, &other_pitch) || other_count != count || other->dtype != x.dtype))
+            return Tensor();
+        if (added && (!added->rows(n, &added_count, &added_pitch) || added_count != count || added->dtype != x.dtype))
+            return Tensor();
+        Weight weight{};
+        weight.n = n, weight.k = k, weight.group = group ? group : k, weight.bits = static_cast<int32_t>(bits);
+        weight.codes = codes.as<uint8_t>(), weight.scales = scales.data, weight.half_scales = scales.dtype == torch.bfloat16;
+        weight.zeros = zeros.as<uint8_t>(), weight.bias = bias.as<float>();
+        Before given{};
+        if (before) given = *before, given.other = other ? other->data : nullptr, given.other_stride = other_pitch;
+        Tensor y = x.like(n);
+        if (dlqc_linear8(&weight, x.data, x.type(), count, pitch, y.data, n, static_cast<int>(act_bits), act_group,
+                         before ? &given : nullptr, added ? added->data : nullptr, added_pitch, torch_threads(), torch_team))
+            throw std::runtime_error("no memory to quantize " + x.shape() + " activations");
+        return y;
+    }
+};
+
+}  // namespace
+
+extern "C" {
+
+void dlqc_op_linear8(uint64_t* stack, uint64_t, uint64_t) {
+    Arguments args(stack);
+    Tensor x = args.tensor();
+    Site site(args);
+    if (Tensor y = site.run(x, nullptr, nullptr, nullptr)) {
+        *stack = word(y.release());
+        return;
+    }
+    Refill words(stack);
+    site.put(words << x).call("dlqc_cpu::linear8_in_python");
+}
+
+void dlqc_op_fused8(uint64_t* stack, uint64_t, uint64_t) {
+    Arguments args(stack);
+    const int64_t kind = args.integer();
+    Tensor x = args.tensor(), other = args.optional(), gain = args.optional(), shift = args.optional();
+    const double eps = args.real();
+    Tensor added = args.optional();
+    Site site(args);
+    const Before before{static_cast<int32_t>(kind), static_cast<float>(eps), gain.as<float>(), shift.as<float>(), nullptr, 0};
+    if (Tensor y = site.run(x, &before, other ? &other : nullptr, added ? &added : nullptr)) {
+        *stack = word(y.release());
+        return;
+    }
+    Refill words(stack);
+    (words << kind << x).optional(other).optional(gain).optional(shift) << eps;
+    site.put(words.optional(added)).call("dlqc_cpu::fused8_in_python");
 }
 
 }  // extern "C"
