@@ -1,6 +1,7 @@
 // The names of kernels/cuda/csrc/gpu.h on a CPU: every thread of a block runs by itself until it waits for others. For tests.
 //
 // What is checked on the way: threads of a block meet at the same barriers, threads of a warp at the same products and shuffles.
+// Grids, shared memory and arguments must be of a size that a launch takes.
 // A copy to shared memory fills its place with ones when it is issued and reads its source only when it is waited for; shared memory
 // begins as ones, and ends before a page that may not be touched. Threads and blocks take turns in an order that `dlqc_order` chooses, so what
 // depends on an order that CUDA does not promise comes out differently.
@@ -271,6 +272,8 @@ DEVICE float from_f16(uint16_t half) {
 
 template <class Arguments>
 static int launch(void (*kernel)(Arguments), dim3 grid, int threads, int shared, void*, const Arguments& given) {
+    if (grid.y > 65535 || threads > 1024 || threads % 32) emulated::stop("no such grid");
+    if (shared > 232448 || shared % 16 || sizeof(Arguments) > 4096) emulated::stop("more than a launch takes");
     static void (*chosen)(Arguments);
     chosen = kernel;
     const size_t page = sysconf(_SC_PAGESIZE), whole = (shared + page - 1) / page * page;

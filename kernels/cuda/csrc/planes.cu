@@ -167,7 +167,7 @@ KERNEL(THREADS) product(const Planes p) {
 
 // Shares in their order, for four features of a token.
 KERNEL(THREADS) add_shares(const Planes p) {
-    const int m = blockIdx.y, n = (blockIdx.x * THREADS + threadIdx.x) * 4;
+    const int m = blockIdx.x, n = (blockIdx.y * THREADS + threadIdx.x) * 4;
     if (n >= p.to.n) return;
     float sum[4] = {};
     for (int split = 0; split < p.to.splits; ++split) {
@@ -179,7 +179,7 @@ KERNEL(THREADS) add_shares(const Planes p) {
 
 // Ŵ [N, K] of the type of y: each thread the planes of eight input features.
 KERNEL(ROW_THREADS) dense(const Planes p) {
-    const int n = blockIdx.y, k = (blockIdx.x * ROW_THREADS + threadIdx.x) * 8;
+    const int n = blockIdx.x, k = (blockIdx.y * ROW_THREADS + threadIdx.x) * 8;
     if (k >= p.k) return;
     const int group = k / p.size, j = k % p.size;  // eight neighbours share a group: 64 divides its size, or it is the only one
     float value[8] = {};
@@ -212,7 +212,7 @@ static int run(const Planes& p, void* stream) {
     const dim3 grid(p.to.columns / FEATURES * p.to.splits, p.padded / BM);
     if (const int wrong = launch(product<BM, BLOCK>, grid, THREADS, stage * STAGES, stream, p)) return wrong;
     if (p.to.splits == 1) return 0;
-    return launch(add_shares, dim3((p.to.n + THREADS * 4 - 1) / (THREADS * 4), p.to.m), THREADS, 0, stream, p);
+    return launch(add_shares, dim3(p.to.m, (p.to.n + THREADS * 4 - 1) / (THREADS * 4)), THREADS, 0, stream, p);
 }
 
 template <int BLOCK>
@@ -233,7 +233,7 @@ extern "C" int dlqc_planes(const Planes* p, int bm, void* stream) {
 
 extern "C" int dlqc_planes_dense(const Planes* p, void* stream) {
     const int eights = (p->k + 7) / 8;
-    return launch(dense, dim3((eights + ROW_THREADS - 1) / ROW_THREADS, p->to.n), ROW_THREADS, 0, stream, *p);
+    return launch(dense, dim3(p->to.n, (eights + ROW_THREADS - 1) / ROW_THREADS), ROW_THREADS, 0, stream, *p);
 }
 
 extern "C" const char* dlqc_said(int error) { return error == -1 ? "no such number of tokens in a block" : said(error); }

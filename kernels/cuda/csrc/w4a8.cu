@@ -208,7 +208,7 @@ KERNEL(THREADS) product(const Integers p) {
 // Shares in their order, for four features of a token.
 template <bool WHOLE>
 KERNEL(THREADS) add_shares(const Integers p) {
-    const int m = blockIdx.y, n = (blockIdx.x * THREADS + threadIdx.x) * 4;
+    const int m = blockIdx.x, n = (blockIdx.y * THREADS + threadIdx.x) * 4;
     if (n >= p.to.n) return;
     if (WHOLE) {
         int32_t sum[4] = {};
@@ -234,7 +234,7 @@ static int run(const Integers& p, void* stream) {
     const dim3 grid(p.to.columns / FEATURES * p.to.splits, p.padded / BM);
     if (const int wrong = launch(product<BM, KIND>, grid, THREADS, stage * STAGES, stream, p)) return wrong;
     if (p.to.splits == 1) return 0;
-    const dim3 fours((p.to.n + THREADS * 4 - 1) / (THREADS * 4), p.to.m);
+    const dim3 fours(p.to.m, (p.to.n + THREADS * 4 - 1) / (THREADS * 4));
     return launch(add_shares<KIND == CHANNEL>, fours, THREADS, 0, stream, p);
 }
 
