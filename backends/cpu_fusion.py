@@ -3,7 +3,9 @@
 Before:  y = linear8(rms_norm(h, gain), …) + r         After:  y = fused8("rms_norm", h, gain, …, r)
          y = linear8(silu(g) · u, …)                           y = fused8("silu_times", g, u, …)
 
-A norm or a gate goes along if nobody else reads it, a sum if it is all that happens to the result.
+A norm or a gate goes along if nobody else reads it, a sum if it is all that happens to the result. Attention and rotary
+embedding become native ops of the same arguments and meaning, so that what reads the lowered graph (`dlqc.cached`) sees them as
+what they were.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from torch import Tensor, fx
 from dlqc.graph import (
     LAYER_NORM,
     RMS_NORM,
+    SDPA,
     arg,
     args_of,
     aten,
@@ -24,18 +27,28 @@ from dlqc.graph import (
     is_call,
     read,
     replace,
+    stands_for,
     sweep,
 )
-from dlqc.kernels.cpu.fused8 import FUSED8, KINDS
+from dlqc.kernels.cpu import attention, build
+from dlqc.kernels.cpu.fused8 import FUSED8, KINDS, rms_norm
 from dlqc.kernels.cpu.linear8 import linear8
+from dlqc.ops import ROPE
 from dlqc.weights import Weights
 
 LINEAR8 = linear8
 
 
+stands_for(attention.attention, SDPA)
+stands_for(attention.rope, ROPE)
+
+
 def fuse(graph: fx.Graph, weights: Weights) -> dict[str, int]:
-    """Join every linear8 of a graph with its only norm or gate, and its only sum; how many of each kind."""
-    counts: dict[str, int] = {}
+    """Join every linear8 of a graph with its only norm or gate, and its only sum; how many of each kind.
+
+    What becomes a native op of its own is counted as "native_...".
+    """
+    counts = _attentions(graph)
     for node in [n for n in graph.nodes if is_call(n, LINEAR8)]:
         kind, sources = _before(node, weights)
         residual = _after(node)
@@ -51,6 +64,40 @@ def fuse(graph: fx.Graph, weights: Weights) -> dict[str, int]:
         if kind != "as_is":
             counts[kind] = counts.get(kind, 0) + 1
     sweep(graph, weights)
+    _norms(graph, weights, counts)
+    sweep(graph, weights)
+    return counts
+
+
+def _norms(graph: fx.Graph, weights: Weights, counts: dict[str, int]) -> None:
+    """RMS norms that no linear took along become native ops."""
+    if build.unavailable("linear8") is not None:
+        return
+    build.library("linear8")
+    for node in [n for n in graph.nodes if is_call(n, RMS_NORM)]:
+        value, gain = node.meta.get("val"), arg(node, 2, "weight")
+        plain = len(args_of(node)[1]) == 1 and (gain is None or constant_name(gain) is not None)
+        if plain and isinstance(value, Tensor) and value.dtype in build.TYPES:
+            x, _, gain, _, eps = _inputs("rms_norm", node, node, graph, weights, node)
+            replace(node, call_before(graph, node, rms_norm, (x, gain, eps)))
+            counts["native_norm"] = counts.get("native_norm", 0) + 1
+
+
+def _attentions(graph: fx.Graph) -> dict[str, int]:
+    """Give every attention whose heads have a fitting width, and every rotary embedding, to the native ops."""
+    counts: dict[str, int] = {}
+    if attention.unavailable() is not None:
+        return counts
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor) or value.dim() != 4 or value.dtype not in build.TYPES:
+            continue
+        if node.target is SDPA and value.shape[-1] % attention.STRIP == 0 and not arg(node, 4, "dropout_p", 0.0):
+            node.target = attention.attention
+            counts["native_attention"] = counts.get("native_attention", 0) + 1
+        elif node.target is ROPE:
+            node.target = attention.rope
+            counts["native_rope"] = counts.get("native_rope", 0) + 1
     return counts
 
 

@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from cpu_peers import PEERS, Entry
 
 from dlqc import native

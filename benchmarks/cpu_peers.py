@@ -1,14 +1,14 @@
 """What `benchmarks/cpu.py` compares with: linears of other libraries on the CPU, each with the weight that it has in float64.
 
-Every function takes K, N and a weight float32 [N, K], and gives entries; one whose library is absent raises ImportError. Peers are
-called as their documentation says, on inputs of the dtype that suits them, which they get for free.
+Every function takes K, N and a weight float32 [N, K], and gives entries; one whose library is absent raises ImportError. Peers
+are called as their documentation says, on inputs of the dtype that suits them, which they get for free.
 
     torch          float32, bfloat16 (also prepacked), dynamic quantization per tensor, each engine
     onnxruntime    MatMulNBits with 2, 4 and 8 bits, blocks of 128, accuracy level 4 (8-bit activations)
     openvino       compressed weights u2, u4 (groups of 128) and i8, dynamic quantization in groups of 128
     zentorch       dynamic per-token W8A8, weight-only W4 in groups of 128, bfloat16 prepacked
     bitsandbytes   NF4, blocks of 128
-    ggml           Q2_K, TQ2_0, Q3_K, Q4_0, Q4_K, Q8_0, also in its interleaved layouts; DLQC_GGML names the folder of its libraries
+    ggml           Q2_K, TQ2_0, Q3_K, Q4_0, Q4_K, Q8_0, also in its interleaved layouts; DLQC_GGML: the folder of its libraries
 """
 
 from __future__ import annotations
@@ -262,7 +262,10 @@ class Ggml:
         pointer = ctypes.c_void_p
         for library, names in (
             (self.base, "ggml_init ggml_new_tensor_2d ggml_mul_mat ggml_new_graph ggml_get_data"),
-            (self.base, "ggml_backend_alloc_ctx_tensors_from_buft ggml_get_type_traits ggml_backend_reg_get_proc_address"),
+            (
+                self.base,
+                "ggml_backend_alloc_ctx_tensors_from_buft ggml_get_type_traits ggml_backend_reg_get_proc_address",
+            ),
             (self.base, "ggml_backend_get_device"),
             (self.cpu, "ggml_backend_cpu_init ggml_backend_cpu_reg ggml_backend_cpu_buffer_type"),
         ):

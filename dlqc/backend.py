@@ -153,7 +153,10 @@ class Backend(Protocol):
     def merges(self) -> bool: ...
 
     def fuse(self, graph: fx.Graph, weights: Weights) -> Mapping[str, int]:
-        """Join calls of its kernels with their neighbours in a lowered graph; how many of each kind were joined."""
+        """Join calls of its kernels with their neighbours in a lowered graph; how many of each kind were joined.
+
+        Other nodes that became ops of the backend are counted as "native_<what>".
+        """
 
     def available(self) -> str | None:
         """None if the backend can run on this machine, else the reason it cannot."""

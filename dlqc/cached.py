@@ -26,7 +26,7 @@ Shapes: B batch, L all positions, S positions of the window, H key heads, D widt
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -177,6 +177,7 @@ def cached_attention(
     scale: float | None = None,
     grouped: bool = False,
     offset: Tensor | None = None,
+    attend: Callable[..., Tensor] = F.scaled_dot_product_attention,
 ) -> Tensor:
     """Attention of a window q [B, Hq, S, D] on the cache, after its own k and v [B, H, S, D] are written there.
 
@@ -186,6 +187,7 @@ def cached_attention(
         visible: bool [B, L], False at padding.
         causal: position i sees j <= i.
         offset: [1, H, L, D], what keys are stored without.
+        attend: torch's attention, or what stands for it.
     """
     stop = start + q.shape[-2]
     held_keys, held_values = exchange(keys, k, start, total, offset), exchange(values, v, start, total)
@@ -199,7 +201,7 @@ def cached_attention(
         mask = shifted.masked_fill(~mask, -torch.inf) if mask.dtype is torch.bool else shifted + mask
     elif shifted is not None:
         mask = shifted
-    return F.scaled_dot_product_attention(q, held_keys, held_values, attn_mask=mask, scale=scale, enable_gqa=grouped)
+    return attend(q, held_keys, held_values, attn_mask=mask, scale=scale, enable_gqa=grouped)
 
 
 def block_step(graph: fx.Graph, *, padded: bool = False) -> fx.Graph:
@@ -332,6 +334,7 @@ class _Window:
             "scale": node.kwargs.get("scale"),
             "grouped": bool(node.kwargs.get("enable_gqa", False)),
             "offset": self.table(offsets[0]) if offsets else None,
+            "attend": node.target,
         }
         arguments = (*new, *self._caches[node], self._start, self._total)
         return self.made.call_function(cached_attention, arguments, options)

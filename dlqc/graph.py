@@ -56,9 +56,20 @@ def args_of(node: fx.Node) -> tuple[Any, ...]:
     return node.args
 
 
+#: Ops of backends that take the arguments of another op and mean the same: `is_call` sees through them.
+_STAND_INS: dict[object, object] = {}
+
+
+def stands_for(op: object, original: object) -> None:
+    """Make known that an op of a backend has the arguments and the meaning of another one."""
+    _STAND_INS[op] = original
+
+
 def is_call(node: object, *targets: object) -> TypeGuard[fx.Node]:
-    """Whether a node (or anything else) is a call of one of the targets."""
-    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
+    """Whether a node (or anything else) is a call of one of the targets, or of what stands for it."""
+    if not isinstance(node, fx.Node) or node.op != "call_function":
+        return False
+    return node.target in targets or _STAND_INS.get(node.target) in targets
 
 
 def arg(node: fx.Node, index: int, name: str, default: Any = None) -> Any:

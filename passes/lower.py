@@ -96,9 +96,11 @@ class Lower(Pass):
             report.sites += len(merged.get(name, [name]))
         sweep(graph, ctx.weights)
         joined = ctx.backend.fuse(graph, ctx.weights)
-        report.metrics |= {"calls": len(sites), **{f"fused_{what}": count for what, count in joined.items()}}
+        own = {what: count for what, count in joined.items() if what.startswith("native_")}
+        along_with = {what: count for what, count in joined.items() if what not in own}
+        report.metrics |= {"calls": len(sites), **own, **{f"fused_{what}": count for what, count in along_with.items()}}
         if merged:
-            taken = ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in sorted(joined.items()))
+            taken = ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in sorted(along_with.items()))
             along = f"; they take along: {taken}" if taken else ""
             report.note(f"{report.sites} linears run as {len(sites)} calls, those that read one input as one{along}")
         return report

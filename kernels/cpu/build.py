@@ -29,11 +29,13 @@ SOURCES = Path(__file__).parent / "csrc"
 ISAS = ("portable", "avx2", "avx512vnni")
 PANEL = 48  # columns that lie together, as csrc/weights.h says
 BLOCK = 32  # input features likewise
-OPS = {"linear8": ("linear8", "fused8")}  # by the library that has their kernels
+#: By the library that has their kernels.
+OPS = {"linear8": ("linear8", "fused8", "rms_norm"), "attention": ("attention", "rope")}
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 _COMMON = ("-ffp-contract=fast", "-Wno-psabi")
 _FORCED = {"avx512vnni": "-march=x86-64-v4 -mavx512vnni", "avx2": "-march=x86-64-v3", "portable": "-march=x86-64 -O1"}
+
 
 class Weight(ctypes.Structure):
     """`Weight` of csrc/weights.h."""
@@ -115,12 +117,23 @@ def arrange(codes: Tensor, bits: int, name: str = "linear8") -> Tensor:
     found = library(name)
     panels, blocks = -(-count // PANEL), -(-width // BLOCK)
     out = torch.zeros(panels, blocks * 3 * bits * 64, dtype=torch.uint8)
+    _in_large_pages(out)
     held = codes.contiguous()
     found.dlqc_arrange(
         *(ctypes.c_void_p(held.data_ptr()), ctypes.c_int64(count), ctypes.c_int64(width), ctypes.c_int(bits)),
         ctypes.c_void_p(out.data_ptr()),
     )
     return out
+
+
+def _in_large_pages(tensor: Tensor) -> None:
+    """Ask for pages of 2 MB, where the system has them on request: a product of few tokens walks through all of a weight."""
+    size, page = tensor.numel() * tensor.element_size(), 1 << 21
+    start = -(-tensor.data_ptr() // page) * page
+    length = (tensor.data_ptr() + size - start) // page * page
+    if length > 0 and platform.system() == "Linux":
+        advice = 14  # MADV_HUGEPAGE; refused without harm
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_int(advice))
 
 
 def in_panels(values: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ Shapes: h, other [..., K], gain, shift float32 [K], residual [..., N] → [..., 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from dlqc.kernels.cpu.linear8 import Before, described, product
@@ -75,3 +76,14 @@ def _fake(
 
 register_fake(fused8, _fake)
 FUSED8 = fused8
+
+
+@native_op
+def rms_norm(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
+    """The norm alone, x / √(mean x² + eps) · gain in float32: x [..., K], gain float32 [K] or None → [..., K], contiguous."""
+    wide = x.to(torch.float32)
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (normed if gain is None else normed * gain).to(x.dtype).contiguous()
+
+
+register_fake(rms_norm, lambda x, gain, eps: x.new_empty(x.shape))

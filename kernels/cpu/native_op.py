@@ -4,9 +4,9 @@
     def name(...): ...
     connect(library, "name")         its `dlqc_op_<name>` is the kernel from now on
 
-A call through Python costs 30 µs, and a quarter of a millisecond once other data have pushed the interpreter out of the caches, as
-the weights of a model do. The native kernel takes float32 and bfloat16 in layouts whose rows lie evenly, and hands anything
-else to the twin in Python.
+A call through Python costs tens of microseconds, and ten times that once other data have pushed the interpreter out of the
+caches, as the weights of a model do. The native kernel takes float32 and bfloat16 in layouts whose rows lie evenly, and hands
+anything else to the twin in Python.
 
 torch's interface for this is in C and kept stable (torch/csrc/stable of its sources; `aoti_torch_library_impl`). Where a build of
 torch lacks a function of it, the ops stay in Python and compute the same.
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 NAMESPACE = "dlqc_cpu"
-LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+LIBRARY: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
 
 #: As `Torch` of csrc/torch_op.h has them.
 FUNCTIONS = (
@@ -35,7 +35,9 @@ FUNCTIONS = (
 REGISTRATION = (
     "aoti_torch_library_init_impl", "aoti_torch_library_impl", "aoti_torch_delete_library_object",
 )  # fmt: skip
-NUMBERS = ("aoti_torch_dtype_float32", "aoti_torch_dtype_bfloat16", "aoti_torch_device_type_cpu")
+NUMBERS = (
+    "aoti_torch_dtype_float32", "aoti_torch_dtype_bfloat16", "aoti_torch_dtype_bool", "aoti_torch_device_type_cpu",
+)  # fmt: skip
 
 #: By name: whose kernel it is, and torch's handle of the registration.
 _connected: dict[str, tuple[ctypes.CDLL, ctypes.c_void_p]] = {}

@@ -117,14 +117,18 @@ def test_it_is_linear8_of_the_same_input() -> None:
     plain = lowered.op(x, *lowered.tensors.values(), *lowered.scalars)
     y = FUSED8(KINDS["as_is"], x, None, None, None, 0.0, added, *lowered.tensors.values(), *lowered.scalars)
     assert torch.equal(y, plain + added)
-    assert FUSED8(KINDS["as_is"], x[:0], None, None, None, 0.0, None, *lowered.tensors.values(), *lowered.scalars).shape == (
+    assert FUSED8(
+        KINDS["as_is"], x[:0], None, None, None, 0.0, None, *lowered.tensors.values(), *lowered.scalars
+    ).shape == (
         0,
         9,
         70,
     )
 
 
-@pytest.mark.parametrize("layout", ["flat", "rows of a wider one", "batch and tokens swapped", "features apart", "none", "one row"])
+@pytest.mark.parametrize(
+    "layout", ["flat", "rows of a wider one", "batch and tokens swapped", "features apart", "none", "one row"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_the_native_op_and_its_twin_in_python_agree(layout: str, dtype: torch.dtype) -> None:
     """Layouts and types that native code has no way for go to the twin; others give the same bits without it."""
@@ -152,7 +156,9 @@ def test_the_native_op_and_its_twin_in_python_agree(layout: str, dtype: torch.dt
 
 def test_a_wrong_width_is_refused() -> None:
     lowered, _ = weight(50, 96, 4, 32, ActFormat(8))
-    with pytest.raises((RuntimeError, ContractError), match=r"the input is .*\b95\b.* not \[\.\.\., 96\] of a floating dtype"):
+    with pytest.raises(
+        (RuntimeError, ContractError), match=r"the input is .*\b95\b.* not \[\.\.\., 96\] of a floating dtype"
+    ):
         lowered.op(torch.randn(2, 95), *lowered.tensors.values(), *lowered.scalars)
 
 
@@ -189,6 +195,7 @@ def test_a_block_is_six_calls() -> None:
     metrics = next(s.metrics for s in compiled.report.steps if s.name == "lower")
     found = {key.removeprefix("fused_"): n for key, n in metrics.items() if key.startswith("fused_")}
     assert found == {"rms_norm": 2 * blocks, "silu_times": blocks, "residual": 2 * blocks}
+    assert (metrics["native_attention"], metrics["native_rope"], metrics["native_norm"]) == (blocks, 2 * blocks, 1)
     nodes = list(compiled.lowered.nodes)
     assert sum(is_call(n, aten.silu.default, aten.add.Tensor) for n in nodes) == 0
     assert sum(is_call(n, SDPA) for n in nodes) == blocks

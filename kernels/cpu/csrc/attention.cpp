@@ -13,6 +13,7 @@
 #include "prepare.h"
 #include "threads.h"
 #include "tiles.h"
+#include "torch_op.h"
 
 extern "C" {
 
@@ -151,7 +152,7 @@ float weigh(float* scores, int64_t count, float& most, float& weight) {
     Floats sum{};
     for (int64_t i = 0; i < padded; i += kLanes) {
         const Floats v = load<Floats>(scores + i);
-        const Floats p = v == kNone ? Floats{} : exponential(v - next);
+        const Floats p = (v == kNone) | (v - next < -87.0f) ? Floats{} : exponential(v - next);  // 0, not nearly
         store(scores + i, p);
         sum += p;
     }
@@ -258,6 +259,143 @@ int dlqc_attention(const Attention* attention, int threads, Team team) {
     const int64_t products = a.batches * a.heads * a.queries * a.keys * a.width;
     in_threads(static_cast<int>(std::min<int64_t>(threads, products >> 16)), team, work);
     return 0;
+}
+
+}  // extern "C"
+
+namespace {
+
+// Heads [B, H, L, D] of a tensor whose features lie together.
+bool heads_of(const Tensor& t, Heads* heads) {
+    if (t.dim != 4 || t.type() < 0 || (t.size(3) > 1 && t.stride(3) != 1)) return false;
+    *heads = {t.data, t.stride(0), t.stride(1), t.stride(2)};
+    return true;
+}
+
+// Room for [B, H, L, D], of which all that belongs to a position lies together.
+Tensor by_position(const Tensor& like, int64_t width) {
+    const int64_t b = like.size(0), h = like.size(1), l = like.size(2);
+    const int64_t sizes[] = {b, h, l, width}, strides[] = {l * h * width, width, h * width, 1};
+    return Tensor::empty(4, sizes, strides, like.dtype);
+}
+
+Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask, bool causal, double scale, bool grouped) {
+    Attention a{};
+    if (!heads_of(q, &a.q) || !heads_of(k, &a.k) || !heads_of(v, &a.v)) return Tensor();
+    const int64_t width = q.size(3), heads = q.size(1), key_heads = k.size(1);
+    if (q.dtype != k.dtype || q.dtype != v.dtype || width % kStrip || !width || k.size(3) != width || v.size(3) != width)
+        return Tensor();
+    if (k.size(0) != q.size(0) || v.size(0) != q.size(0) || v.size(1) != key_heads || v.size(2) != k.size(2) || !k.size(2))
+        return Tensor();
+    if (grouped ? !key_heads || heads % key_heads : heads != key_heads) return Tensor();
+    a.batches = q.size(0), a.heads = heads, a.key_heads = key_heads, a.queries = q.size(2), a.keys = k.size(2), a.width = width;
+    a.scale = static_cast<float>(scale != scale ? 1 / std::sqrt(static_cast<double>(width)) : scale);
+    a.type = q.type(), a.causal = causal;
+    if (mask) {
+        if (mask.dim > 4 || (mask.dtype != torch.boolean && mask.dtype != torch.float32)) return Tensor();
+        const int64_t full[] = {a.batches, heads, a.queries, a.keys};
+        int64_t steps[4] = {};
+        for (int64_t i = 1; i <= mask.dim; ++i) {
+            if (mask.size(-i) != 1 && mask.size(-i) != full[4 - i]) return Tensor();
+            steps[4 - i] = mask.size(-i) == 1 ? 0 : mask.stride(-i);
+        }
+        a.masking = mask.dtype == torch.boolean ? 1 : 2, a.mask = mask.data;
+        a.mask_batch = steps[0], a.mask_head = steps[1], a.mask_row = steps[2], a.mask_key = steps[3];
+    }
+    Tensor y = by_position(q, width);
+    heads_of(y, &a.y);
+    if (dlqc_attention(&a, torch_threads(), torch_team)) throw std::runtime_error("no memory for attention of " + q.shape());
+    return y;
+}
+
+// x · cos + (x turned by half its width, the first half negated) · sin, for each head of a position
+template <class X>
+void turn(const Heads& x, const Heads& y, int64_t batch, int64_t heads, int64_t position, int64_t width, const X* cos, const X* sin) {
+    const int64_t half = width / 2;
+    for (int64_t head = 0; head < heads; ++head) {
+        const X* const from = row_of<X>(x, batch, head, position);
+        X* const to = const_cast<X*>(row_of<X>(y, batch, head, position));
+        const auto put = [&](int64_t i, float value) {
+            if constexpr (sizeof(X) == 4)
+                to[i] = value;
+            else
+                to[i] = to_bfloat16(value);
+        };
+        for (int64_t i = 0; i < half; ++i) {
+            const float low = as_float(from[i]), high = as_float(from[i + half]);
+            put(i, low * as_float(cos[i]) - high * as_float(sin[i]));
+            put(i + half, high * as_float(cos[i + half]) + low * as_float(sin[i + half]));
+        }
+    }
+}
+
+// The step of each dimension of a table that broadcasts to x [B, H, L, D]; heads share a row, features lie together.
+bool table_of(const Tensor& table, const Tensor& x, int64_t* batch, int64_t* position) {
+    if (table.dim < 1 || table.dim > 4 || table.dtype != x.dtype || table.size(-1) != x.size(3) || table.stride(-1) != 1)
+        return false;
+    int64_t steps[4] = {};
+    for (int64_t i = 1; i <= table.dim; ++i) {
+        if (table.size(-i) != 1 && table.size(-i) != x.size(4 - i)) return false;
+        steps[4 - i] = table.size(-i) == 1 ? 0 : table.stride(-i);
+    }
+    *batch = steps[0], *position = steps[2];
+    return !steps[1];
+}
+
+Tensor turned(const Tensor& x, const Tensor& cos, const Tensor& sin) {
+    Heads from, to;
+    int64_t cos_batch, cos_position, sin_batch, sin_position;
+    if (!heads_of(x, &from) || x.size(3) % 2) return Tensor();
+    if (!table_of(cos, x, &cos_batch, &cos_position) || !table_of(sin, x, &sin_batch, &sin_position)) return Tensor();
+    Tensor y = by_position(x, x.size(3));
+    heads_of(y, &to);
+    const int64_t rows = x.size(0) * x.size(2), each_thread = 64;
+    std::atomic<int64_t> next{0};
+    auto work = [&] {
+        for (int64_t first; (first = next.fetch_add(each_thread)) < rows;)
+            for (int64_t i = first; i < std::min(first + each_thread, rows); ++i) {
+                const int64_t b = i / x.size(2), l = i % x.size(2);
+                const int64_t c = b * cos_batch + l * cos_position, s = b * sin_batch + l * sin_position;
+                if (x.type() == kFloat32)
+                    turn(from, to, b, x.size(1), l, x.size(3), cos.as<const float>() + c, sin.as<const float>() + s);
+                else
+                    turn(from, to, b, x.size(1), l, x.size(3), cos.as<const uint16_t>() + c, sin.as<const uint16_t>() + s);
+            }
+    };
+    in_threads(static_cast<int>(std::min<int64_t>(torch_threads(), rows * x.size(1) * x.size(3) >> 16)), torch_team, work);
+    return y;
+}
+
+}  // namespace
+
+extern "C" {
+
+void dlqc_op_attention(uint64_t* stack, uint64_t, uint64_t) {
+    Arguments args(stack);
+    Tensor q = args.tensor(), k = args.tensor(), v = args.tensor(), mask = args.optional();
+    const double dropout = args.real();
+    const bool causal = args.boolean();
+    const double scale = args.optional_real(std::numeric_limits<double>::quiet_NaN());
+    const bool grouped = args.boolean();
+    if (Tensor y = attend(q, k, v, mask, causal, scale, grouped)) {
+        *stack = word(y.release());
+        return;
+    }
+    Refill words(stack);
+    (words << q << k << v).optional(mask) << dropout << static_cast<int64_t>(causal);
+    words.optional_real(scale) << static_cast<int64_t>(grouped);
+    words.call("dlqc_cpu::attention_in_python");
+}
+
+void dlqc_op_rope(uint64_t* stack, uint64_t, uint64_t) {
+    Arguments args(stack);
+    Tensor x = args.tensor(), cos = args.tensor(), sin = args.tensor();
+    if (Tensor y = turned(x, cos, sin)) {
+        *stack = word(y.release());
+        return;
+    }
+    Refill words(stack);
+    (words << x << cos << sin).call("dlqc_cpu::rope_in_python");
 }
 
 }  // extern "C"

@@ -1,8 +1,8 @@
 // y = (codes of x · (codes of W - zeros)ᵀ) · scales + bias: low-bit weights by 8-bit activations, in integers.
 //
-// Tokens are quantized first, once. Up to kRows tokens, a panel of the weight is spread out in registers and used at once.
-// More tokens take a panel in slices of input features: a slice is spread out into the first-level cache and meets all tokens of
-// a chunk, a tile at a time. A *segment* is a run of input features with one scale on both sides: its sum is an exact integer,
+// Tokens are quantized first, once. A panel of the weight stays in the second-level cache while all tokens of a chunk pass, a tile at
+// a time, each over all input features; codes are spread out in registers each time, which fits between the products. A *segment* is
+// a run of input features with one scale on both sides: its sum is an exact integer,
 //
 //   sum = Σ code·q - zero·Σ q,      y += sum · scale of W (· scale of x, where groups of x have their own)
 //
@@ -19,13 +19,7 @@
 
 namespace {
 
-#if DLQC_ISA == 2
-constexpr int64_t kChunk = 256;  // tokens whose results wait in the second-level cache
-constexpr int64_t kSlice = 256;  // input features of a panel that are spread out at a time: 12 KiB
-#else
-constexpr int64_t kChunk = 128;
-constexpr int64_t kSlice = 128;
-#endif
+constexpr int64_t kChunk = 128;  // tokens whose codes stay in the second-level cache, too
 
 struct Call {
     Weight w;
@@ -35,41 +29,36 @@ struct Call {
     int act_bits;
     Before before;
     int64_t act_group = 0;  // padded K for one scale a token
-    int64_t segment = 0, segments = 0, act_groups = 0, padded = 0, slice = 0;
+    int64_t segment = 0, segments = 0, act_groups = 0, padded = 0;
     // Of all tokens: codes in tiles, sums [M, segments], scales [M, act_groups].
     int8_t* codes = nullptr;
     int32_t* sums = nullptr;
     float* scales = nullptr;
     // Of one thread, from the start of its memory on.
-    int64_t row_at = 0, results_at = 0, whole_at = 0, bytes = 0;
+    int64_t row_at = 0, bytes = 0;
 };
 
-// Results of a tile in [kRows][kPanel], and int32 sums of a segment that is longer than a slice.
+// Results of a tile in [kRows][kPanel].
 struct Tile {
     const int8_t* a;
     int64_t token;  // the first one
     float* results;
-    Ints* whole;
+    Soon soon;
 };
 
-template <int kR, int kS, class Product>
-DLQC_INLINE void segments_of(const Call& call, const Tile& tile, int64_t panel, int64_t strip, int64_t from, int64_t to,
-                             const Product& product) {
-    const int64_t length = call.segment;
-    const int32_t low = lowered(call.w.bits);
-    int64_t segment = from / length, past = from - segment * length;  // past: input features that are already in `whole`
-    const int64_t per_group = call.w.group / length;  // segments that share the parameters of the weight
-    int64_t group = segment / per_group, in_group = segment - group * per_group;
-    int64_t at = call.place.scales_at(panel) + strip * kStrip + group * kPanel;
-    const int32_t* sum = call.sums + tile.token * call.segments + segment * kR;
+template <int kBits, int kR, int kS>
+__attribute__((noinline)) void run(const Call& call, const Tile& tile, int64_t panel, int64_t strip) {
+    constexpr int64_t pitch = kStrips * kBits * 64;
+    const uint8_t* const w = call.w.codes + call.place.codes_at(panel, kBits) + strip * kBits * 64;
+    const int64_t per_group = call.w.group / call.segment;  // segments that share the parameters of the weight
+    const int32_t low = lowered(kBits);
+    const int32_t* sum = call.sums + tile.token * call.segments;
     float* const results = tile.results + strip * kStrip;
-    Ints* const whole = tile.whole + strip;
-    for (int64_t k = from; k < to;) {
-        const int64_t full = std::min(k - past + length, call.padded), end = std::min(full, to);
+    int64_t at = call.place.scales_at(panel) + strip * kStrip, in_group = 0;
+    for (int64_t k = 0; k < call.padded; sum += kR) {
+        const int64_t end = std::min(k + call.segment, call.padded);
         Ints acc[kR][kS];
-        if (past) {
-            each<kR, kS>([&](int r, int s) DLQC_LAMBDA { acc[r][s] = whole[r * kStrips + s]; });
-        } else if (call.w.zeros) {
+        if (call.w.zeros) {
             Words zero[kS];
 #pragma GCC unroll 3
             for (int s = 0; s < kS; ++s) zero[s] = (Words)(all(low) - load_bytes(call.w.zeros + at + s * kStrip));
@@ -77,17 +66,17 @@ DLQC_INLINE void segments_of(const Call& call, const Tile& tile, int64_t panel, 
         } else {
             each<kR, kS>([&](int r, int s) DLQC_LAMBDA { acc[r][s] = all(sum[r]); });
         }
-        product(k, end, acc);
-        if (end != full) {
-            each<kR, kS>([&](int r, int s) DLQC_LAMBDA { whole[r * kStrips + s] = acc[r][s]; });
-            return;
-        }
+        multiply<kBits, kR, kS>(w + k / kBlock * pitch, pitch, {tile.soon.weight, tile.soon.tokens ? tile.soon.tokens + k * kR : nullptr},
+                                  tile.a + k * kR, (end - k) / kBlock, acc);
         Floats scale[kS];
 #pragma GCC unroll 3
         for (int s = 0; s < kS; ++s) scale[s] = load_scales(call.w.scales, call.w.half_scales, at + s * kStrip);
+        float* kept = results;
         const auto add = [&](int r, int s, const Floats& by) DLQC_LAMBDA {
-            float* const kept = results + r * kPanel + s * kStrip;
-            store(kept, load<Floats>(kept) + to_floats(acc[r][s]) * by);
+            float* const here = kept + r * kPanel + s * kStrip;
+            store(here, load<Floats>(here) + to_floats(acc[r][s]) * by);
+            // Another address, for all that gcc knows: else it loads all results first, and has no registers for them.
+            if (s == kS - 1) asm("" : "+r"(kept));
         };
         if (call.act_groups > 1) {
             const float* const of_x = call.scales + tile.token * call.act_groups + k / call.act_group;
@@ -95,28 +84,9 @@ DLQC_INLINE void segments_of(const Call& call, const Tile& tile, int64_t panel, 
         } else {
             each<kR, kS>([&](int r, int s) DLQC_LAMBDA { add(r, s, scale[s]); });
         }
-        k = end, past = 0, sum += kR;
+        k = end;
         if (++in_group == per_group) in_group = 0, at += kPanel;
     }
-}
-
-template <int kBits, int kR, int kS>
-__attribute__((noinline)) void run_direct(const Call& call, const Tile& tile, int64_t panel, int64_t strip) {
-    constexpr int64_t pitch = kStrips * kBits * 64;
-    const uint8_t* const w = call.w.codes + call.place.codes_at(panel, kBits) + strip * kBits * 64;
-    segments_of<kR, kS>(call, tile, panel, strip, 0, call.padded, [&](int64_t k, int64_t end, Ints(&acc)[kR][kS]) DLQC_LAMBDA {
-        direct<kBits, kR, kS>(w + k / kBlock * pitch, pitch, tile.a + k * kR, (end - k) / kBlock, acc);
-    });
-}
-
-template <bool kWhole, int kR, int kS>
-__attribute__((noinline)) void run_plain(const Call& call, const Tile& tile, const uint8_t* slice, int64_t panel,
-                                         int64_t strip, int64_t from, int64_t to) {
-    constexpr int64_t pitch = kStrips * 64;
-    const uint8_t* const w = slice + strip * 64;
-    segments_of<kR, kS>(call, tile, panel, strip, from, to, [&](int64_t k, int64_t end, Ints(&acc)[kR][kS]) DLQC_LAMBDA {
-        plain<kWhole, kR, kS>(w + (k - from) / kStep * pitch, pitch, tile.a + k * kR, (end - k) / kStep, acc);
-    });
 }
 
 void finish(const Call& call, const Tile& tile, int64_t rows, int64_t panel) {
@@ -124,56 +94,23 @@ void finish(const Call& call, const Tile& tile, int64_t rows, int64_t panel) {
     finish(call.w, call.y, tile.token, rows, panel, tile.results, scales);
 }
 
-void one_tile(const Call& call, int64_t panel, char* space) {
-    const Tile tile{call.codes, 0, reinterpret_cast<float*>(space + call.results_at),
-                    reinterpret_cast<Ints*>(space + call.whole_at)};
-    std::memset(tile.results, 0, 4 * call.x.count * kPanel);
-    for_strips(call.w.n - panel * kPanel, [&](int64_t strip) {
-        for_bits(call.w.bits, [&](auto bits) {
-            for_rows(call.x.count, [&](auto rows) { run_direct<bits(), rows(), kWide>(call, tile, panel, strip); });
-        });
-    });
-    finish(call, tile, call.x.count, panel);
-}
-
-void spread_slice(const Call& call, int64_t panel, int64_t from, int64_t to, uint8_t* slice) {
-    for_bits(call.w.bits, [&](auto bits) {
-        const uint8_t* w = call.w.codes + call.place.codes_at(panel, bits()) + from / kBlock * kStrips * bits() * 64;
-        for (int64_t k = from; k < to; k += kBlock, slice += kSteps * kStrips * 64)
-            for (int64_t s = 0; s < kStrips; ++s, w += bits() * 64) {
-                // The next block comes from memory while this one is used.
-                for (int i = 0; i < bits(); ++i) __builtin_prefetch(w + kStrips * bits() * 64 * (kSlice / kBlock) + 64 * i);
-#pragma GCC unroll 8
-                for (int j = 0; j < kSteps; ++j) store(slice + (j * kStrips + s) * 64, spread<bits()>(w, j));
-            }
-    });
-}
-
-void many_tiles(const Call& call, int64_t panel, int64_t chunk, char* space) {
+void multiply_panel(const Call& call, int64_t panel, int64_t chunk, float* results) {
     const int64_t start = chunk * kChunk, end = std::min(start + kChunk, call.x.count);
-    uint8_t* const slice = reinterpret_cast<uint8_t*>(space);
-    float* const results = reinterpret_cast<float*>(space + call.results_at);
-    Ints* const whole = reinterpret_cast<Ints*>(space + call.whole_at);
-    std::memset(results, 0, 4 * (end - start) * kPanel);
-    const auto tile_at = [&](int64_t token) {
-        const int64_t t = token - start;
-        return Tile{call.codes + token * call.padded, token, results + t * kPanel, whole + t * kStrips};
-    };
-    for (int64_t from = 0; from < call.padded; from += call.slice) {
-        const int64_t to = std::min(from + call.slice, call.padded);
-        spread_slice(call, panel, from, to, slice);
+    for (int64_t token = start, next; token < end; token = next) {
+        next = std::min(token + kRows, end);
+        const int64_t rows = next - token;
+        // The first tile fetches the weight, each other one the tokens after its own.
+        const Soon soon{token == start, next < end ? call.codes + next * call.padded : nullptr};
+        Tile tile{call.codes + token * call.padded, token, results, soon};
+        std::memset(results, 0, 4 * rows * kPanel);
         for_strips(call.w.n - panel * kPanel, [&](int64_t strip) {
-            for (int64_t token = start; token < end; token += kRows)
-                for_rows(std::min<int64_t>(kRows, end - token), [&](auto rows) {
-                    if (call.w.bits == 8 && DLQC_ISA != 2)
-                        run_plain<DLQC_ISA != 2, rows(), kWide>(call, tile_at(token), slice, panel, strip, from, to);
-                    else
-                        run_plain<false, rows(), kWide>(call, tile_at(token), slice, panel, strip, from, to);
-                });
+            for_bits(call.w.bits, [&](auto bits) {
+                for_rows(rows, [&](auto count) { run<bits(), count(), kWide>(call, tile, panel, strip); });
+            });
+            tile.soon = Soon{};
         });
+        finish(call, tile, rows, panel);
     }
-    for (int64_t token = start; token < end; token += kRows)
-        finish(call, tile_at(token), std::min<int64_t>(kRows, end - token), panel);
 }
 
 // Rows a power of two apart would share few lines of the cache.
@@ -237,7 +174,6 @@ int dlqc_linear8(const Weight* weight, const void* x, int type, int64_t m, int64
     call.segment = std::min(call.act_group, call.w.group);
     call.segments = (call.padded + call.segment - 1) / call.segment;
     call.act_groups = (call.padded + call.act_group - 1) / call.act_group;
-    call.slice = std::min(call.segment <= kSlice ? kSlice / call.segment * call.segment : kSlice, call.padded);
 
     const int64_t sums_at = rounded(m * call.padded), scales_at = sums_at + rounded(4 * m * call.segments);
     char* const shared = static_cast<char*>(of_call.get(scales_at + rounded(4 * m * call.act_groups)));
@@ -246,11 +182,9 @@ int dlqc_linear8(const Weight* weight, const void* x, int type, int64_t m, int64
     call.sums = reinterpret_cast<int32_t*>(shared + sums_at);
     call.scales = reinterpret_cast<float*>(shared + scales_at);
 
-    const int64_t chunk = std::min(m, kChunk);
     call.row_at = kRows * row_pitch(call.padded) + rounded(4 * call.segments);
-    call.results_at = std::max(rounded(call.slice * kPanel), call.row_at + (call.before.kind ? 4 * call.padded : 0));
-    call.whole_at = call.results_at + rounded(4 * chunk * kPanel);
-    call.bytes = call.whole_at + rounded(4 * chunk * kPanel);
+    const int64_t row_bytes = call.before.kind ? 4 * call.padded : 0, results_bytes = 4 * kRows * kPanel;
+    call.bytes = std::max(call.row_at + row_bytes, results_bytes);
     if (!of_thread.get(call.bytes)) return 1;  // so that at least this thread can do all the work
 
     const int64_t tiles = (m + kRows - 1) / kRows, chunks = (m + kChunk - 1) / kChunk;
@@ -264,15 +198,10 @@ int dlqc_linear8(const Weight* weight, const void* x, int type, int64_t m, int64
 
     next = 0;
     auto multiply = [&] {
-        char* const space = static_cast<char*>(of_thread.get(call.bytes));
-        if (!space) return;
-        for (int64_t task; (task = next.fetch_add(1)) < call.place.panels * chunks;) {
-            const int64_t panel = task / chunks;
-            if (m <= kRows)
-                one_tile(call, panel, space);
-            else
-                many_tiles(call, panel, task % chunks, space);
-        }
+        float* const results = static_cast<float*>(of_thread.get(call.bytes));
+        if (!results) return;
+        for (int64_t task; (task = next.fetch_add(1)) < call.place.panels * chunks;)
+            multiply_panel(call, task / chunks, task % chunks, results);
     };
     const int64_t work = m * call.padded * call.place.panels * kPanel;
     in_threads(static_cast<int>(std::min<int64_t>(threads, work >> 18)), team, multiply);
@@ -352,6 +281,40 @@ void dlqc_op_fused8(uint64_t* stack, uint64_t, uint64_t) {
     Refill words(stack);
     (words << kind << x).optional(other).optional(gain).optional(shift) << eps;
     site.put(words.optional(added)).call("dlqc_cpu::fused8_in_python");
+}
+
+// The same norm where no linear8 takes it along. x [..., K] → [..., K]
+void dlqc_op_rms_norm(uint64_t* stack, uint64_t, uint64_t) {
+    Arguments args(stack);
+    Tensor x = args.tensor(), gain = args.optional();
+    const double eps = args.real();
+    int64_t count, pitch;
+    const int64_t k = x.dim ? x.size(-1) : 0;
+    if (!x.rows(k, &count, &pitch)) {
+        Refill words(stack);
+        (words << x).optional(gain) << eps;
+        return words.call("dlqc_cpu::rms_norm_in_python");
+    }
+    Tensor y = x.like(k);
+    const Before before{kRmsNorm, static_cast<float>(eps), gain.as<float>(), nullptr, nullptr, 0};
+    const int64_t bytes = rounded(4 * (k + kLanes));
+    if (!of_thread.get(bytes)) throw std::runtime_error("no memory for a row of " + x.shape());
+    std::atomic<int64_t> next{0};
+    auto work = [&] {
+        float* const row = static_cast<float*>(of_thread.get(bytes));
+        if (!row) return;
+        for (int64_t i; (i = next.fetch_add(1)) < count;) {
+            if (x.type() == kFloat32) {
+                prepare<float>(before, x.as<float>() + i * pitch, nullptr, k, row);
+                std::memcpy(y.as<float>() + i * k, row, 4 * k);
+            } else {
+                prepare<uint16_t>(before, x.as<uint16_t>() + i * pitch, nullptr, k, row);
+                for (int64_t j = 0; j < k; ++j) y.as<uint16_t>()[i * k + j] = to_bfloat16(row[j]);
+            }
+        }
+    };
+    in_threads(static_cast<int>(std::min<int64_t>(torch_threads(), count * k >> 16)), torch_team, work);
+    *stack = word(y.release());
 }
 
 }  // extern "C"

@@ -4,7 +4,7 @@
 //
 //   sums[r][s][lane] += Σ_k spread code [k][strip s][lane] · code of token r [k]
 //
-// exactly (modulo 2^32, so only the end result must fit). `direct` reads the stored weight, `plain` one that was spread out.
+// exactly (modulo 2^32, so only the end result must fit).
 #pragma once
 
 #include "tiles.h"
@@ -12,6 +12,14 @@
 #include "weights.h"
 
 namespace {
+
+// What is fetched into the second-level cache while a product runs; the first has few places for what is awaited.
+struct Soon {
+    bool weight = false;           // the stored weight, kAhead bytes on
+    const int8_t* tokens = nullptr;  // or as many codes of tokens as are used, from here on
+};
+
+constexpr int64_t kAhead = 16384;  // time for memory to answer
 
 #if DLQC_ISA == 2
 
@@ -23,11 +31,14 @@ DLQC_INLINE void dot(Ints& sum, const Bytes& codes, const int8_t* word) {
 }
 
 template <int kBits, int kR, int kS>
-DLQC_INLINE void direct(const uint8_t* w, int64_t pitch, const int8_t* a, int64_t blocks, Ints (&sums)[kR][kS]) {
+DLQC_INLINE void multiply(const uint8_t* w, int64_t pitch, const Soon& soon, const int8_t* a, int64_t blocks, Ints (&total)[kR][kS]) {
+    Ints sums[kR][kS];  // copies, or gcc keeps them in memory, too, and stores them with every block
+    each<kR, kS>([&](int r, int s) DLQC_LAMBDA { sums[r][s] = total[r][s]; });
     for (int64_t b = 0; b < blocks; ++b, w += pitch, a += kBlock * kR) {
-        // Far enough ahead for memory, near enough to stay in the first-level cache.
-        if (kR <= 4)
-            for (int i = 0; i < kS * kBits; ++i) __builtin_prefetch(w + (kBits <= 4 ? 4096 : 6144) + 64 * i, 0, 3);
+        if (soon.weight)
+            for (int i = 0; i < kS * kBits; ++i) __builtin_prefetch(w + kAhead + 64 * i, 0, 2);
+        else if (soon.tokens)
+            for (int i = 0; i < kBlock * kR / 64; ++i) __builtin_prefetch(soon.tokens + b * kBlock * kR + 64 * i, 0, 2);
 #pragma GCC unroll 8
         for (int j = 0; j < kSteps; ++j)
 #pragma GCC unroll 3
@@ -37,19 +48,7 @@ DLQC_INLINE void direct(const uint8_t* w, int64_t pitch, const int8_t* a, int64_
                 for (int r = 0; r < kR; ++r) dot(sums[r][s], codes, a + (j * kR + r) * kStep);
             }
     }
-}
-
-template <bool kWhole, int kR, int kS>
-DLQC_INLINE void plain(const uint8_t* w, int64_t pitch, const int8_t* a, int64_t steps, Ints (&sums)[kR][kS]) {
-    for (int64_t i = 0; i < steps; ++i, w += pitch, a += kStep * kR) {
-        Bytes codes[kS];
-#pragma GCC unroll 3
-        for (int s = 0; s < kS; ++s) codes[s] = load<Bytes>(w + 64 * s);
-#pragma GCC unroll 8
-        for (int r = 0; r < kR; ++r)
-#pragma GCC unroll 3
-            for (int s = 0; s < kS; ++s) dot(sums[r][s], codes[s], a + r * kStep);
-    }
+    each<kR, kS>([&](int r, int s) DLQC_LAMBDA { total[r][s] = sums[r][s]; });
 }
 
 #else
@@ -113,7 +112,7 @@ DLQC_INLINE void dots(const Bytes (&codes)[4], const int8_t* a, Ints (&sums)[kR]
 #endif
 
 template <int kBits, int kR, int kS>
-DLQC_INLINE void direct(const uint8_t* w, int64_t pitch, const int8_t* a, int64_t blocks, Ints (&sums)[kR][kS]) {
+DLQC_INLINE void multiply(const uint8_t* w, int64_t pitch, const Soon&, const int8_t* a, int64_t blocks, Ints (&sums)[kR][kS]) {
     for (int64_t b = 0; b < blocks; ++b, w += pitch)
 #pragma GCC unroll 2
         for (int j = 0; j < kSteps; j += 4, a += 4 * kStep * kR) {
@@ -121,15 +120,6 @@ DLQC_INLINE void direct(const uint8_t* w, int64_t pitch, const int8_t* a, int64_
                                     spread<kBits>(w, j + 3)};
             dots<kBits == 8>(codes, a, sums);
         }
-}
-
-template <bool kWhole, int kR, int kS>
-DLQC_INLINE void plain(const uint8_t* w, int64_t pitch, const int8_t* a, int64_t steps, Ints (&sums)[kR][kS]) {
-    for (int64_t i = 0; i < steps; i += 4, w += 4 * pitch, a += 4 * kStep * kR) {
-        const Bytes codes[4] = {load<Bytes>(w), load<Bytes>(w + pitch), load<Bytes>(w + 2 * pitch),
-                                load<Bytes>(w + 3 * pitch)};
-        dots<kWhole>(codes, a, sums);
-    }
 }
 
 #endif

@@ -30,7 +30,7 @@ struct Torch {
     int32_t (*drop)(Handle);
     int32_t (*call)(const char*, const char*, uint64_t*);
     int32_t (*threads)(uint32_t*);
-    int32_t float32, bfloat16, cpu;
+    int32_t float32, bfloat16, boolean, cpu;
 };
 
 Torch torch;
@@ -177,6 +177,11 @@ class Refill {
         uint64_t bits;
         std::memcpy(&bits, &value, 8);
         return put(bits);
+    }
+    Refill& optional_real(double value) {  // NaN: none
+        uint64_t bits;
+        std::memcpy(&bits, &value, 8);
+        return put(value != value ? 0 : word(new uint64_t(bits)));
     }
     void call(const char* name) {
         if (torch.call(name, "", stack_)) throw std::runtime_error(std::string(name) + " failed");
