@@ -468,6 +468,17 @@ def test_what_a_machine_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert refusal() == "the GPU is none of NVIDIA's: backend='triton' takes it"
 
 
+@needs_compiler
+def test_a_launch_that_is_refused_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RuntimeError, match="^a CUDA kernel was not launched: no such number of tokens in a block$"):
+        build.check(emulation.library("planes"), -1)
+    monkeypatch.setattr(native, "library", lambda *given: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(build, "lacking", lambda: "torch sees no GPU")
+    with pytest.raises(RuntimeError, match="^the CUDA library planes is not there: torch sees no GPU$"):
+        build.library("planes")
+
+
 def test_native_code_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "lacking", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
