@@ -40,6 +40,7 @@ from dlqc.execute import placeholder
 from dlqc.graph import SDPA, arg, args_of, aten, is_call
 from dlqc.kv_cache import KeyValueCache, Stored, correction, decode, exchange
 from dlqc.ops import CACHED, MASK_BUCKET, ROPE
+from dlqc.tables import Tables
 
 #: Deviation (root mean square, relative) up to which a node of the step counts as that of the full forward. Rounding differs
 #: with the number of rows; where activations are quantized, a different rounding moves whole codes.
@@ -65,7 +66,8 @@ class CachedModel:
         self._attentions = [node for node in module.graph.nodes if is_call(node, SDPA)]
         self.pads = _why_no_padding(module.graph)
         self._counts = any(is_call(node, MASK_BUCKET) for node in module.graph.nodes)
-        self._step = fx.GraphModule(module, block_step(module.graph), class_name="BlockStep")
+        self._tables = Tables(module, block_step(module.graph), "total")
+        self._step = fx.GraphModule(module, self._tables.rest, class_name="BlockStep")
         self._padded: fx.GraphModule | None = None
         _compare(self)
 
@@ -123,7 +125,7 @@ class CachedModel:
         pairs = [part for pair in zip(cache.keys, cache.values, strict=True) for part in pair]
         whole = [ids if canvas is None else canvas] if self._counts else []
         if visible is None:
-            logits: Tensor = self._step(ids, start, total, *whole, *pairs)
+            logits: Tensor = self._step(ids, start, total, *whole, *pairs, *self._tables(total))
             return logits
         if self.pads is not None:
             raise FeasibilityError(self.pads, where="visible", remedy="Run rows of one length together")
@@ -436,7 +438,8 @@ def _compare(model: CachedModel) -> None:
     full, step = _Recorder(model.module), _Recorder(model._step)
     with torch.no_grad():
         full.run(ids)
-        step.run(ids[:, start:stop], start, length, *([ids] if model._counts else []), *pairs)
+        held = model._tables(length)
+        step.run(ids[:, start:stop], start, length, *([ids] if model._counts else []), *pairs, *held)
     quantized = any("act" in str(node.target) or "int8" in str(node.target) for node in model.module.graph.nodes)
     for node, expected, found in _both(model.module.graph, full.values, step.values):
         expected = expected.narrow(_position_dim(node), start, stop - start).double()
