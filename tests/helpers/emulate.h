@@ -1,10 +1,10 @@
 // The names of kernels/cuda/csrc/gpu.h on a CPU: every thread of a block runs by itself until it waits for others. For tests.
 //
-// What is checked on the way: threads of a block meet at the same barriers, threads of a warp at the same products and shuffles.
-// Grids, shared memory and arguments must be of a size that a launch takes.
-// A copy to shared memory fills its place with ones when it is issued and reads its source only when it is waited for; shared memory
-// begins as ones, and ends before a page that may not be touched. Threads and blocks take turns in an order that `dlqc_order` chooses, so what
-// depends on an order that CUDA does not promise comes out differently.
+// What is checked on the way: threads of a block meet at the same barriers, threads of a warp at the same products and
+// shuffles; grids, shared memory and arguments are of a size that a launch takes. A copy to shared memory fills its place with
+// ones when it is issued and reads its source only when it is waited for; shared memory begins as ones, and ends before a page
+// that may not be touched. Threads and blocks take turns in an order that `dlqc_order` chooses, so what depends on an order that
+// CUDA does not promise comes out differently.
 #pragma once
 #include <sys/mman.h>
 #include <ucontext.h>
@@ -126,13 +126,19 @@ static void together(int warp) {
                 const int row = i < 4 || (i >= 8 && i < 12) ? group : group + 8, column = member * 4 + (i & 3) + (i < 8 ? 0 : 16);
                 ia[row][column] = static_cast<int8_t>(lanes[lane].a[i / 4] >> 8 * (i % 4));
             }
-            for (int i = 0; i < 8; ++i) ib[member * 4 + (i & 3) + (i < 4 ? 0 : 16)][group] = static_cast<int8_t>(lanes[lane].b[i / 4] >> 8 * (i % 4));
+            for (int i = 0; i < 8; ++i) {
+                const int row = member * 4 + (i & 3) + (i < 4 ? 0 : 16);
+                ib[row][group] = static_cast<int8_t>(lanes[lane].b[i / 4] >> 8 * (i % 4));
+            }
         } else {
             for (int i = 0; i < 8; ++i) {
                 const int row = i < 2 || (i >= 4 && i < 6) ? group : group + 8, column = member * 2 + (i & 1) + (i < 4 ? 0 : 8);
                 fa[row][column] = bf16(lanes[lane].a[i / 2] >> 16 * (i % 2) & 0xffff);
             }
-            for (int i = 0; i < 4; ++i) fb[member * 2 + (i & 1) + (i < 2 ? 0 : 8)][group] = bf16(lanes[lane].b[i / 2] >> 16 * (i % 2) & 0xffff);
+            for (int i = 0; i < 4; ++i) {
+                const int row = member * 2 + (i & 1) + (i < 2 ? 0 : 8);
+                fb[row][group] = bf16(lanes[lane].b[i / 2] >> 16 * (i % 2) & 0xffff);
+            }
         }
     }
     for (int lane = 0; lane < 32; ++lane) for (int i = 0; i < 4; ++i) {

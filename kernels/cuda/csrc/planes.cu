@@ -1,14 +1,14 @@
 // Sums of sign planes by 16-bit activations: y[m, n] = Σ_q r_q[n] · Σ_j B_q[n, j] · c_q[j] · x[m, k(q, j)],  B = ±1.
 //
-// Every plane q of every group is a stretch of one longer K', whatever the orders of the groups: column scales go to x, row scales
-// to the sum over the stretch, and what is left is a product by bits. With b = (B + 1) / 2 and z = bf16(c · x):
+// Every plane q of every group is a stretch of one longer K', whatever the orders of the groups: column scales go to x, row
+// scales to the sum over the stretch, and what is left is a product by bits. With b = (B + 1) / 2 and z = bf16(c · x):
 //
 //     Σ B·z = 2 · (Σ b·z - t),    t = Σ z / 2
 //
-// A bit becomes a bfloat16 by one `and`, where it lies: bit 7 + i of a half word, alone, is the power of two 2^(2^i - 127), i = 0 … 7.
-// z was multiplied by 2^(127 - 2^i) for it, which is exact, since tokens are brought below 1 first. A word of 32 signs is 16
-// pairs: 8 are taken as they are, 7 after a shift by 8, one after a shift by 1: 18 integer instructions for 32 weights of a plane.
-// -t is what the tensor cores start from.
+// A bit becomes a bfloat16 by one `and`, where it lies: bit 7 + i of a half word, alone, is the power of two 2^(2^i - 127),
+// i = 0 … 7. z was multiplied by 2^(127 - 2^i) for it, which is exact, since tokens are brought below 1 first. A word of 32 signs
+// is 16 pairs: 8 are taken as they are, 7 after a shift by 8, one after a shift by 1: 18 integer instructions for 32 weights of a
+// plane. -t is what the tensor cores start from.
 //
 // Layouts, K' cut into steps of 128, a step into two blocks b of 64; k = 64·b + 16·member + 2·i + e within a step:
 //     words      uint32 [N'/32, steps, 32 lanes, 4]   pair 8·b + i of feature 4·quad + r; e is the half of the word

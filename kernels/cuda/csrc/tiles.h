@@ -1,9 +1,9 @@
 // What both products share: where a block of threads stands, reading x by rows, and what becomes of sums.
 //
-// A block makes 128 output features by BM tokens: four warps of 32 features each. Weights are the left operand (rows of A), tokens
-// its columns. Which feature a row of a fragment stands for is free, since weights are packed for it: row `gid` of the upper and
-// lower half of tile t is feature 4·gid + 2·t + half of the warp's 32. So a thread holds four neighbouring features of a token, and
-// stores them together.
+// A block makes 128 output features by BM tokens: four warps of 32 features each. Weights are the left operand (rows of A),
+// tokens its columns. Which feature a row of a fragment stands for is free, since weights are packed for it: row `quad` of the
+// upper and lower half of tile t is feature 4·quad + 2·t + half of the warp's 32. So a thread holds four neighbouring features of
+// a token, and stores them together.
 #pragma once
 #include "gpu.h"
 

@@ -2,8 +2,8 @@
 //
 // A word holds eight codes less 8. Its upper nibbles, with the lower ones masked off, are int8 of 16 times their value as they
 // lie; the lower ones come there by a shift: three integer instructions for eight weights. The factor 16 leaves with the scale.
-// A fragment of the next 64 features is spread out while the tensor cores work on this one, over the end of a turn of the loop, too:
-// a thread reads only weights that it copied itself, so they need no barrier.
+// A fragment of the next 64 features is spread out while the tensor cores work on this one, over the end of a turn of the loop,
+// too: a thread reads only weights that it copied itself, so they need no barrier.
 //
 // Groups: sums over 128 features start from the integer whose bits are the float 1.5·2^23, to which small integers add without
 // rounding; so they are floats at the price of one subtraction (|sum| ≤ 128·128·127 < 2^22).
@@ -93,20 +93,21 @@ KERNEL(THREADS) product(const Integers p) {
     char* const shared = shared_memory();
     const int share = (p.steps + p.to.splits - 1) / p.to.splits, begin = min(my.split * share, p.steps);
     const int count = min(share, p.steps - begin);
-    // What this thread copies at each turn, and how far apart the turns lie. Of few tokens, half of the threads take either half.
+    // What this thread copies at each turn, and how far apart the turns lie. Of the tokens it takes 16 bytes of either half of 64
+    // features, or of one half where they are few.
     const int64_t first = begin;
-    constexpr bool BOTH = HALF <= THREADS * 8;
-    const int half_ = BOTH ? my.thread * 16 / HALF : 0, chunk = BOTH ? my.thread * 16 % HALF : my.thread * 16;
+    constexpr bool FEW = HALF <= THREADS * 8;
+    const int side = FEW ? my.thread * 16 / HALF : 0, chunk = FEW ? my.thread * 16 % HALF : my.thread * 16;
     const char* words = reinterpret_cast<const char*>(p.words) +
                         ((static_cast<int64_t>(my.tile * 4 + my.warp) * p.steps + first) * 4 * WARP + my.lane) * 16;
     const int64_t half_stride = static_cast<int64_t>(p.padded) * 64;
-    const char* tokens = reinterpret_cast<const char*>(p.q) + (2 * first + half_) * half_stride + my.token * 64 + chunk;
-    const int kind = my.thread / 16;  // 0: scales, 1: points, then sums of tokens
-    const int64_t extra_stride = kind < 2 ? p.to.columns * 2 : p.padded * 4;
-    const char* extra = (kind == 0   ? static_cast<const char*>(p.scales) + my.tile * FEATURES * 2
-                         : kind == 1 ? reinterpret_cast<const char*>(p.points) + my.tile * FEATURES * 2
+    const char* tokens = reinterpret_cast<const char*>(p.q) + (2 * first + side) * half_stride + my.token * 64 + chunk;
+    const int role = my.thread / 16;  // 0: scales, 1: points, then sums of tokens
+    const int64_t extra_stride = role < 2 ? p.to.columns * 2 : p.padded * 4;
+    const char* extra = (role == 0   ? static_cast<const char*>(p.scales) + my.tile * FEATURES * 2
+                         : role == 1 ? reinterpret_cast<const char*>(p.points) + my.tile * FEATURES * 2
                                      : reinterpret_cast<const char*>(p.sums) + my.token * 4) +
-                        first * extra_stride + (kind < 2 ? my.thread % 16 : my.thread - 32) * 16;
+                        first * extra_stride + (role < 2 ? my.thread % 16 : my.thread - 32) * 16;
     const int extra_to = WORDS + TOKENS + my.thread * 16;
 
     auto fetch = [&](int turn) {
@@ -114,7 +115,7 @@ KERNEL(THREADS) product(const Integers p) {
         UNROLL for (int f = 0; f < 4; ++f) {
             copy16(stage + (my.warp * 4 + f) * WARP * 16 + my.lane * 16, words + f * WARP * 16);
         }
-        if (BOTH) {
+        if (FEW) {
             if (my.thread * 16 < TOKENS) copy16(stage + WORDS + my.thread * 16, tokens);
         } else {
             copy_run<HALF>(stage + WORDS + my.thread * 16, tokens, my.thread);
@@ -127,7 +128,8 @@ KERNEL(THREADS) product(const Integers p) {
     auto spread = [&](uint32_t (&a)[2][2][4], int turn, int half) {
         const char* stage = shared + turn % STAGES * STAGE;
         UNROLL for (int f = 0; f < 2; ++f) {
-            const uint4 four = *reinterpret_cast<const uint4*>(stage + (my.warp * 4 + 2 * half + f) * WARP * 16 + my.lane * 16);
+            const char* from = stage + (my.warp * 4 + 2 * half + f) * WARP * 16 + my.lane * 16;
+            const uint4 four = *reinterpret_cast<const uint4*>(from);
             const uint32_t word[4] = {four.x, four.y, four.z, four.w};
             UNROLL for (int r = 0; r < 4; ++r) {
                 a[f][r / 2][r % 2] = word[r] << 4 & 0xf0f0f0f0u;
@@ -138,7 +140,9 @@ KERNEL(THREADS) product(const Integers p) {
 
     int32_t whole[2][TILES][4];
     float acc[2][TILES][4] = {};
-    UNROLL for (int i = 0; i < 2; ++i) UNROLL for (int t = 0; t < TILES; ++t) UNROLL for (int c = 0; c < 4; ++c) whole[i][t][c] = 0;
+    UNROLL for (int i = 0; i < 2; ++i) UNROLL for (int t = 0; t < TILES; ++t) {
+        UNROLL for (int c = 0; c < 4; ++c) whole[i][t][c] = 0;
+    }
     for (int turn = 0; turn < STAGES - 1; ++turn) {
         if (turn < count) fetch(turn);
         commit_copies();
@@ -190,14 +194,16 @@ KERNEL(THREADS) product(const Integers p) {
         if (KIND == CHANNEL) {
             const int32_t sum[4] = {whole[0][t][e], whole[0][t][2 + e], whole[1][t][e], whole[1][t][2 + e]};
             if (p.to.splits > 1) {
-                *reinterpret_cast<int4*>(part_of<int32_t>(p.to, my.split, m, n)) = make_int4(sum[0], sum[1], sum[2], sum[3]);
+                int4* part = reinterpret_cast<int4*>(part_of<int32_t>(p.to, my.split, m, n));
+                *part = make_int4(sum[0], sum[1], sum[2], sum[3]);
             } else {
                 finish_channel(p, m, n, sum);
             }
         } else {
             const float sum[4] = {acc[0][t][e], acc[0][t][2 + e], acc[1][t][e], acc[1][t][2 + e]};
             if (p.to.splits > 1) {
-                *reinterpret_cast<float4*>(part_of<float>(p.to, my.split, m, n)) = make_float4(sum[0], sum[1], sum[2], sum[3]);
+                float4* part = reinterpret_cast<float4*>(part_of<float>(p.to, my.split, m, n));
+                *part = make_float4(sum[0], sum[1], sum[2], sum[3]);
             } else {
                 finish(p.to, m, n, sum);
             }
