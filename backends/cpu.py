@@ -25,6 +25,7 @@ from torch import fx
 
 from dlqc.backend import AnyKernel, Backend
 from dlqc.backends.cpu_fusion import fuse
+from dlqc.kernels.cpu import build
 from dlqc.kernels.cpu.coded16 import Coded16
 from dlqc.kernels.cpu.dequant import Dequant
 from dlqc.kernels.cpu.int4pack import Int4Pack
@@ -61,6 +62,7 @@ class CpuBackend:
 
     def available(self) -> str | None:
         """Always: torch has a CPU, and each kernel checks for itself what it needs of this one."""
+        build.begin(build.options())
         return None
 
 

@@ -30,8 +30,6 @@ from pathlib import Path
 
 _SOURCES = Path(__file__).parent / "csrc"
 
-_lock = threading.Lock()
-
 
 @dataclass(frozen=True)
 class Toolchain:
@@ -65,7 +63,11 @@ CXX = Toolchain(
     tuned=(("-march=native",), ()),  # some compilers do not know their own processor
 )
 
-_found: dict[tuple[str, Path | None, tuple[str, ...], Toolchain], ctypes.CDLL | str] = {}
+_Key = tuple[str, Path | None, tuple[str, ...], Toolchain]
+
+_lock = threading.Lock()  # of what follows
+_building: dict[_Key, threading.Lock] = {}
+_found: dict[_Key, ctypes.CDLL | str] = {}
 
 
 class _Unavailable(Exception):
@@ -93,6 +95,8 @@ def library(
     found = _found.get(key)
     if found is None:
         with _lock:
+            mine = _building.setdefault(key, threading.Lock())
+        with mine:  # others may be built at the same time
             found = _found.get(key)
             if found is None:
                 try:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import threading
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,13 @@ def options() -> tuple[str, ...]:
     if forced not in _FORCED or platform.machine() not in ("x86_64", "AMD64"):
         return (*_COMMON, "-DDLQC_PORTABLE") if forced == "portable" else _COMMON
     return (*_COMMON, *_FORCED[forced].split(), *(["-DDLQC_PORTABLE"] if forced == "portable" else []))
+
+
+@cache
+def begin(chosen: tuple[str, ...]) -> None:
+    """Build all libraries at once, in the background, with these options: one after the other they would take twice as long."""
+    for name in ("linear8", "attention", "linear16"):
+        threading.Thread(target=native.library, args=(name, SOURCES, chosen), name=f"dlqc builds {name}").start()
 
 
 def unavailable(name: str) -> str | None:

@@ -1,7 +1,8 @@
 // Attention: y = softmax(scale · q kᵀ + mask) v, without a matrix of queries by keys in memory.
 //
 // A task is a batch row, a key head and some of the queries that read it. Keys come in blocks: a block is laid out for the
-// product, [panel of 48 keys][feature][48], and meets all queries of the task, a tile of kRows at a time. Sums run along
+// product, [panel of 48 keys][feature][48], and its values side by side (as they come, rows may lie a power of two apart and share few
+// lines of the cache). It meets all queries of the task, a tile of kRows at a time. Sums run along
 // (Milakov and Gimelshein, arXiv 1805.02867): with m the largest score so far,
 //
 //   m' = max(m, scores),  p = e^(scores - m'),  sum = sum · e^(m - m') + Σ p,  y = y · e^(m - m') + p v
@@ -47,6 +48,7 @@ struct Task {
 // One thread's memory.
 struct Room {
     float* keys;     // [panel][width][48]
+    float* values;   // [kKeys][width]
     float* queries;  // [kRows][width]
     float* scores;   // [kRows][kKeys]
     float* sums;     // [queries of the task][width]
@@ -104,18 +106,14 @@ DLQC_INLINE void multiply(const float* queries, int64_t width, const float* keys
     each<kR, kS>([&](int r, int s) DLQC_LAMBDA { store(scores + r * kKeys + s * kStrip, acc[r][s]); });
 }
 
-template <int kR, int kS, class X>
-DLQC_INLINE void gather(const float* weights, int64_t count, const X* values, int64_t pitch, float* sums, int64_t width) {
+template <int kR, int kS>
+DLQC_INLINE void gather(const float* weights, int64_t count, const float* values, float* sums, int64_t width) {
     Floats acc[kR][kS];
     each<kR, kS>([&](int r, int s) DLQC_LAMBDA { acc[r][s] = load<Floats>(sums + r * width + s * kStrip); });
-    for (int64_t key = 0; key < count; ++key, values += pitch)
+    for (int64_t key = 0; key < count; ++key, values += width)
 #pragma GCC unroll 3
         for (int s = 0; s < kS; ++s) {
-            Floats value;
-            if constexpr (sizeof(X) == 4)
-                value = load<Floats>(values + s * kStrip);
-            else
-                value = load_halves(values + s * kStrip);
+            const Floats value = load<Floats>(values + s * kStrip);
 #pragma GCC unroll 8
             for (int r = 0; r < kR; ++r) acc[r][s] += value * weights[r * kKeys + key];
         }
@@ -161,6 +159,9 @@ float weigh(float* scores, int64_t count, float& most, float& weight) {
     return kept;
 }
 
+inline void put(float* to, int64_t at, float value) { to[at] = value; }
+inline void put(uint16_t* to, int64_t at, float value) { to[at] = to_bfloat16(value); }
+
 template <class X>
 void run(const Attention& a, const Task& task, const Room& room) {
     const int64_t count = task.last - task.first, group = a.heads / a.key_heads, strips = a.width / kStrip;
@@ -175,6 +176,10 @@ void run(const Attention& a, const Task& task, const Room& room) {
     for (int64_t from = 0; from < seen; from += kKeys) {
         const int64_t to = std::min(from + kKeys, seen);
         lay_out<X>(a, task, from, to, room.keys);
+        for (int64_t key = from; key < to; ++key)
+            for (int64_t d = 0; d < a.width; d += kLanes)
+                store(room.values + (key - from) * a.width + d,
+                      values(row_of<X>(a.v, task.batch, task.key_head, key) + d, 0, kLanes));
         for (int64_t i = 0; i < count; i += kRows) {
             const int64_t rows = std::min<int64_t>(kRows, count - i);
             for (int64_t r = 0; r < rows; ++r) {
@@ -194,27 +199,20 @@ void run(const Attention& a, const Task& task, const Room& room) {
                 if (kept != 1.0f)
                     for (int64_t d = 0; d < a.width; ++d) room.sums[(i + r) * a.width + d] *= kept;
             }
-            const X* const values = row_of<X>(a.v, task.batch, task.key_head, from);
             float* const sums = room.sums + i * a.width;
             for_rows(rows, [&](auto kR) {
                 int64_t s = 0;
                 for (; s + kWide <= strips; s += kWide)
-                    gather<kR(), kWide>(room.scores, to - from, values + s * kStrip, a.v.row, sums + s * kStrip, a.width);
+                    gather<kR(), kWide>(room.scores, to - from, room.values + s * kStrip, sums + s * kStrip, a.width);
                 for (; s < strips; ++s)
-                    gather<kR(), 1>(room.scores, to - from, values + s * kStrip, a.v.row, sums + s * kStrip, a.width);
+                    gather<kR(), 1>(room.scores, to - from, room.values + s * kStrip, sums + s * kStrip, a.width);
             });
         }
     }
     for (int64_t i = 0; i < count; ++i) {
         X* const y = const_cast<X*>(row_of<X>(a.y, task.batch, head_of(i), query_of(i)));
         const float factor = room.weight[i] > 0 ? 1.0f / room.weight[i] : 0.0f;
-        for (int64_t d = 0; d < a.width; ++d) {
-            const float value = room.sums[i * a.width + d] * factor;
-            if constexpr (sizeof(X) == 4)
-                y[d] = value;
-            else
-                y[d] = to_bfloat16(value);
-        }
+        for (int64_t d = 0; d < a.width; ++d) put(y, d, room.sums[i * a.width + d] * factor);
     }
 }
 
@@ -235,7 +233,7 @@ int dlqc_attention(const Attention* attention, int threads, Team team) {
     const int64_t parts = std::max<int64_t>(1, std::min((4 * threads + sets - 1) / sets, all_rows / 32));
     const int64_t rows = (all_rows + parts - 1) / parts, tasks = sets * parts;
     const int64_t keys = (std::min(a.keys, kKeys) + kPanel - 1) / kPanel * kPanel;
-    const int64_t sizes[] = {keys * a.width, kRows * a.width, kRows * kKeys, rows * a.width, rows, rows};
+    const int64_t sizes[] = {keys * a.width, keys * a.width, kRows * a.width, kRows * kKeys, rows * a.width, rows, rows};
     int64_t bytes = 0;
     for (const int64_t size : sizes) bytes += rounded(4 * size);
     if (!of_thread.get(bytes)) return 1;
@@ -243,9 +241,9 @@ int dlqc_attention(const Attention* attention, int threads, Team team) {
     auto work = [&] {
         char* space = static_cast<char*>(of_thread.get(bytes));
         if (!space) return;
-        float* parts_of[6];
-        for (int i = 0; i < 6; ++i) parts_of[i] = reinterpret_cast<float*>(space), space += rounded(4 * sizes[i]);
-        const Room room{parts_of[0], parts_of[1], parts_of[2], parts_of[3], parts_of[4], parts_of[5]};
+        float* parts_of[7];
+        for (int i = 0; i < 7; ++i) parts_of[i] = reinterpret_cast<float*>(space), space += rounded(4 * sizes[i]);
+        const Room room{parts_of[0], parts_of[1], parts_of[2], parts_of[3], parts_of[4], parts_of[5], parts_of[6]};
         for (int64_t i; (i = next.fetch_add(1)) < tasks;) {
             const int64_t set = i / parts, first = i % parts * rows;
             const Task task{set / a.key_heads, set % a.key_heads, first, std::min(first + rows, all_rows)};
@@ -313,19 +311,11 @@ template <class X>
 void turn(const Heads& x, const Heads& y, int64_t batch, int64_t heads, int64_t position, int64_t width, const X* cos, const X* sin) {
     const int64_t half = width / 2;
     for (int64_t head = 0; head < heads; ++head) {
-        const X* const from = row_of<X>(x, batch, head, position);
-        X* const to = const_cast<X*>(row_of<X>(y, batch, head, position));
-        const auto put = [&](int64_t i, float value) {
-            if constexpr (sizeof(X) == 4)
-                to[i] = value;
-            else
-                to[i] = to_bfloat16(value);
-        };
-        for (int64_t i = 0; i < half; ++i) {
-            const float low = as_float(from[i]), high = as_float(from[i + half]);
-            put(i, low * as_float(cos[i]) - high * as_float(sin[i]));
-            put(i + half, high * as_float(cos[i + half]) + low * as_float(sin[i + half]));
-        }
+        const X* const __restrict from = row_of<X>(x, batch, head, position);
+        X* const __restrict to = const_cast<X*>(row_of<X>(y, batch, head, position));
+        for (int64_t i = 0; i < half; ++i) put(to, i, as_float(from[i]) * as_float(cos[i]) - as_float(from[i + half]) * as_float(sin[i]));
+        for (int64_t i = half; i < width; ++i)
+            put(to, i, as_float(from[i]) * as_float(cos[i]) + as_float(from[i - half]) * as_float(sin[i]));
     }
 }
 

@@ -201,7 +201,7 @@ int dlqc_linear8(const Weight* weight, const void* x, int type, int64_t m, int64
         float* const results = static_cast<float*>(of_thread.get(call.bytes));
         if (!results) return;
         for (int64_t task; (task = next.fetch_add(1)) < call.place.panels * chunks;)
-            multiply_panel(call, task / chunks, task % chunks, results);
+            multiply_panel(call, task % call.place.panels, task / call.place.panels, results);
     };
     const int64_t work = m * call.padded * call.place.panels * kPanel;
     in_threads(static_cast<int>(std::min<int64_t>(threads, work >> 18)), team, multiply);
