@@ -140,7 +140,7 @@ def ours(k: int, n: int, w: torch.Tensor) -> list[Entry]:
     for bits in (2, 3, 4, 8):
         for act, said in ((token, ""), (grouped, " act g128")):
             found.append((f"dlqc W{bits}A8 g128{said}", f"W{bits}A8", Linear8(), IntFormat(bits, 128), act, plain))
-        found.append((f"dlqc W{bits}A16 g128", f"W{bits}A16", Linear16(), IntFormat(bits, 128), None, plain))
+    found.append(("dlqc W4A16 g128", "W4A16", Linear16(), IntFormat(4, 128), None, plain))
     found.append(("dlqc W4A8 channel", "W4A8 channel", Linear8(), IntFormat(4, None), token, plain))
     found.append(("dlqc W8A8 channel", "W8A8 channel", Linear8(), channel, token, plain))
     found.append(("torch _int_mm", "W8A8 channel", Int8MM(), channel, token, plain))
@@ -219,6 +219,93 @@ def measure(
     return rows
 
 
+#: What is compared: ours, and the modes of the peers that store the same number of bits in the same way.
+CONTESTS = {
+    "W2": ("dlqc W2A8 g128", ("W2A8", "W2A16")),
+    "W3": ("dlqc W3A8 g128", ("W3A8", "W3A16")),
+    "W4": ("dlqc W4A8 g128", ("W4A8", "W4A16")),
+    "W4, activations in groups": ("dlqc W4A8 g128 act g128", ("W4A8", "W4A16")),
+    "W4 per channel": ("dlqc W4A8 channel", ("W4A8 channel",)),
+    "W8 per channel": ("dlqc W8A8 channel", ("W8A8 channel", "W8A8 tensor", "W8A8", "W8A16")),
+    "W4A16": ("dlqc W4A16 g128", ("W4A16",)),
+}
+
+
+def contests(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Ours beside the best peer of each contest, shape and number of tokens."""
+    machine, rows = found["machine"], []
+    cells = [cell for cell in found["cells"] if "ms" in cell]
+    for what, (name, modes) in CONTESTS.items():
+        for mine in (cell for cell in cells if cell["name"] == name):
+            there = [c for c in cells if (c["shape"], c["M"]) == (mine["shape"], mine["M"]) and c["mode"] in modes]
+            peers = sorted((c for c in there if not c["name"].startswith("dlqc")), key=lambda c: float(c["ms"]))
+            row = {"contest": what, "shape": mine["shape"], "M": mine["M"], "ms": mine["ms"], "GOP/s": mine["GOP/s"]}
+            row["of peak"] = round(mine["GOP/s"] / machine["peak GOP/s, all threads"], 2)
+            row["of reading"] = round(mine["GB/s"] / machine["reading GB/s"], 2)
+            row["error"] = mine["max relative error"]
+            if peers:
+                row |= {
+                    "best peer": peers[0]["name"],
+                    "its ms": peers[0]["ms"],
+                    "its error": peers[0]["max relative error"],
+                }
+                row["times as fast"] = round(peers[0]["ms"] / mine["ms"], 2)
+            rows.append(row)
+    return rows
+
+
+def page(found: dict[str, Any]) -> str:
+    """The contests as Markdown."""
+    machine = found["machine"]
+    lines = [
+        "# Low-bit linears on the CPU",
+        "",
+        f"Made by `python benchmarks/cpu.py --out docs/results/cpu.json` on a {machine['processor']} with {machine['threads']} threads "
+        f"({machine['path']}), torch {machine['torch']}. Limits of the machine in this run: "
+        f"{machine['peak GOP/s, all threads']} GOP/s of the integer instruction ({machine['peak GOP/s, one thread']} on one "
+        f"thread), reading {machine['reading GB/s']} GB/s. Medians; peers take turns in one process and were right against "
+        "float64 first; `of peak` and `of reading` are shares of these limits.",
+    ]
+    for what in CONTESTS:
+        rows = [row for row in found["contests"] if row["contest"] == what]
+        lines += ["", f"## {what}: {CONTESTS[what][0]}", ""]
+        lines += [
+            "| shape | M | ms | GOP/s | of peak | of reading | error | best peer | its ms | its error | times as fast |"
+        ]
+        lines += ["|---|--:|--:|--:|--:|--:|--:|---|--:|--:|--:|"]
+        for row in rows:
+            peer = " | ".join(str(row.get(name, "")) for name in ("best peer", "its ms", "its error", "times as fast"))
+            lines.append(
+                f"| {row['shape']} | {row['M']} | {row['ms']} | {row['GOP/s']} | {row['of peak']:.0%} | {row['of reading']:.0%} "
+                f"| {row['error']} | {peer} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def figure(found: dict[str, Any], path: Path) -> None:
+    """Times as fast as the best peer, by contest, shape and number of tokens."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    shown = ("W2", "W3", "W4", "W8 per channel")
+    shapes = sorted({row["shape"] for row in found["contests"]})
+    drawing, axes = plt.subplots(1, len(shapes), figsize=(4 * len(shapes), 3.2), sharey=True, squeeze=False)
+    for axis, shape in zip(axes[0], shapes, strict=True):
+        for what in shown:
+            rows = [
+                r for r in found["contests"] if r["contest"] == what and r["shape"] == shape and "times as fast" in r
+            ]
+            axis.plot([str(row["M"]) for row in rows], [row["times as fast"] for row in rows], marker="o", label=what)
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set(title=shape, xlabel="tokens M", ylim=(0, None))
+    axes[0][0].set_ylabel("times as fast as the best peer")
+    axes[0][-1].legend()
+    drawing.tight_layout()
+    drawing.savefig(path, dpi=120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON file to write")
@@ -242,8 +329,11 @@ def main() -> None:
                     f"{row.get('GB/s', ''):>6} GB/s   error {row['max relative error']}"
                 )
     found["machine after"] = machine.limits()
+    found["contests"] = contests(found)
     if args.out:
         args.out.write_text(json.dumps(found, indent=1) + "\n")
+        args.out.with_suffix(".md").write_text(page(found))
+        figure(found, args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":
