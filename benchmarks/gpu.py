@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_entries import Entry, library, ours, run
+from gpu_entries import Entry, cuda, library, ours, run
 from torch import Tensor
 
 from dlqc.kernels.triton import dispatch, integer, packing, runtime, weight_only
@@ -179,7 +179,7 @@ def measure(options: argparse.Namespace, clock: Clock, device_: str) -> dict[str
     wrong: list[str] = []
     for label, (k, n) in shapes.items():
         base: dict[int, float] = {}
-        for entry in (*library(k, n, device_), *ours(k, n, device_)):
+        for entry in (*library(k, n, device_), *ours(k, n, device_), *cuda(k, n, device_)):
             count = max(1, -(-ROTATED // int(k * n * entry.weight_bits / 8)))
             count = 1 if options.rehearse else min(count, 64)
             calls = entry.copies(count)
@@ -284,7 +284,7 @@ def plan(options: argparse.Namespace) -> None:
     kinds = [Entry("bf16", 16, 16, lambda _: [], None)]
     kinds += [Entry(name, bits, act, lambda _: [], None) for name, bits, act in (
         ("W4A16 g128", 4.125, 16), ("W3A16 g128", 3.125, 16), ("W2A16 g128", 2.125, 16), ("W8A16", 8, 16), ("W8A8", 8, 8),
-        ("W4A8", 4, 8),
+        ("W4A8", 4, 8), ("2 planes g128", 2.25, 16),
     )]  # fmt: skip
     for label in options.shapes:
         k, n = SHAPES[label]

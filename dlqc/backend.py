@@ -20,7 +20,7 @@ from dlqc.formats.contract import WeightFormat
 from dlqc.formats.integer import IntFormat
 from dlqc.weights import Weights
 
-BACKENDS = ("reference", "cpu", "triton")
+BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ from dlqc.ops import (
 from dlqc.regions import Refused, grow
 from dlqc.weights import Weights
 
-NAMESPACES = ("aten", "dlqc", "dlqc_reference", "dlqc_cpu", "dlqc_triton")
+NAMESPACES = ("aten", "dlqc", "dlqc_reference", "dlqc_cpu", "dlqc_triton", "dlqc_cuda")
 SIZE_ARITHMETIC = (
     operator.getitem,
     operator.add,
