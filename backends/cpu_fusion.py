@@ -2,77 +2,43 @@
 
 Before:  y = linear8(rms_norm(h, gain), …) + r         After:  y = fused8("rms_norm", h, gain, …, r)
          y = linear8(silu(g) · u, …)                           y = fused8("silu_times", g, u, …)
-         y = linear8(x · (I ⊗ H/√n), …)                        y = fused8(…, x, …, block=n), x as any of the above
+         y = linear8(x · (I ⊗ H/√n), …)                        y = fused8(…, x, …, n, core), x as any of the above
 
-A norm, a gate or a rotation goes along if nobody else reads it, a sum if it is all that happens to the result. Attention and
-rotary embedding become native ops of the same arguments and meaning, so that what reads the lowered graph (`dlqc.cached`) sees
-them as what they were.
+Attention and rotary embedding become native ops of the same arguments and meaning, so that what reads the lowered graph
+(`dlqc.cached`) sees them as what they were; so do norms that no linear took along.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import torch
 from torch import Tensor, fx
 
-from dlqc import hadamard
-from dlqc.graph import (
-    LAYER_NORM,
-    RMS_NORM,
-    SDPA,
-    arg,
-    args_of,
-    aten,
-    call_before,
-    constant_name,
-    is_call,
-    read,
-    replace,
-    stands_for,
-    sweep,
-)
+from dlqc.backends import fusion
+from dlqc.backends.fusion import Call, Found, Joint
+from dlqc.graph import RMS_NORM, SDPA, arg, args_of, call_before, constant_name, is_call, replace, stands_for, sweep
 from dlqc.kernels.cpu import attention, build
 from dlqc.kernels.cpu.fused8 import FUSED8, KINDS, rms_norm, rotates
 from dlqc.kernels.cpu.linear8 import linear8
-from dlqc.ops import ROPE, TRANSFORM
-from dlqc.transform import Hadamard, decode
+from dlqc.ops import ROPE
 from dlqc.weights import Weights
-
-LINEAR8 = linear8
-
 
 stands_for(attention.attention, SDPA)
 stands_for(attention.rope, ROPE)
 
 
+def fused8(found: Found) -> Call:
+    rotation = (found.block, found.core) if found.block > 1 else ()
+    return FUSED8, (KINDS[found.kind], found.x, *found.before, found.residual, *found.rest, *rotation)
+
+
+LINEAR8 = Joint(linear8, fused8, rotates=rotates)
+
+
 def fuse(graph: fx.Graph, weights: Weights) -> dict[str, int]:
-    """Join every linear8 of a graph with its only norm or gate, and its only sum; how many of each kind.
+    """Join every linear8 of a graph with its only norm, gate or rotation, and its only sum; how many of each kind.
 
     What becomes a native op of its own is counted as "native_...".
     """
-    counts = _attentions(graph)
-    for node in [n for n in graph.nodes if is_call(n, LINEAR8)]:
-        x, *tensors = args_of(node)
-        rotation = _rotation(x)
-        if rotation is not None:
-            x = args_of(x)[0]
-        kind, sources = _before(x, args_of(node)[5])
-        residual = _after(node)
-        if kind == "as_is" and residual is None and rotation is None:
-            continue
-        new_at, added = node, None
-        if residual is not None:
-            new_at, added = next(iter(node.users)), residual
-            counts["residual"] = counts.get("residual", 0) + 1
-        inputs = _inputs(kind, x, sources, graph, weights, new_at)
-        if rotation is not None:
-            tensors += rotation.block, _core(rotation, tensors[0], graph, weights, new_at)
-            counts["block_hadamard"] = counts.get("block_hadamard", 0) + 1
-        replace(new_at, call_before(graph, new_at, FUSED8, (KINDS[kind], *inputs, added, *tensors)))
-        if kind != "as_is":
-            counts[kind] = counts.get(kind, 0) + 1
-    sweep(graph, weights)
+    counts = _attentions(graph) | fusion.fuse(graph, weights, LINEAR8)
     _norms(graph, weights, counts)
     sweep(graph, weights)
     return counts
@@ -87,8 +53,8 @@ def _norms(graph: fx.Graph, weights: Weights, counts: dict[str, int]) -> None:
         value, gain = node.meta.get("val"), arg(node, 2, "weight")
         plain = len(args_of(node)[1]) == 1 and (gain is None or constant_name(gain) is not None)
         if plain and isinstance(value, Tensor) and value.dtype in build.TYPES:
-            x, _, gain, _, eps = _inputs("rms_norm", node, node, graph, weights, node)
-            replace(node, call_before(graph, node, rms_norm, (x, gain, eps)))
+            held, _, eps = fusion.norm(node, graph, weights, node)
+            replace(node, call_before(graph, node, rms_norm, (args_of(node)[0], held, eps)))
             counts["native_norm"] = counts.get("native_norm", 0) + 1
 
 
@@ -108,86 +74,3 @@ def _attentions(graph: fx.Graph) -> dict[str, int]:
             node.target = attention.rope
             counts["native_rope"] = counts.get("native_rope", 0) + 1
     return counts
-
-
-def _rotation(x: object) -> Hadamard | None:
-    """The block Hadamard transform that x is the result of, if nobody else reads it and fused8 knows its order."""
-    if not is_call(x, TRANSFORM) or len(x.users) != 1:
-        return None
-    _, parts, spec = args_of(x)
-    found = None if parts else decode(spec, ())
-    return found if isinstance(found, Hadamard) and rotates(found.block) else None
-
-
-def _core(rotation: Hadamard, codes: fx.Node, graph: fx.Graph, weights: Weights, before: fx.Node) -> fx.Node | None:
-    """The core of the Hadamard matrix, a constant of the linear with these codes."""
-    core = hadamard.side(rotation.block, rotation.transposed).core
-    if core is None:
-        return None
-    name = f"{constant_name(codes)}_hadamard"
-    weights.put(name, core.to(torch.float32).contiguous())
-    return read(graph, weights, name, before)
-
-
-def _before(x: object, in_features: int) -> tuple[str, fx.Node | None]:
-    """What makes x, if nobody else reads it and the row is all it needs."""
-    if not isinstance(x, fx.Node) or len(x.users) != 1:
-        return "as_is", None
-    if is_call(x, RMS_NORM, LAYER_NORM):
-        shape, parts = args_of(x)[1], list(_constants(x))
-        if list(shape) == [in_features] and all(p is None or constant_name(p) is not None for p in parts):
-            return ("rms_norm" if is_call(x, RMS_NORM) else "layer_norm"), x
-    if is_call(x, aten.mul.Tensor):
-        left, right = args_of(x)
-        gates = [side for side in (left, right) if is_call(side, aten.silu.default) and len(side.users) == 1]
-        alike = all(isinstance(side, fx.Node) and _same(side, x) for side in (left, right))
-        if gates and alike and left is not right:
-            return "silu_times", x
-    return "as_is", None
-
-
-def _constants(norm: fx.Node) -> Iterator[object]:
-    yield arg(norm, 2, "weight")
-    yield arg(norm, 3, "bias") if is_call(norm, LAYER_NORM) else None
-
-
-def _after(node: fx.Node) -> fx.Node | None:
-    """What is added to the linear's result, if that is all that happens to it."""
-    users = list(node.users)
-    if len(users) != 1 or not is_call(users[0], aten.add.Tensor) or users[0].kwargs:
-        return None
-    left, right = args_of(users[0])
-    other = right if left is node else left
-    return other if isinstance(other, fx.Node) and other is not node and _same(other, node) else None
-
-
-def _same(one: fx.Node, other: fx.Node) -> bool:
-    """Whether two values agree in shape and dtype."""
-    a, b = one.meta.get("val"), other.meta.get("val")
-    return isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and a.dtype == b.dtype
-
-
-def _inputs(
-    kind: str, x: fx.Node, source: fx.Node | None, graph: fx.Graph, weights: Weights, before: fx.Node
-) -> tuple[fx.Node | float | None, ...]:
-    """x, other, gain, shift, eps of the op."""
-    if source is None:
-        return x, None, None, None, 0.0
-    if kind == "silu_times":
-        left, right = args_of(source)
-        gate = left if is_call(left, aten.silu.default) and len(left.users) == 1 else right
-        return args_of(gate)[0], right if gate is left else left, None, None, 0.0
-    parts: list[fx.Node | None] = []
-    for part in _constants(source):
-        name = constant_name(part)
-        if name is None:
-            parts.append(None)
-            continue
-        held = f"{name}_float32"
-        if held not in weights:
-            weights.put(held, weights.value(name).to(torch.float32).contiguous())
-        parts.append(read(graph, weights, held, before))
-    default = 1e-5 if kind == "layer_norm" else float(torch.finfo(x.meta["val"].dtype).eps)
-    place = 3 if kind == "rms_norm" else 4
-    eps = arg(source, place, "eps")
-    return args_of(source)[0], None, *parts, default if eps is None else float(eps)

@@ -45,6 +45,7 @@ from dlqc.kernels.cpu.linear16 import Linear16
 
 SHAPES = ((4096, 4096), (4096, 12288), (12288, 4096))
 TOKENS = (1, 8, 32, 128, 512)
+CHECKED = 32  # rows that are compared with float64
 
 # Twelve sums, registers only: a compiler adds moves to intrinsics, so this is assembly.
 PEAK = """
@@ -140,9 +141,12 @@ def ours(k: int, n: int, w: torch.Tensor) -> list[Entry]:
     for bits in (2, 3, 4, 8):
         for act, said in ((token, ""), (grouped, " act g128")):
             found.append((f"dlqc W{bits}A8 g128{said}", f"W{bits}A8", Linear8(), IntFormat(bits, 128), act, plain))
-        found.append((f"dlqc W{bits}A16 g128", f"W{bits}A16", Linear16(), IntFormat(bits, 128), None, plain))
+    found.append(("dlqc W4A16 g128", "W4A16", Linear16(), IntFormat(4, 128), None, plain))
     found.append(("dlqc W4A8 channel", "W4A8 channel", Linear8(), IntFormat(4, None), token, plain))
     found.append(("dlqc W8A8 channel", "W8A8 channel", Linear8(), channel, token, plain))
+    half = torch.bfloat16  # tokens and results, as zentorch takes them
+    found.append(("dlqc W4A8 g128 bf16", "W4A8", Linear8(), IntFormat(4, 128), token, half))
+    found.append(("dlqc W8A8 channel bf16", "W8A8 channel", Linear8(), channel, token, half))
     found.append(("torch _int_mm", "W8A8 channel", Int8MM(), channel, token, plain))
     found.append(("torch int8pack", "W8A16", Int8Pack(), channel, None, torch.bfloat16))
     found.append(("torch int4pack", "W4A16", Int4Pack(), IntFormat(4, 128), None, torch.bfloat16))
@@ -165,12 +169,21 @@ def ours(k: int, n: int, w: torch.Tensor) -> list[Entry]:
     return entries
 
 
+def tokens(m: int, k: int) -> torch.Tensor:
+    return torch.randn(max(TOKENS), k, generator=torch.Generator().manual_seed(k))[:m].clone()
+
+
 def gather(k: int, n: int) -> list[Entry]:
+    """All implementations of a shape, with what they should give in place of their float64 weights."""
     w = torch.randn(n, k, generator=torch.Generator().manual_seed(k + n)) / math.sqrt(k)
-    entries = ours(k, n, w)
-    for name, peers in PEERS.items():
+    entries: list[Entry] = []
+    for name, peers in {"dlqc": ours, **PEERS}.items():
         try:
-            entries += peers(k, n, w)
+            for entry in peers(k, n, w):
+                assert entry.weight is not None
+                entry.expected = tokens(CHECKED, k).to(entry.dtype).double() @ entry.weight.T
+                entry.weight = None
+                entries.append(entry)
         except Exception as error:  # a peer that is not there, or not in a version that this file knows
             print(
                 f"  {name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", file=sys.stderr
@@ -179,18 +192,19 @@ def gather(k: int, n: int) -> list[Entry]:
 
 
 def error_of(entry: Entry, x: torch.Tensor) -> float:
-    """max |y - ŷ| / max |ŷ|; ŷ in float64 from the entry's own weight and unrounded tokens."""
-    given = x.to(entry.dtype)
-    expected = given.double() @ entry.weight.T
-    return float((entry.call(given).double() - expected).abs().max() / expected.abs().max())
+    """max |y - ŷ| / max |ŷ| over the first rows; ŷ in float64 from the entry's own weight and unrounded tokens."""
+    assert entry.expected is not None
+    expected = entry.expected[: x.shape[0]]
+    y = entry.call(x)[: expected.shape[0]].double()
+    return float((y - expected).abs().max() / expected.abs().max())
 
 
 def measure(
     entries: list[Entry], k: int, n: int, m: int, machine: Machine, args: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    x = torch.randn(m, k, generator=torch.Generator().manual_seed(m))
+    x = tokens(m, k)
     given = {dtype: x.to(dtype) for dtype in {entry.dtype for entry in entries}}
-    errors = {entry.name: error_of(entry, x[: min(m, 32)]) for entry in entries}
+    errors = {entry.name: error_of(entry, given[entry.dtype]) for entry in entries}
     sound = [entry for entry in entries if errors[entry.name] < 3e-2]
     times: dict[str, list[float]] = {entry.name: [] for entry in sound}
     other = torch.ones(24 << 20)
@@ -219,6 +233,101 @@ def measure(
     return rows
 
 
+#: What is compared: ours, and the modes of the peers that store the same number of bits in the same way.
+CONTESTS = {
+    "W2": ("dlqc W2A8 g128", ("W2A8", "W2A16")),
+    "W3": ("dlqc W3A8 g128", ("W3A8", "W3A16")),
+    "W4": ("dlqc W4A8 g128", ("W4A8", "W4A16")),
+    "W4, activations in groups": ("dlqc W4A8 g128 act g128", ("W4A8", "W4A16")),
+    "W4 per channel": ("dlqc W4A8 channel", ("W4A8 channel",)),
+    "W8 per channel": ("dlqc W8A8 channel", ("W8A8 channel", "W8A8 tensor", "W8A8", "W8A16")),
+    "W8 per channel, bfloat16 tokens": ("dlqc W8A8 channel bf16", ("W8A8 channel", "W8A8 tensor", "W8A8", "W8A16")),
+    "W4, bfloat16 tokens": ("dlqc W4A8 g128 bf16", ("W4A8", "W4A16")),
+    "W4A16": ("dlqc W4A16 g128", ("W4A16",)),
+}
+
+
+#: The machine's limits that shares are of; the better one of before and after.
+LIMITS = ("peak GOP/s, all threads", "reading GB/s")
+
+
+def contests(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Ours beside the best peer of each contest, shape and number of tokens."""
+    rows: list[dict[str, Any]] = []
+    peak, reading = (max(found[when][name] for when in ("machine", "machine after")) for name in LIMITS)
+    cells = [cell for cell in found["cells"] if "ms" in cell]
+    for what, (name, modes) in CONTESTS.items():
+        for mine in (cell for cell in cells if cell["name"] == name):
+            there = [c for c in cells if (c["shape"], c["M"]) == (mine["shape"], mine["M"]) and c["mode"] in modes]
+            peers = sorted((c for c in there if not c["name"].startswith("dlqc")), key=lambda c: float(c["ms"]))
+            row = {"contest": what, "shape": mine["shape"], "M": mine["M"], "ms": mine["ms"], "GOP/s": mine["GOP/s"]}
+            row["of peak"] = round(mine["GOP/s"] / peak, 2)
+            row["of reading"] = round(mine["GB/s"] / reading, 2)
+            row["error"] = mine["max relative error"]
+            if peers:
+                row |= {
+                    "best peer": peers[0]["name"],
+                    "its ms": peers[0]["ms"],
+                    "its error": peers[0]["max relative error"],
+                }
+                row["times as fast"] = round(peers[0]["ms"] / mine["ms"], 2)
+            rows.append(row)
+    return rows
+
+
+def page(found: dict[str, Any]) -> str:
+    """The contests as Markdown."""
+    machine = found["machine"]
+    peak, reading = (max(found[when][name] for when in ("machine", "machine after")) for name in LIMITS)
+    lines = [
+        "# Low-bit linears on the CPU",
+        "",
+        f"Made by `python benchmarks/cpu.py --out docs/results/cpu.json` with {machine['threads']} threads of an "
+        f"{machine['processor']} ({machine['path']}), torch {machine['torch']}. Limits of the machine in this run: "
+        f"{peak} GOP/s of the integer instruction ({machine['peak GOP/s, one thread']} on one thread), reading {reading} GB/s. "
+        "Medians; peers take turns "
+        "in one process and were right against float64 first; `of peak` and `of reading` are shares of these limits.",
+    ]
+    for what in CONTESTS:
+        rows = [row for row in found["contests"] if row["contest"] == what]
+        lines += ["", f"## {what}: {CONTESTS[what][0]}", ""]
+        lines += [
+            "| shape | M | ms | GOP/s | of peak | of reading | error | best peer | its ms | its error | times as fast |"
+        ]
+        lines += ["|---|--:|--:|--:|--:|--:|--:|---|--:|--:|--:|"]
+        for row in rows:
+            peer = " | ".join(str(row.get(name, "")) for name in ("best peer", "its ms", "its error", "times as fast"))
+            lines.append(
+                f"| {row['shape']} | {row['M']} | {row['ms']} | {row['GOP/s']} | {row['of peak']:.0%} | {row['of reading']:.0%} "
+                f"| {row['error']} | {peer} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def figure(found: dict[str, Any], path: Path) -> None:
+    """Times as fast as the best peer, by contest, shape and number of tokens."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    shown = ("W2", "W3", "W4", "W8 per channel")
+    shapes = sorted({row["shape"] for row in found["contests"]})
+    drawing, axes = plt.subplots(1, len(shapes), figsize=(4 * len(shapes), 3.2), sharey=True, squeeze=False)
+    for axis, shape in zip(axes[0], shapes, strict=True):
+        for what in shown:
+            rows = [
+                r for r in found["contests"] if r["contest"] == what and r["shape"] == shape and "times as fast" in r
+            ]
+            axis.plot([str(row["M"]) for row in rows], [row["times as fast"] for row in rows], marker="o", label=what)
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set(title=shape, xlabel="tokens M", ylim=(0, None))
+    axes[0][0].set_ylabel("times as fast as the best peer")
+    axes[0][-1].legend()
+    drawing.tight_layout()
+    drawing.savefig(path, dpi=120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON file to write")
@@ -228,6 +337,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_grad_enabled(False)
     machine = Machine(torch.get_num_threads())
+    machine.wait(args.patience)
     found: dict[str, Any] = {"machine": machine.limits(), "cells": []}
     print(json.dumps(found["machine"], indent=1))
     for k, n in ((1024, 1536),) if args.quick else SHAPES:
@@ -241,9 +351,13 @@ def main() -> None:
                     f"  {row['mode']:13} {row['name']:28} {row.get('ms', 'wrong'):>9} ms {row.get('GOP/s', ''):>6} GOP/s "
                     f"{row.get('GB/s', ''):>6} GB/s   error {row['max relative error']}"
                 )
+    machine.wait(args.patience)
     found["machine after"] = machine.limits()
+    found["contests"] = contests(found)
     if args.out:
         args.out.write_text(json.dumps(found, indent=1) + "\n")
+        args.out.with_suffix(".md").write_text(page(found))
+        figure(found, args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ for speed does not depend on what they say.
                                weights laid out for oneDNN, torch's norm and attention, all in bfloat16
 
 Each is first compared with the float32 graph (relative error of the logits). Implementations take turns, round after round, and
-before each round the machine has to be in its fast state (see cpu.py). `python_share` is the part of a step that is not spent
-in ops of torch and dlqc, by torch's profiler.
+before each round the machine has to be in its fast state (see cpu.py). `python_share` is the part of a step, as it runs without a
+profiler, that the ops of torch and dlqc do not account for in torch's profiler.
 """
 
 from __future__ import annotations
@@ -158,15 +158,16 @@ def python_share(step: Step) -> float:
     """The part of a step's time that no op accounts for."""
     from torch.profiler import ProfilerActivity, profile
 
-    for _ in range(5):
-        step()
-    with profile(activities=[ProfilerActivity.CPU]) as found:
+    times = []
+    for _ in range(60):
         started = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - started)
+    with profile(activities=[ProfilerActivity.CPU]) as found:
         for _ in range(20):
             step()
-        wall = time.perf_counter() - started
-    spent = sum(event.self_cpu_time_total for event in found.key_averages())
-    return max(0.0, 1 - spent / 1e6 / wall)
+    spent = sum(event.self_cpu_time_total for event in found.key_averages()) / 20 / 1e6
+    return max(0.0, 1 - spent / statistics.median(times))
 
 
 def measure(

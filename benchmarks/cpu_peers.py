@@ -36,16 +36,18 @@ class Entry:
     Attributes:
         name, mode: who, and which comparison it belongs to.
         call: x [M, K] in `dtype` → [M, N].
-        weight: float64 [N, K], what it multiplies by.
+        weight: float64 [N, K], what it multiplies by; None once `expected` is there.
+        expected: float64 [R, N], what it should make of the first rows of the tokens that it will get.
         bytes: stored, of the weight.
     """
 
     name: str
     mode: str
     call: Call
-    weight: torch.Tensor
+    weight: torch.Tensor | None
     bytes: float
     dtype: torch.dtype
+    expected: torch.Tensor | None = None
 
 
 def torch_peers(k: int, n: int, w: torch.Tensor) -> list[Entry]:
@@ -321,11 +323,12 @@ class Ggml:
         self.base.ggml_backend_tensor_set(
             weight, ctypes.c_void_p(stored.data_ptr()), ctypes.c_size_t(0), ctypes.c_size_t(stored.numel())
         )
-        graphs: dict[int, tuple[ctypes.c_void_p, torch.Tensor]] = {}
+        graphs: dict[tuple[int, int], tuple[ctypes.c_void_p, torch.Tensor]] = {}
 
         def call(x: torch.Tensor) -> torch.Tensor:
             # A tensor is copied in once: in a model of ggml's own it would be there already.
-            if x.data_ptr() not in graphs:
+            key = x.data_ptr(), x.shape[0]
+            if key not in graphs:
                 inner, m = self.context(), x.shape[0]
                 given = self.tensor(inner, GGML_F32, k, m)
                 made = ctypes.c_void_p(self.base.ggml_mul_mat(inner, weight, given))
@@ -334,8 +337,8 @@ class Ggml:
                 self.base.ggml_backend_alloc_ctx_tensors_from_buft(inner, self.plain)
                 ctypes.memmove(self.base.ggml_get_data(given), x.data_ptr(), 4 * x.numel())
                 out = (ctypes.c_float * (m * n)).from_address(self.base.ggml_get_data(made))
-                graphs[x.data_ptr()] = graph, torch.frombuffer(out, dtype=torch.float32).reshape(m, n)
-            graph, y = graphs[x.data_ptr()]
+                graphs[key] = graph, torch.frombuffer(out, dtype=torch.float32).reshape(m, n)
+            graph, y = graphs[key]
             self.base.ggml_backend_graph_compute(self.backend, graph)
             return y
 

@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_entries import Entry, library, ours, run
+from gpu_entries import Entry, cuda, library, ours, run
 from torch import Tensor
 
 from dlqc.kernels.triton import dispatch, integer, packing, runtime, weight_only
@@ -55,7 +55,7 @@ def floor(m: int, k: int, n: int, entry: Entry, ceilings: dict[str, float]) -> f
     """Seconds that the weight, x and y take at the rate of a copy, or the operations at that of a large product."""
     size = k * n * entry.weight_bits / 8 + m * k * entry.act_bits / 8 + 2 * m * n
     rate = ceilings["int8" if entry.act_bits == 8 else "bf16"]
-    if entry.name.startswith("fp8"):
+    if entry.name.startswith("fp8") or "e4m3" in entry.name:
         rate = ceilings["fp8"]
     return max(size / ceilings["copy"], 2 * m * k * n / rate)
 
@@ -137,13 +137,13 @@ def assembly_agrees(device_: str) -> bool:
     if device_ == "cpu" or torch.version.hip is not None:
         return True
     for bits in (2, 3, 4, 8):
-        k = packing.BLOCKS[bits] * (8 if bits == 8 else 16)
-        low, high = packing.arrange(torch.randint(0, 1 << bits, (128, k), dtype=torch.uint8, device=device_), bits)
+        k = packing.block_of(bits, packing.RUN) * (8 if bits == 8 else 16)
+        low = packing.arrange(torch.randint(0, 1 << bits, (128, k), dtype=torch.uint8, device=device_), bits)
         words = torch.arange(low.numel(), device=device_) % (256 if bits == 8 else 65536)
         low = words.to(low.dtype if bits == 8 else torch.int32).to(low.dtype).reshape(low.shape)
         zeros = torch.randint(0, 1 << bits, (1, 128), dtype=torch.uint8, device=device_)
         ones = torch.ones(1, 128, dtype=torch.bfloat16, device=device_)
-        packed = weight_only.Packed(low, high, ones, zeros, k, 128, bits, k)
+        packed = weight_only.Packed(low, ones, zeros, k, 128, bits, k)
         for dtype in (torch.bfloat16, torch.float16):
             found = []
             for asm in (True, False):
@@ -179,7 +179,7 @@ def measure(options: argparse.Namespace, clock: Clock, device_: str) -> dict[str
     wrong: list[str] = []
     for label, (k, n) in shapes.items():
         base: dict[int, float] = {}
-        for entry in (*library(k, n, device_), *ours(k, n, device_)):
+        for entry in (*library(k, n, device_), *ours(k, n, device_), *cuda(k, n, device_)):
             count = max(1, -(-ROTATED // int(k * n * entry.weight_bits / 8)))
             count = 1 if options.rehearse else min(count, 64)
             calls = entry.copies(count)
@@ -245,7 +245,9 @@ def _linear(kind: str, k: int, n: int, device_: str) -> Callable[[Tensor], Tenso
     scales = packing.columns(torch.full((n, k // group), k**-0.5 / (1 << bits), dtype=torch.bfloat16, device=device_))
     packed: Any
     if act == 16:
-        packed = weight_only.Packed(*packing.arrange(codes, bits), scales, None, k, n, bits, group)
+        packed = weight_only.Packed(
+            packing.arrange(codes, bits, packing.run_of(bits, k, group)), scales, None, k, n, bits, group
+        )
     else:
         packed = integer.Packed(packing.arrange_integers(codes, bits), scales, None, k, n, bits, group)
     return lambda x: run(packed, x.contiguous())
@@ -282,7 +284,7 @@ def plan(options: argparse.Namespace) -> None:
     kinds = [Entry("bf16", 16, 16, lambda _: [], None)]
     kinds += [Entry(name, bits, act, lambda _: [], None) for name, bits, act in (
         ("W4A16 g128", 4.125, 16), ("W3A16 g128", 3.125, 16), ("W2A16 g128", 2.125, 16), ("W8A16", 8, 16), ("W8A8", 8, 8),
-        ("W4A8", 4, 8),
+        ("W4A8", 4, 8), ("2 planes g128", 2.25, 16),
     )]  # fmt: skip
     for label in options.shapes:
         k, n = SHAPES[label]
@@ -321,7 +323,15 @@ def tune(options: argparse.Namespace, clock: Clock, device_: str) -> None:
             scales = packing.columns(torch.ones(n, k // group, dtype=torch.bfloat16, device=device_))
             packed: Any
             if kernel == "w16":
-                packed = weight_only.Packed(*packing.arrange(codes, entry_bits), scales, None, k, n, entry_bits, group)
+                packed = weight_only.Packed(
+                    packing.arrange(codes, entry_bits, packing.run_of(entry_bits, k, group)),
+                    scales,
+                    None,
+                    k,
+                    n,
+                    entry_bits,
+                    group,
+                )
             else:
                 packed = integer.Packed(
                     packing.arrange_integers(codes, entry_bits), scales, None, k, n, entry_bits, group

@@ -12,7 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dlqc.kernels.triton import dispatch, integer, packing, runtime, weight_only
+from dlqc.formats.activation import ActFormat
+from dlqc.formats.fp8 import Fp8Format
+from dlqc.formats.planes import PlanesFormat, PlanesWeight
+from dlqc.kernels.cuda import build, launch, planes, w4a8
+from dlqc.kernels.triton import dispatch, float8, integer, packing, runtime, weight_only
 
 WRONG = 1e-2
 
@@ -57,14 +61,59 @@ def ours(k: int, n: int, device_: str) -> list[Entry]:
         held = packing.columns(scales)
         packed: Any
         if act == 16:
-            low, high = packing.arrange(codes, bits)
-            packed = weight_only.Packed(low, high, held, None, k, n, bits, group)
+            packed = weight_only.Packed(
+                packing.arrange(codes, bits, packing.run_of(bits, k, group)), held, None, k, n, bits, group
+            )
         else:
             packed = integer.Packed(packing.arrange_integers(codes, bits), held, None, k, n, bits, group)
         made.append(Entry(name, bits + 16 / group, act, _copies(packed), truth, 4e-3 if act == 16 else 2e-2))
         if act == 8:
             given = Given(partial(integer.quantize, bits=8, packed=packed))
             made.append(replace(made[-1], name=f"{name}, codes given", copies=_copies(packed, given)))
+    return [*made, *_float8(k, n, device_)]
+
+
+def _float8(k: int, n: int, device_: str) -> list[Entry]:
+    """Our product in e4m3, quantization of tokens included, where the device has such products."""
+    if float8.unavailable() is not None:
+        return []
+    stored = Fp8Format().quantize(torch.randn(n, k, device=device_).div_(k**0.5))
+    codes, scales = float8.arrange(stored)
+
+    def call(weight: Tensor, x: Tensor) -> Tensor:
+        return float8.float8(x, weight, scales, None, k, n)
+
+    return [Entry("W8A8 e4m3", 8, 8, turns(codes, call), stored.dequantize()[: min(n, 128)].double(), 6e-2)]
+
+
+def cuda(k: int, n: int, device_: str) -> list[Entry]:
+    """The kernels in CUDA C++, where this machine can build them; on the CPU, for a rehearsal, their definitions."""
+    if device_ != "cpu" and (reason := build.lacking()) is not None:
+        print(f"the CUDA kernels are left out: {reason}")
+        return []
+    made, shown = [], min(n, 128)
+    for group in (k, 128):
+        codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, device=device_)
+        scales = (torch.rand(n, k // group, device=device_) + 0.5).bfloat16() / (k**0.5 * 8)
+        truth = (codes[:shown].double() - 8) * scales[:shown].double().repeat_interleave(group, 1)
+        held = packing.columns(scales.float()) if group == k else w4a8.lay_out(scales, group, k)
+        packed = w4a8.Packed(w4a8.arrange(codes), held, None, k, n, group == k)
+        name = f"W4A8 {'channel' if group == k else f'g{group}'} CUDA"
+        made.append(Entry(name, 4 + 16 / group, 8, _copies(packed), truth, 2e-2))
+        if device_ != "cpu":
+            given = Given(partial(w4a8.quantize, packed=packed, act_bits=8))
+            made.append(replace(made[-1], name=f"{name}, codes given", copies=_copies(packed, given)))
+    fmt, groups = PlanesFormat(2, 128), k // 128
+    stored = PlanesWeight(
+        torch.randint(0, 4, (n, k), dtype=torch.uint8, device=device_),
+        (torch.rand(n, 2 * groups, device=device_) / k**0.5).bfloat16(),
+        (torch.rand(2 * groups, 128, device=device_) + 0.5).bfloat16(),
+        *((2,) * groups, fmt),
+    )
+    first = replace(stored, codes=stored.codes[:shown], row_scales=stored.row_scales[:shown])
+    packed_planes = planes.lay_out(stored)
+    bits = fmt.bits_per_weight(n, k)
+    made.append(Entry("W2A16 planes g128 CUDA", bits, 16, _copies(packed_planes), first.dequantize().double(), 6e-3))
     return made
 
 
@@ -73,7 +122,7 @@ def _copies(packed: Any, given: Given | None = None) -> Callable[[int], list[Cal
         calls = []
         for _ in range(count):
             if isinstance(packed, weight_only.Packed):
-                own = replace(packed, low=packed.low.clone(), high=None if packed.high is None else packed.high.clone())
+                own = replace(packed, low=packed.low.clone())
             else:
                 own = replace(packed, words=packed.words.clone())
             calls.append(partial(run, own, given=given))
@@ -84,6 +133,8 @@ def _copies(packed: Any, given: Given | None = None) -> Callable[[int], list[Cal
 
 def run(packed: Any, x: Tensor, config: dispatch.Config | None = None, given: Given | None = None) -> Tensor:
     """y [M, N], by the op's own choice or a given configuration."""
+    if isinstance(packed, w4a8.Packed | planes.Packed):
+        return run_cuda(packed, x, given)
     config = config or dispatch.choose(packed.shape, x.shape[0], runtime.device_of(x))
     y = torch.empty(x.shape[0], packed.n, dtype=runtime.interpretable(x), device=x.device)
     if isinstance(packed, integer.Packed):
@@ -92,6 +143,22 @@ def run(packed: Any, x: Tensor, config: dispatch.Config | None = None, given: Gi
         return weight_only.multiply_dense(x, packed, None, config)
     else:
         weight_only.launch(x, packed, None, y, config)
+    return y
+
+
+def run_cuda(packed: w4a8.Packed | planes.Packed, x: Tensor, given: Given | None) -> Tensor:
+    """y [M, N] by a kernel in CUDA C++, or by its definition on the CPU."""
+    if not build.launchable(x):
+        if isinstance(packed, w4a8.Packed):
+            x = ActFormat(8).fake_quantize(x)
+        return (x.double() @ packed.dequantize().double().T).to(x.dtype)
+    device = runtime.device_of(x)
+    if isinstance(packed, planes.Packed):
+        return planes.multiply(x, packed, None, device)
+    if given is None:
+        return w4a8.multiply(x, packed, None, 8, device)
+    y = x.new_empty(x.shape[0], packed.n)
+    w4a8.product(given(x), packed, None, y, packed.splits(launch.bucket(x.shape[0]), device))
     return y
 
 

@@ -30,11 +30,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dlqc.kernels.triton import head
+from dlqc.kernels.triton import integer as integer_host
+from dlqc.kernels.triton.cache import ROWS
+from dlqc.kernels.triton.device import cache, float8, integer, rows, weight_only
 from dlqc.kernels.triton.device import head as head_device
-from dlqc.kernels.triton.device import integer, rows, weight_only
 from dlqc.kernels.triton.dispatch import BUCKETS, Config, Shape, choose
+from dlqc.kernels.triton.float8 import config_of
 from dlqc.kernels.triton.language import tl
-from dlqc.kernels.triton.packing import padded
+from dlqc.kernels.triton.packing import block_of, padded, run_of
 from dlqc.kernels.triton.runtime import H200, Device
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -56,10 +59,13 @@ PRODUCT = {
     "gfx942": r"\bv_mfma_\w+",
 }
 INTEGER = re.compile(r"\b(LOP3|SHF|SHL|SHR|PRMT|IADD3|IADD|IMAD|LEA|BFE|SGXT|I2F\w*|I2I\w*|VABSDIFF)\b")
-#: The most instructions and integer instructions for each weight in the loop on sm_90, with up to 64 tokens a tile: what keeps up
-#: with the memory of an H200 is 3.55 and 1.78 for 4 bits, 7.1 and 3.56 for 8 bits (and 4.7, 2.4 for 3 bits, which is missed).
+#: What keeps up with the memory of an H200, for each weight: instructions and integer instructions, 29.6 and 14.8 · 10¹² a second
+#: over 4.3 · 10¹² bytes a second. With 8, 4, 3, 2 and 1 bits 6.9, 3.55, 2.7, 1.8 and 0.97 instructions, half as many of integers.
+#: These are the most that the loop may take on sm_90 with up to 64 tokens a tile: above what the memory allows at 3 bits and
+#: fewer, where numbers are made two at a time (a shift for several, a mask, a multiply-add) and each product has to be set up.
 LIMITS = {
-    "w4a16 channel": (3.7, 1.2), "w4a16 g128": (3.7, 1.2), "w8a16 channel": (7.1, 3.56), "w8a8 channel": (1.6, 0.9),
+    "w1a16 g128": (2.7, 0.9), "w2a16 g128": (3.0, 0.97), "w3a16 g128": (3.4, 1.2),
+    "w4a16 channel": (3.55, 1.25), "w4a16 g128": (3.55, 1.25), "w8a16 channel": (6.9, 3.4), "w8a8 channel": (1.6, 0.9),
     "w4a8 channel": (1.4, 0.7), "w4a8 g128": (2.5, 1.2),
 }  # fmt: skip
 
@@ -97,17 +103,18 @@ def weight_only_job(
     """The product of 16-bit activations, as `kernels/triton/weight_only.py` launches it."""
     word = "*u8" if shape.bits == 8 else "*i16"
     parts = config.splits > 1
+    run = run_of(shape.bits, shape.k, shape.group)
+    block = block_of(shape.bits, run)
     pointers = {
-        "x": f"*{kind}", "low": word, "high": "*i8" if shape.bits == 3 else word, "scales": "*bf16",
+        "x": f"*{kind}", "low": word, "scales": "*bf16",
         "zeros": "*u8" if zeros else word, "table": "*fp32" if code in (1, 2) else word, "bias": word,
-        "y": "*fp32" if parts else f"*{kind}", "M": "i32", "x_stride": "i32", "y_stride": "i32",
+        "residual": f"*{kind}", "y": "*fp32" if parts else f"*{kind}", "M": "i32", "x_stride": "i32", "y_stride": "i32",
     }  # fmt: skip
     constants = {
         "N": shape.n, "NP": padded(shape.n), "K": shape.k, "BITS": shape.bits, "GROUP": shape.group, "ZEROS": zeros,
-        "CODE": code, "BIAS": False, "BN": config.bn, "BM": config.bm, "SPLITS": config.splits, "PRE": config.pre, "ASM": asm,
-        "CT": {"bf16": tl.bfloat16, "fp16": tl.float16}[kind],
+        "CODE": code, "RUN": run, "BIAS": False, "ADD": False, "BN": config.bn, "BM": config.bm, "SPLITS": config.splits,
+        "PRE": config.pre, "ASM": asm, "CT": {"bf16": tl.bfloat16, "fp16": tl.float16}[kind],
     }  # fmt: skip
-    block = 128 if shape.bits in (4, 8) else 256
     group = "channel" if shape.group >= shape.k else f"g{shape.group}"
     apart = f"{('', ' nf4', ' codebook', ' fp8')[code]}{' zeros' if zeros else ''}{'' if asm else ' plain'}"
     name = f"w{shape.bits}a16 {group}{apart} {shape.k}x{shape.n}"
@@ -117,72 +124,94 @@ def weight_only_job(
     return replace(job, weights=config.bn * block, turns=-(-blocks // config.splits))
 
 
-def integer_job(shape: Shape, config: Config, *, zeros: bool = False) -> Job:
+def integer_job(shape: Shape, config: Config, *, zeros: bool = False, out: int = 0) -> Job:
     """The product of 8-bit activations, as `kernels/triton/integer.py` launches it."""
     channel, parts = shape.group >= shape.k, config.splits > 1
     pointers = {
         "q": "*i8", "low": "*i8", "scales": "*bf16", "zeros": "*u8" if zeros else "*i8", "sums": "*i32",
-        "token_scales": "*fp32", "bias": "*i8", "y": ("*i32" if channel else "*fp32") if parts else "*bf16",
-        "M": "i32", "y_stride": "i32",
+        "token_scales": "*fp32", "bias": "*i8", "residual": "*bf16", "x": "*bf16", "columns": "*i32", "outliers": "*bf16",
+        "y": ("*i32" if channel else "*fp32") if parts else "*bf16", "M": "i32", "x_stride": "i32", "y_stride": "i32",
     }  # fmt: skip
     constants = {
         "N": shape.n, "NP": padded(shape.n), "K": shape.k, "KP": -(-shape.k // 128) * 128, "BITS": shape.bits,
-        "GROUP": shape.group, "ZEROS": zeros, "BIAS": False, "BN": config.bn, "BM": config.bm, "SPLITS": config.splits,
-        "ASM": True,
+        "GROUP": shape.group, "ZEROS": zeros, "BIAS": False, "ADD": False, "BN": config.bn, "BM": config.bm,
+        "OUT": out, "SPLITS": config.splits, "ASM": True, "CT": tl.bfloat16,
     }  # fmt: skip
     name = (
         f"w{shape.bits}a8 {'channel' if channel else f'g{shape.group}'}{' zeros' if zeros else ''} {shape.k}x{shape.n}"
     )
+    name = f"{name} outliers {out}" if out else name
     job = Job(f"{name}, {config.bm}x{config.bn} splits {config.splits}", integer.integer, pointers, constants)
-    turns = -(-shape.k // 128 // config.splits)
-    return replace(job, warps=config.warps, stages=config.stages, weights=config.bn * 128, turns=turns)
+    blocks = -(-shape.k // 128 // config.splits)
+    turn = integer.turn_of(blocks, config.bm, shape.bits)
+    weights = config.bn * 128 * turn
+    return replace(job, warps=config.warps, stages=config.stages, weights=weights, turns=blocks // turn)
+
+
+def row_job(
+    name: str, width: int, kind: int = 0, add: bool = False, block: int = 1, sums: int = 0, float8: bool = False
+) -> Job:
+    """Codes of rows, as `kernels/triton/rows.py` launches it."""
+    norm = kind == 1
+    pointers = {
+        "x": "*bf16", "other": "*bf16", "gain": "*fp32" if norm else "*bf16", "shift": "*bf16", "total": "*bf16",
+        "q": "*u8" if float8 else "*i8", "scales": "*fp32", "sums": "*i32", "M": "i32", "x_stride": "i32", "other_stride": "i32",
+        "epsilon": "fp32", "factor": "fp32",
+    }  # fmt: skip
+    constants = {
+        "KIND": kind, "ADD": add, "GAIN": norm, "SHIFT": False, "BLOCK": block, "FLOAT8": float8, "K": width, "KP": width,
+        "TOP": 127, "GROUP": width // max(1, sums), "SUMS": sums, "WIDTH": 1 << (width - 1).bit_length(),
+    }  # fmt: skip
+    return Job(f"rows {name} {width}", rows.quantize_rows, pointers, constants, warps=8, product=False)
 
 
 def row_jobs() -> list[Job]:
     """What is done to rows; no products."""
-    x = {"x": "*bf16", "q": "*i8", "scales": "*fp32", "x_stride": "i32"}
-    wide, narrow = {"K": 12288, "KP": 12288, "TOP": 127}, {"K": 4096, "KP": 4096, "TOP": 127}
-    quantize = {**x, "sums": "*i32", "M": "i32"}
-    norm = {**x, "residual": "*bf16", "gain": "*bf16", "total": "*bf16", "epsilon": "fp32"}
-    silu = {
-        "gate": "*bf16",
-        "up": "*bf16",
-        "q": "*i8",
-        "scales": "*fp32",
-        "gate_stride": "i32",
-        "up_stride": "i32",
-        "factor": "fp32",
-    }
     turn = {"x": "*bf16", "y": "*bf16", "x_stride": "i32", "y_stride": "i32", "factor": "fp32"}
-    jobs = [
-        Job("rows quantize 4096", rows.quantize_rows, quantize, {**narrow, "GROUP": 128, "SUMS": 0, "WIDTH": 4096}, 8),
-        Job(
-            "rows quantize 12288 sums",
-            rows.quantize_rows,
-            quantize,
-            {**wide, "GROUP": 128, "SUMS": 96, "WIDTH": 16384},
-            8,
+    sizes = {"K": 12288, "WIDTH": 4096}
+    return [
+        row_job("quantize", 4096),
+        row_job("quantize with sums", 12288, sums=96),
+        row_job("quantize to e4m3", 4096, float8=True),
+        row_job("norm and quantize", 4096, kind=1),
+        row_job("add, norm and quantize", 4096, kind=1, add=True),
+        row_job("silu and quantize", 12288, kind=3),
+        row_job("silu, hadamard 128 and quantize", 12288, kind=3, block=128),
+        *(
+            Job(f"rows hadamard {block}", rows.hadamard, turn, {**sizes, "BLOCK": block}, warps=8, product=False)
+            for block in (128, 4096)
         ),
-        Job("rows norm and quantize 4096", rows.norm_quantize, norm, {**narrow, "ADD": True, "WIDTH": 4096}, 8),
-        Job("rows silu and quantize 12288", rows.silu_quantize, silu, {**wide, "BLOCK": 1, "WIDTH": 16384}, 8),
-        Job(
-            "rows silu, hadamard 128 and quantize 12288",
-            rows.silu_quantize,
-            silu,
-            {**wide, "BLOCK": 128, "WIDTH": 16384},
-            8,
-        ),
-        Job("rows hadamard 128", rows.hadamard, turn, {"K": 12288, "BLOCK": 128, "WIDTH": 4096}, 8),
-        Job("rows hadamard 4096", rows.hadamard, turn, {"K": 12288, "BLOCK": 4096, "WIDTH": 4096}, 8),
+        *(cache_job(bits, keys) for bits, keys in ((2, True), (4, True), (3, False), (8, False))),
     ]
-    return [replace(job, product=False) for job in jobs]
+
+
+def cache_job(bits: int, keys: bool) -> Job:
+    """Codes of keys in groups of 64 tokens, or of values of 128 channels, as `kernels/triton/cache.py` launches it."""
+    numbers = ("R", "INNER", "outer", "row_stride", "stride", "LAST", "WORDS")
+    pointers = {"x": "*bf16", "centers": "*fp16", "codes": "*i32", "steps": "*fp16", **dict.fromkeys(numbers, "i32")}
+    size = 64 if keys else 128
+    constants = {"BITS": bits, "GROUP": size, "GROUPS": 16 if keys else 1, "GIVEN": keys, "ROWS": ROWS, "WIDTH": size}
+    name = f"cache {bits} bits of {'keys' if keys else 'values'}"
+    return Job(name, cache.quantize_bins, pointers, constants, product=False)
+
+
+def float8_job(shape: Shape, config: Config) -> Job:
+    """The product in e4m3, as `kernels/triton/float8.py` launches it."""
+    pointers = {
+        "q": "*fp8e4nv", "weight": "*fp8e4nv", "scales": "*fp32", "token_scales": "*fp32", "bias": "*fp32",
+        "y": "*fp32" if config.splits > 1 else "*bf16", "M": "i32", "y_stride": "i32",
+    }  # fmt: skip
+    constants = {"N": shape.n, "KP": shape.k, "BIAS": False, "BN": config.bn, "BM": config.bm, "SPLITS": config.splits}
+    name = f"w8a8 e4m3 {shape.k}x{shape.n}, {config.bm}x{config.bn} splits {config.splits}"
+    return Job(name, float8.float8, pointers, constants, config.warps, config.stages)
 
 
 def head_job(bits: int, tokens: int, stages: int) -> Job:
     """Head and argmax of LLaDA's vocabulary, as `kernels/triton/head.py` launches it."""
     shape, pre = Shape("w16", bits, 4096, 126464, 128), tokens >= 64
     job = weight_only_job(shape, Config(bn=128, bm=tokens, pre=pre, stages=stages))
-    drop, constants = ("y", "y_stride"), {k: v for k, v in job.constants.items() if k != "SPLITS"}
+    drop, unused = ("residual", "y", "y_stride"), ("SPLITS", "ADD")
+    constants = {k: v for k, v in job.constants.items() if k not in unused}
     pointers = {k: v for k, v in job.pointers.items() if k not in drop}
     pointers |= {"tops": "*fp32", "tokens": "*i32", "totals": "*fp32"}
     name = f"head w{bits}a16 g128 4096x126464, {tokens}x128"
@@ -216,6 +245,14 @@ def shipped(target: str) -> list[Job]:
                 add(integer_job(shape, choose(shape, size, device)))
     grouped = Shape("w8", 4, 12288, 4096, 128)
     add(integer_job(grouped, choose(grouped, 32, device), zeros=True))
+    split = Shape("w8", 8, 4096, 4096, 4096)
+    for size in (32, 256):
+        add(integer_job(split, integer_host.config_of(split, size, device, apart=True), out=32))
+    for size in (32, 256) if target not in ("sm_80", "gfx942") else ():  # which have no e4m3
+        add(float8_job(split, config_of(split.n, split.k, size, device)))
+    planes = Shape("w16", 1, 8192, 4096, 128)
+    for size in (16, 32):
+        add(weight_only_job(planes, choose(planes, size, device)))
     for code, bits, group in ((1, 4, 64), (2, 3, 4096), (3, 8, 4096)):
         shape = Shape("coded", bits, 4096, 4096, group)
         for size in (16, 64):

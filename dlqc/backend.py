@@ -20,7 +20,7 @@ from dlqc.formats.contract import WeightFormat
 from dlqc.formats.integer import IntFormat
 from dlqc.weights import Weights
 
-BACKENDS = ("reference", "cpu", "triton")
+BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 
 @dataclass(frozen=True)
@@ -166,12 +166,11 @@ def offered(kernel: AnyKernel, spec: LinearSpec) -> LinearSpec | None:
     """The site as a kernel sees it; None if it is not for such sites.
 
     Activations with fixed scales go to kernels that take them. Any other kernel gets x after an op of its own has rounded it, and
-    need not know: x̂ is what it multiplies.
+    need not know: x̂ is what it multiplies. So it is where the mask ratio chooses the width.
     """
-    static = spec.act is not None and spec.act.static
     if isinstance(kernel, StaticKernel):
-        return spec if static else None
-    return replace(spec, act=None) if static else spec
+        return spec if spec.act is not None and spec.act.static else None
+    return replace(spec, act=None) if spec.act is not None and spec.act.by_node else spec
 
 
 def remark(kernel: AnyKernel, spec: LinearSpec) -> str:
@@ -194,7 +193,8 @@ def choose_kernel(backend: Backend, spec: LinearSpec) -> tuple[AnyKernel | None,
         reason = kernel.supports(seen)
         if reason is None:
             return kernel, refusals
-        refusals[kernel.name] = reason if seen is spec else f"it takes no fixed scales (behind them: {reason})"
+        what = "fixed scales" if spec.act is not None and spec.act.static else "widths by mask ratio"
+        refusals[kernel.name] = reason if seen is spec else f"it takes no {what} (behind them: {reason})"
     return None, refusals
 
 

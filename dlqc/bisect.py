@@ -1,6 +1,7 @@
 """Which pass, and which layers, a drop in quality comes from.
 
-    passes   the recipe is compiled up to each of its passes; the first whose KL to the original exceeds the tolerance is named
+    passes   the recipe is compiled up to each of its passes; the first whose KL to the original exceeds the tolerance is named.
+             Fine-tuning that came afterwards is the last of them
     blocks   in the whole recipe, the linears of one block go back to full precision, block after block
     sites    the same, linear by linear, in the blocks that matter most
 
@@ -40,6 +41,7 @@ from dlqc.graph import (
     args_of,
     call_before,
     copy_graph,
+    corrected,
     is_call,
     linears,
     read,
@@ -59,7 +61,7 @@ class PassCost:
     """The recipe up to and with one pass.
 
     Attributes:
-        step: the pass, as recipe text.
+        step: the pass, as recipe text; or fine-tuning, as the report tells it.
         kl: nats per masked position, from the original. agreement: share of equal proposals.
         nll: paired difference of the masked NLL to the original.
         within: whether the KL is within the tolerance.
@@ -94,7 +96,7 @@ class Bisection:
     Attributes:
         tolerance: of the KL.
         passes: in the order of the recipe. guilty: the first that is not within the tolerance, None where all are.
-        kl: of the whole recipe before lowering: what the shares are of.
+        kl: of the whole recipe (and fine-tuning) before lowering: what the shares are of.
         blocks, sites: the most important first.
     """
 
@@ -136,9 +138,9 @@ class Bisection:
 
 def _table(first: str, *others: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column(first)
+    table.add_column(first, min_width=20, overflow="fold")  # a narrow screen breaks intervals, and leaves out no name
     for name in others:
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right")
     return table
 
 
@@ -154,6 +156,7 @@ def bisect(
     mask_id: int | None = None,
     seed: int = 0,
     ratios: Sequence[float] = RATIOS,
+    tuned: Compiled | None = None,
 ) -> Bisection:
     """Find the pass and the layers behind a drop.
 
@@ -167,6 +170,7 @@ def bisect(
         worst: blocks whose linears are looked at one by one; 0 for none.
         calibration, backend, mask_id, seed: as for `compile`.
         ratios: mask ratios.
+        tuned: what `finetune` made of the recipe's result; one that was never fine-tuned adds nothing.
     """
     if not tolerance > 0 or worst < 0:
         raise FeasibilityError(
@@ -178,14 +182,22 @@ def bisect(
     spec = original.spec
     base = masked_nll(original, rows, spec, ratios=ratios, seed=seed)
     costs, compiled, keeper = [], original, _FullPrecision()
+
+    def measure(step: str, candidate: Compiled) -> PassCost:
+        apart = fidelity(original, candidate, rows, spec, ratios=ratios, seed=seed)
+        nll = masked_nll(candidate, rows, spec, ratios=ratios, seed=seed)
+        return _cost(step, apart, nll, base, tolerance)
+
     for count, step in enumerate(recipe.passes, start=1):
         if step.given_facts() == {"states"}:
             continue
         keeper = _FullPrecision()
         compiled = compile(model, recipe.passes[:count], calibration=calibration, instruments=(keeper,), **options)
-        apart = fidelity(original, compiled, rows, spec, ratios=ratios, seed=seed)
-        nll = masked_nll(compiled, rows, spec, ratios=ratios, seed=seed)
-        costs.append(_cost(step, apart, nll, base, tolerance))
+        costs.append(measure(_line(step), compiled))
+    tuning = [step.options for step in tuned.report.steps if step.name == "finetune"] if tuned is not None else []
+    if tuned is not None and tuning:
+        compiled = tuned
+        costs.append(measure(", ".join(tuning), tuned))
     guilty = next((cost.step for cost in costs if not cost.within), None)
     layers = _Layers(original, compiled, keeper, rows, spec, tuple(ratios), seed)
     blocks = layers.by_block()
@@ -194,9 +206,9 @@ def bisect(
     return Bisection(tolerance, tuple(costs), guilty, layers.kl, tuple(blocks), tuple(sites))
 
 
-def _cost(step: Pass, apart: FidelityTable, nll: NllTable, base: NllTable, tolerance: float) -> PassCost:
+def _cost(step: str, apart: FidelityTable, nll: NllTable, base: NllTable, tolerance: float) -> PassCost:
     kl = apart.mean_kl
-    return PassCost(_line(step), kl, apart.mean_agreement, paired_difference(nll, base), kl.mean <= tolerance)
+    return PassCost(step, kl, apart.mean_agreement, paired_difference(nll, base), kl.mean <= tolerance)
 
 
 class _FullPrecision(Instrument):
@@ -272,7 +284,7 @@ class _Layers:
 def restore(graph: fx.Graph, weights: Weights, kept: dict[str, tuple[Constant, Constant | None]]) -> None:
     """Put linears back to full precision.
 
-    Before:  linear_packed(quantize_act(x), codes, …), or any other quantized linear
+    Before:  linear_packed(quantize_act(x), codes, …), or any other quantized linear, and its correction of low rank
     After:   linear(x, W, b)
 
     Args:
@@ -290,5 +302,5 @@ def restore(graph: fx.Graph, weights: Weights, kept: dict[str, tuple[Constant, C
             weights.define(f"{name}.restored.{role}", constant)
             parts.append(read(graph, weights, f"{name}.restored.{role}", node))
             parts[-1].meta["val"] = parts[-1].meta["val"].to(node.meta["val"].dtype)  # type: ignore[union-attr]
-        replace(node, call_before(graph, node, LINEAR, (x, *parts)))
+        replace(corrected(node), call_before(graph, node, LINEAR, (x, *parts)))
     sweep(graph, weights)

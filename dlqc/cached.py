@@ -2,7 +2,7 @@
 
     full forward      ids [B, L]                                        → logits [B, L, V]
     block step        ids [B, S], start, total, K and V of each layer   → logits [B, S, V]
-    (and the whole canvas [B, L], where the graph counts its masks)
+    (and the mask ratio of each row [B], where the graph goes by it)
 
 Before:  y = sdpa(q, k, v, mask)                 L rows, L keys
 After:   K[start:start+S], V[start:start+S] = k, v
@@ -36,7 +36,7 @@ from torch import Tensor, fx
 from dlqc.diffusion.masking import generator
 from dlqc.diffusion.spec import DiffusionSpec
 from dlqc.errors import FeasibilityError
-from dlqc.execute import placeholder
+from dlqc.execute import mask_buckets, placeholder
 from dlqc.graph import SDPA, arg, args_of, aten, is_call
 from dlqc.kv_cache import KeyValueCache, Stored, correction, decode, exchange
 from dlqc.ops import CACHED, MASK_BUCKET, ROPE
@@ -55,6 +55,7 @@ class CachedModel:
         module: the full forward, ids [B, L] -> logits [B, L, V].
         spec: the model's facts.
         pads: None if rows may be padded on the left, else why not.
+        counts_masks: whether the graph goes by the mask ratio of a row.
 
     Raises:
         FeasibilityError: the graph cannot be computed for a window, with the node that stands in the way.
@@ -65,16 +66,19 @@ class CachedModel:
         self.spec = spec
         self._attentions = [node for node in module.graph.nodes if is_call(node, SDPA)]
         self.pads = _why_no_padding(module.graph)
-        self._counts = any(is_call(node, MASK_BUCKET) for node in module.graph.nodes)
+        self.counts_masks = bool(mask_buckets(module.graph))
         self._tables = Tables(module, block_step(module.graph), "total")
         self._step = fx.GraphModule(module, self._tables.rest, class_name="BlockStep")
         self._padded: fx.GraphModule | None = None
         _compare(self)
 
-    def __call__(self, ids: Tensor) -> Tensor:
+    def __call__(self, ids: Tensor, mask_ratio: Tensor | None = None) -> Tensor:
         """The full forward."""
-        logits: Tensor = self.module(ids)
+        logits: Tensor = self.module(ids, *self._told(mask_ratio))
         return logits
+
+    def _told(self, mask_ratio: Tensor | None) -> tuple[Tensor | None, ...]:
+        return (mask_ratio,) if self.counts_masks else ()
 
     def new_cache(self, batch: int, length: int, *, plain: bool = False) -> KeyValueCache:
         """An empty cache for `length` positions; `plain` holds the numbers themselves, whatever the graph says."""
@@ -101,7 +105,7 @@ class CachedModel:
         *,
         total: int | None = None,
         visible: Tensor | None = None,
-        canvas: Tensor | None = None,
+        mask_ratio: Tensor | None = None,
     ) -> Tensor:
         """Logits [B, S, V] of the window; writes its keys and values into the cache.
 
@@ -111,7 +115,7 @@ class CachedModel:
             cache: read up to `total`, written in the window.
             total: number of positions that the window sees; None: all of the cache.
             visible: bool [B, L], False where a position is padding; None: none is.
-            canvas: int64 [B, L], what the window is cut from, where the graph goes by the share of [MASK]; None: the window.
+            mask_ratio: float64 [B], which the window does not tell, where the graph goes by it; None: as if the window were all.
         """
         total = cache.length if total is None else total
         if not 0 <= start < start + ids.shape[1] <= total <= cache.length:
@@ -123,21 +127,21 @@ class CachedModel:
         masked = ids == self.spec.mask_id
         cache.begin(masked if visible is None else masked & visible[:, start : start + ids.shape[1]], start)
         pairs = [part for pair in zip(cache.keys, cache.values, strict=True) for part in pair]
-        whole = [ids if canvas is None else canvas] if self._counts else []
+        told = self._told(mask_ratio)
         if visible is None:
-            logits: Tensor = self._step(ids, start, total, *whole, *pairs, *self._tables(total))
+            logits: Tensor = self._step(ids, start, total, *told, *pairs, *self._tables(total))
             return logits
         if self.pads is not None:
             raise FeasibilityError(self.pads, where="visible", remedy="Run rows of one length together")
         if self._padded is None:
             graph = block_step(self.module.graph, padded=True)
             self._padded = fx.GraphModule(self.module, graph, class_name="PaddedStep")
-        padded: Tensor = self._padded(ids, start, total, *whole, visible, *pairs)
+        padded: Tensor = self._padded(ids, start, total, *told, visible, *pairs)
         return padded
 
-    def padded(self, ids: Tensor, visible: Tensor) -> Tensor:
+    def padded(self, ids: Tensor, visible: Tensor, mask_ratio: Tensor | None = None) -> Tensor:
         """The full forward [B, L] -> [B, L, V] for rows that are padded on the left (`visible` False)."""
-        return self.step(ids, 0, self.new_cache(*ids.shape, plain=True), visible=visible)
+        return self.step(ids, 0, self.new_cache(*ids.shape, plain=True), visible=visible, mask_ratio=mask_ratio)
 
     def mask(self, length: int) -> Tensor:
         """Which position sees which: bool [length, length], the same for every attention.
@@ -209,8 +213,8 @@ def cached_attention(
 def block_step(graph: fx.Graph, *, padded: bool = False) -> fx.Graph:
     """The graph of the block step.
 
-    Inputs of the result: ids [B, S], start, total, the canvas where masks are counted, `visible` where `padded`, then keys and
-    values of each attention in order.
+    Inputs of the result: ids [B, S], start, total, the mask ratios where the graph goes by them, `visible` where `padded`, then
+    keys and values of each attention in order.
 
     Raises:
         FeasibilityError: with the node that cannot be computed for a window.
@@ -231,8 +235,7 @@ class _Window:
         self.made = fx.Graph()
         self._ids = self.made.placeholder("input_ids")
         self._start, self._total = self.made.placeholder("start"), self.made.placeholder("total")
-        counts = any(is_call(node, MASK_BUCKET) for node in graph.nodes)
-        self._canvas = self.made.placeholder("canvas") if counts else None
+        self._ratio = self.made.placeholder("mask_ratio") if mask_buckets(graph) else None
         self._visible = self.made.placeholder("visible") if padded else None
         attentions = [node for node in graph.nodes if is_call(node, SDPA)]
         if not attentions:
@@ -303,10 +306,7 @@ class _Window:
         return self.made.call_function(aten.narrow.default, (value, dim, self._start, size))
 
     def _bucket(self, node: fx.Node) -> fx.Node:
-        """The mask ratio is that of the whole canvas; it is the same at all its positions."""
-        found = self.made.call_function(MASK_BUCKET, (self._canvas, *args_of(node)[1:]))
-        size = self.made.call_function(aten.sym_size.int, (self._ids, 1))
-        return self.made.call_function(aten.narrow.default, (found, 1, 0, size))
+        return self.made.call_function(MASK_BUCKET, (self._ids, *args_of(node)[1:3], self._ratio))
 
     def _attention(self, node: fx.Node) -> fx.Node:
         for source in args_of(node)[:3]:
@@ -438,8 +438,8 @@ def _compare(model: CachedModel) -> None:
     full, step = _Recorder(model.module), _Recorder(model._step)
     with torch.no_grad():
         full.run(ids)
-        held = model._tables(length)
-        step.run(ids[:, start:stop], start, length, *([ids] if model._counts else []), *pairs, *held)
+        ratio, held = (ids == model.spec.mask_id).double().mean(1), model._tables(length)
+        step.run(ids[:, start:stop], start, length, *model._told(ratio), *pairs, *held)
     quantized = any("act" in str(node.target) or "int8" in str(node.target) for node in model.module.graph.nodes)
     for node, expected, found in _both(model.module.graph, full.values, step.values):
         expected = expected.narrow(_position_dim(node), start, stop - start).double()

@@ -76,6 +76,7 @@ class States:
         weights: float32 [S, L], token weights, by the row of the model's output that predicts the token (for a model with
             shifted logits that is one to the left); mean 1.
         source: what they were made from.
+        prompt: tokens at the start of each row that are never masked.
     """
 
     ids: torch.Tensor
@@ -83,6 +84,11 @@ class States:
     t: torch.Tensor
     weights: torch.Tensor
     source: str
+    prompt: int = 0
+
+    def mask_ratio(self, mask_id: int) -> torch.Tensor:
+        """float64 [S], the share of [MASK] among the tokens after the prompt."""
+        return (self.ids[:, self.prompt :] == mask_id).double().mean(dim=1)
 
     @property
     def tokens(self) -> int:
@@ -126,7 +132,7 @@ def draw_states(
             remedy="Check the options of the weight",
         )
     c = c * emphasize(canvases.t, sampler.emphasis)[:, None]
-    return States(canvases.ids, canvases.clean, canvases.t, c / c.mean(), rows.source)
+    return States(canvases.ids, canvases.clean, canvases.t, c / c.mean(), rows.source, canvases.prompt)
 
 
 def rows_from(

@@ -21,7 +21,7 @@ A legal dlqc graph is well formed, typed, and tells the truth about itself:
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -63,13 +63,14 @@ from dlqc.ops import (
     LINEAR_Q,
     LOW_RANK,
     MASK_BUCKET,
+    QUANTIZE_ACT_ADAPTIVE,
     QUANTIZE_ACT_STATIC,
     QUANTIZE_HEADS_STATIC,
 )
 from dlqc.regions import Refused, grow
 from dlqc.weights import Weights
 
-NAMESPACES = ("aten", "dlqc", "dlqc_reference", "dlqc_cpu", "dlqc_triton")
+NAMESPACES = ("aten", "dlqc", "dlqc_reference", "dlqc_cpu", "dlqc_triton", "dlqc_cuda")
 SIZE_ARITHMETIC = (
     operator.getitem,
     operator.add,
@@ -243,6 +244,8 @@ def _quantized(graph: fx.Graph, weights: Weights) -> Iterator[str]:
         elif is_call(node, *ACT_QUANTIZERS):
             if not node.users or not all(is_call(user, *QUANTIZED_LINEARS) or _is_kernel(user) for user in node.users):
                 yield f"%{node.name} quantizes activations that no quantized linear reads"
+            if is_call(node, QUANTIZE_ACT_ADAPTIVE):
+                yield from _act_widths(node)
         elif is_call(node, *HEAD_QUANTIZERS) and not (node.users and all(is_call(u, *ATTENTIONS) for u in node.users)):
             yield f"%{node.name} quantizes what no attention reads"
         elif is_call(node, CACHED):
@@ -350,6 +353,18 @@ def _widths(node: fx.Node) -> Iterator[str]:
     fmt = decode(spec)
     if not isinstance(fmt, NestedFormat) or not widths or not set(widths) <= set(fmt.widths):
         yield f"%{node.name} is read in {list(widths)} bits, and stored as {fmt.label}"
+    yield from _one_for_each_bucket(node, bucket, widths)
+
+
+def _act_widths(node: fx.Node) -> Iterator[str]:
+    """The widths that activations are rounded to, one for each bucket."""
+    _, bucket, widths, _, _ = args_of(node)
+    if not widths or not all(2 <= bits <= 8 for bits in widths):
+        yield f"%{node.name} rounds activations to {list(widths)} bits, which are no widths of integers"
+    yield from _one_for_each_bucket(node, bucket, widths)
+
+
+def _one_for_each_bucket(node: fx.Node, bucket: fx.Node | None, widths: Sequence[int]) -> Iterator[str]:
     source = bucket
     while isinstance(source, fx.Node) and not is_call(source, MASK_BUCKET):
         source = next(iter(args_of(source)), None)

@@ -247,8 +247,10 @@ def bisect_command(
             remedy="Name the original with --against, and leave --recipe out",
         )
     passes: Any = recipe
+    made: Any = None
     if artifact:
-        passes = _any(model, backend).recipe
+        made = _any(model, backend)
+        passes = made.recipe
         seed = read_report(Path(model)).seed if seed is None else seed
     elif recipe is None:
         raise FeasibilityError("no recipe was named", where="recipe", remedy="Add --recipe, such as -r w4a16-rtn")
@@ -264,6 +266,7 @@ def bisect_command(
         backend=backend,
         mask_id=mask_id,
         seed=seed or 0,
+        tuned=made,
     )
     if as_json:
         _print_json(found.to_plain())

@@ -91,7 +91,8 @@ def finetune_command(
     made = finetune(start, text, how, teacher=cast(Any, known), tell=tell)
     saved = made.save(out)
     if as_json:
-        print_json(made.report.to_plain() | {"folder": str(saved.folder), "files": saved.files})
+        told = {"folder": str(saved.folder), "files": saved.files, "reload_deviation": saved.reload_deviation}
+        print_json(made.report.to_plain() | told)
         return
     screen.print(made.explain(), highlight=False, markup=False)
     screen.print(

@@ -14,8 +14,8 @@ from torch import fx, nn
 
 from dlqc.cached import CachedModel
 from dlqc.diffusion.spec import DiffusionSpec
-from dlqc.execute import compute_dtype
-from dlqc.graph import copy_graph
+from dlqc.execute import compute_dtype, mask_buckets, placeholder
+from dlqc.graph import args_of, copy_graph
 from dlqc.precision import PrecisionSchedule
 from dlqc.recipe import Recipe
 from dlqc.report import Report
@@ -36,6 +36,7 @@ class Compiled(nn.Module):
         graph, weights: the optimized graph before lowering (what `save` and `export` write) and its constants.
         lowered: the graph that runs.
         config: the model's configuration as plain data, for exports.
+        counts_masks: whether widths or scales follow the mask ratio of a row.
     """
 
     def __init__(
@@ -59,13 +60,19 @@ class Compiled(nn.Module):
         self.tokenizer = tokenizer
         self.config = config or {}
         self.lowered = lowered[0]
+        self.counts_masks = bool(mask_buckets(graph))
         self.module = build_module(*lowered)
         self.eval()
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Logits [B, L, V] of token ids [B, L]."""
+    def forward(self, input_ids: torch.Tensor, mask_ratio: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits [B, L, V] of token ids [B, L].
+
+        Args:
+            mask_ratio: float64 [B], share of [MASK] among the tokens of each row that are to be filled, where widths or scales
+                follow it; None counts all tokens. Samplers and metrics say it.
+        """
         with torch.no_grad():
-            logits: torch.Tensor = self.module(input_ids)
+            logits: torch.Tensor = self.module(input_ids, mask_ratio) if self.counts_masks else self.module(input_ids)
         return logits
 
     @cached_property
@@ -79,14 +86,14 @@ class Compiled(nn.Module):
 
     @property
     def schedule(self) -> PrecisionSchedule | None:
-        """Bits of the weights by mask ratio, which every forward obeys; None where they have one width."""
+        """Bits of weights and activations by mask ratio, which every forward obeys; None where they have one width."""
         return PrecisionSchedule.of(self.graph)
 
     def with_schedule(self, schedule: PrecisionSchedule) -> Compiled:
-        """This model with its weights read by another schedule of the same edges; the weights themselves are shared.
+        """This model computing by another schedule of the same edges; the weights are shared, and what has no widths there stays.
 
         Raises:
-            FeasibilityError: the weights are not nested, or masks are counted in other buckets.
+            FeasibilityError: weights are not nested (or activations not adapted), or masks are counted in other buckets.
             ContractError: a width that is not stored.
         """
         other = copy.copy(self)
@@ -94,7 +101,9 @@ class Compiled(nn.Module):
         other.__dict__.pop("cached", None)
         other.graph, other.lowered = schedule.written(self.graph), schedule.written(self.lowered)
         other.module = fx.GraphModule(self.module, schedule.written(self.module.graph), class_name="DlqcModule")
-        changed: dict[str, Any] = {"widths": schedule.widths}
+        now = other.schedule
+        assert now is not None
+        changed: dict[str, Any] = {"widths": now.widths or None, "act_widths": now.act_widths, "act_bits": ()}
         passes = (dataclasses.replace(p, **changed) if p.name == "adapt_precision" else p for p in self.recipe.passes)
         other.recipe = Recipe(self.recipe.name, tuple(passes))
         return other.eval()
@@ -113,12 +122,14 @@ class Compiled(nn.Module):
 def build_module(graph: fx.Graph, weights: Weights, *, share: bool = False) -> fx.GraphModule:
     """A runnable module: generated code for the calls, buffers for the constants.
 
-    Constants are stored once, in the dtype they take part in arithmetic with.
+    Constants are stored once, in the dtype they take part in arithmetic with. Where the graph counts masks, the module takes the
+    mask ratios of the rows as a second argument, None unless given.
 
     Args:
         share: read the user's tensors where they are instead of copying them; the module then changes with them.
     """
     graph = copy_graph(graph)
+    _take_ratio(graph)
     root = nn.Module()
     buffers: dict[tuple[int, torch.dtype], str] = {}
     for node in graph.nodes:
@@ -138,3 +149,14 @@ def build_module(graph: fx.Graph, weights: Weights, *, share: bool = False) -> f
             root.register_buffer(buffers[key], value.clone() if shared and not share else value)
         node.target = buffers[key]
     return fx.GraphModule(root, graph, class_name="DlqcModule")
+
+
+def _take_ratio(graph: fx.Graph) -> None:
+    """Let the nodes that count masks read the mask ratio as it is told."""
+    counting = mask_buckets(graph)
+    if not counting:
+        return
+    with graph.inserting_after(placeholder(graph)):
+        told = graph.placeholder("mask_ratio", default_value=None)
+    for node in counting:
+        node.args = (*args_of(node)[:3], told)

@@ -19,7 +19,7 @@ checks the whole order before any work and never sorts it.
     quantized-activations  their inputs are quantized
     quantized-attention    what attentions read is quantized as asked for
     quantized-cache        caches store keys and values in few bits
-    adapted-precision      nested weights are read in the width that a schedule says
+    adapted-precision      nested weights are read, and activations rounded, in the widths that a schedule says
     packed                 no linear_q is left: codes are stored as bit streams
     lowered                every quantized linear is a kernel of the backend
 """
@@ -146,12 +146,14 @@ class BlockInput:
         ids: int64 [B, L]. weights: float32 [B, L], token weights.
         hidden: behind the blocks as they are now, as the graph has it ([B, L, d], as a rule).
         exact: behind the blocks as they were before their weights were rounded; `hidden` itself where that was not asked for.
+        mask_ratio: float64 [B], see `dlqc.precision`; None: that of the ids.
     """
 
     ids: torch.Tensor
     weights: torch.Tensor
     hidden: torch.Tensor
     exact: torch.Tensor
+    mask_ratio: torch.Tensor | None = None
 
 
 @dataclass

@@ -15,6 +15,7 @@ from dlqc.backend import BACKENDS, LinearSpec, choose_kernel, load_backend, rema
 from dlqc.errors import DlqcError
 from dlqc.formats.activation import ActFormat
 from dlqc.formats.integer import IntFormat
+from dlqc.formats.planes import PlanesFormat
 
 _PROBES = {
     "w4a16 g128": LinearSpec(4096, 4096, IntFormat(4, 128, False), None, False),
@@ -24,6 +25,7 @@ _PROBES = {
     "w8a8 per token": LinearSpec(4096, 4096, IntFormat(8, None, True), ActFormat(8), False),
     "w8a8 static": LinearSpec(4096, 4096, IntFormat(8, None, True), ActFormat(8, sets=1), False),
     "w4a8 g128": LinearSpec(4096, 4096, IntFormat(4, 128, False), ActFormat(8), False),
+    "two planes g128": LinearSpec(4096, 4096, PlanesFormat(2, 128), None, False),
 }
 
 

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from dlqc.graph import args_of, is_call
+from dlqc.ops import MASK_BUCKET
 from dlqc.weights import Weights
 
 Tap = Callable[[fx.Node, torch.Tensor], None]
@@ -196,9 +198,28 @@ def logits_node(graph: fx.Graph) -> fx.Node:
     return result
 
 
-def forward(graph: fx.Graph, weights: Weights, ids: torch.Tensor, *, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Logits [B, L, V] of token ids [B, L], streaming the weights."""
-    return Executor(graph, weights, [placeholder(graph)], [logits_node(graph)], dtype=dtype)(ids)[0]
+def forward(
+    graph: fx.Graph,
+    weights: Weights,
+    ids: torch.Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    mask_ratio: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Logits [B, L, V] of token ids [B, L], streaming the weights; mask_ratio [B]: see `dlqc.precision`."""
+    given = mask_buckets(graph)
+    run = Executor(graph, weights, [placeholder(graph), *given], [logits_node(graph)], dtype=dtype)
+    return run(ids, *bucket_values(given, ids, mask_ratio))[0]
+
+
+def mask_buckets(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes that say which bucket of mask ratio each token's row is in."""
+    return [node for node in graph.nodes if is_call(node, MASK_BUCKET)]
+
+
+def bucket_values(nodes: Sequence[fx.Node], ids: torch.Tensor, mask_ratio: torch.Tensor | None) -> list[torch.Tensor]:
+    """The values of such nodes, int64 [B, L] each; mask_ratio float64 [B], None: counted on the ids."""
+    return [MASK_BUCKET(ids, *args_of(node)[1:3], mask_ratio) for node in nodes]
 
 
 def mask_class(graph: fx.Graph, weights: Weights, mask: fx.Node) -> str:

@@ -26,6 +26,7 @@ from dlqc.ops import (
     LINEAR_Q,
     LOW_RANK,
     QUANTIZE_ACT,
+    QUANTIZE_ACT_ADAPTIVE,
     QUANTIZE_ACT_STATIC,
     QUANTIZE_HEADS,
     QUANTIZE_HEADS_STATIC,
@@ -46,7 +47,7 @@ EMBEDDINGS = (EMBEDDING, EMBEDDING_PACKED)
 CODED_LINEARS = (LINEAR_CODED, LINEAR_NESTED)
 QUANTIZED_LINEARS = (LINEAR_Q, LINEAR_PACKED, *CODED_LINEARS)
 #: Quantizers of the inputs of linears, and of queries, keys and values.
-ACT_QUANTIZERS = (QUANTIZE_ACT, QUANTIZE_ACT_STATIC)
+ACT_QUANTIZERS = (QUANTIZE_ACT, QUANTIZE_ACT_STATIC, QUANTIZE_ACT_ADAPTIVE)
 HEAD_QUANTIZERS = (QUANTIZE_HEADS, QUANTIZE_HEADS_STATIC)
 ATTENTIONS = (SDPA, ATTENTION)
 
@@ -334,6 +335,9 @@ def act_format(node: fx.Node) -> ActFormat | None:
     if is_call(quantizer, QUANTIZE_ACT):
         _, bits, group, symmetric = args_of(quantizer)
         return ActFormat(bits, group or None, bool(symmetric))
+    if is_call(quantizer, QUANTIZE_ACT_ADAPTIVE):
+        _, _, widths, group, symmetric = args_of(quantizer)
+        return ActFormat(max(widths), group or None, bool(symmetric), widths=tuple(sorted(set(widths))))
     _, scale, zero, _, bits = args_of(quantizer)
     sets, groups = scale.meta["val"].shape
     group = None if groups == 1 else width(quantizer) // int(groups)

@@ -1,10 +1,10 @@
-"""Native code, built by the user's own C++ compiler when it is first used.
+"""Native code, built by the user's own compiler when it is first used.
 
 `library("fwht")` compiles `dlqc/csrc/fwht.cpp` once for this processor and compiler, in a second or two, and keeps it in a
 cache folder: $DLQC_CACHE, else $XDG_CACHE_HOME/dlqc, else ~/.cache/dlqc, and in a private temporary folder if that cannot
-be used. Others bring sources in a folder of their own. Sources have a plain C interface and know nothing of torch or Python,
-so nothing else is needed to build them and no version has to match. Where there is no compiler, `available` tells why, and
-callers have a slower way in torch.
+be used. Others bring sources in a folder of their own, and a `Toolchain` if they are not C++. Sources have a plain C interface
+and know nothing of torch or Python, so nothing else is needed to build them and no version has to match. Where there is no
+compiler, `available` tells why, and callers have a slower way in torch.
 
 A library is code that runs as the user: it is loaded only from a folder that nobody else can write to. Processes that
 build at the same time each write a file of their own and move it into place as a whole.
@@ -25,17 +25,49 @@ import stat
 import subprocess
 import tempfile
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 
 _SOURCES = Path(__file__).parent / "csrc"
-_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-pipe")
-_TUNED = (("-march=native",), ())  # some compilers do not know their own processor
-_COMPILERS = ("c++", "g++", "clang++")
-_PATIENCE_S = 120
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """A kind of compiler, and how it is called.
+
+    Attributes:
+        what: as reasons name it. suffix: of its sources.
+        names: commands that are looked for, in this order; a path may hold variables of the environment.
+        variable: of the environment; names a command, with options if need be, in place of all others.
+        flags: what it is always told. tuned: what it is told in addition, each until one succeeds.
+        headers: patterns of the files beside a source that belong to it.
+        patience_s: seconds that it may take.
+    """
+
+    what: str
+    suffix: str
+    names: tuple[str, ...]
+    variable: str
+    flags: tuple[str, ...]
+    tuned: tuple[tuple[str, ...], ...] = ((),)
+    headers: tuple[str, ...] = ("*.h",)
+    patience_s: int = 120
+
+
+CXX = Toolchain(
+    what="C++ compiler",
+    suffix=".cpp",
+    names=("c++", "g++", "clang++"),
+    variable="CXX",
+    flags=("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-pipe"),
+    tuned=(("-march=native",), ()),  # some compilers do not know their own processor
+)
+
+_Key = tuple[str, Path | None, tuple[str, ...], Toolchain]
 
 _lock = threading.Lock()  # of what follows
-_building: dict[tuple[str, Path | None, tuple[str, ...]], threading.Lock] = {}
-_found: dict[tuple[str, Path | None, tuple[str, ...]], ctypes.CDLL | str] = {}
+_building: dict[_Key, threading.Lock] = {}
+_found: dict[_Key, ctypes.CDLL | str] = {}
 
 
 class _Unavailable(Exception):
@@ -46,17 +78,20 @@ class _NoRoom(Exception):
     """The folder cannot take the library; another one may."""
 
 
-def library(name: str, folder: Path | None = None, options: tuple[str, ...] = ()) -> ctypes.CDLL | None:
+def library(
+    name: str, folder: Path | None = None, options: tuple[str, ...] = (), toolchain: Toolchain = CXX
+) -> ctypes.CDLL | None:
     """The library built from `<name>.cpp`, or None where it cannot be had (`available` says why).
 
     Args:
         name: of the source; headers beside it belong to it.
         folder: where it lies; None for `dlqc/csrc`.
         options: for the compiler, after its own: they win over -march=native.
+        toolchain: what builds it, and gives the source its suffix.
     """
     if os.environ.get("DLQC_NATIVE") == "0":
         return None
-    key = (name, folder, options)
+    key = (name, folder, options, toolchain)
     found = _found.get(key)
     if found is None:
         with _lock:
@@ -65,72 +100,85 @@ def library(name: str, folder: Path | None = None, options: tuple[str, ...] = ()
             found = _found.get(key)
             if found is None:
                 try:
-                    found = _load(name, folder or _SOURCES, options)
+                    found = _load(name, folder or _SOURCES, options, toolchain)
                 except _Unavailable as error:
                     found = str(error)
                 _found[key] = found
     return None if isinstance(found, str) else found
 
 
-def available(name: str = "fwht", folder: Path | None = None, options: tuple[str, ...] = ()) -> str | None:
+def available(
+    name: str = "fwht", folder: Path | None = None, options: tuple[str, ...] = (), toolchain: Toolchain = CXX
+) -> str | None:
     """None if the library can be used, or why not."""
     if os.environ.get("DLQC_NATIVE") == "0":
         return "turned off by DLQC_NATIVE=0"
-    library(name, folder, options)
-    found = _found[name, folder, options]
+    library(name, folder, options, toolchain)
+    found = _found[name, folder, options, toolchain]
     return found if isinstance(found, str) else None
 
 
-def _load(name: str, sources: Path, options: tuple[str, ...]) -> ctypes.CDLL:
+def compiler(toolchain: Toolchain = CXX) -> str | None:
+    """None if there is a compiler, or why not. Nothing is built."""
+    try:
+        _compiler(toolchain)
+    except _Unavailable as error:
+        return str(error)
+    return None
+
+
+def _load(name: str, sources: Path, options: tuple[str, ...], toolchain: Toolchain) -> ctypes.CDLL:
     if os.name != "posix":
         raise _Unavailable(f"not built on {platform.system()}")
-    source = sources / f"{name}.cpp"
+    source = sources / f"{name}{toolchain.suffix}"
+    headers = sorted(file for pattern in toolchain.headers for file in sources.glob(pattern))
     try:
-        code = b"".join(file.read_bytes() for file in (source, *sorted(sources.glob("*.h"))))
+        code = b"".join(file.read_bytes() for file in (source, *headers))
     except OSError as error:
         raise _Unavailable(f"the source {source.name} cannot be read: {error.strerror}") from None
-    compiler, version = _compiler()
-    file = f"{name}-{_key(code, version, options)}.so"
+    command, version = _compiler(toolchain)
+    file = f"{name}-{_key(code, version, options, toolchain)}.so"
     try:
         folder = _cache()
         try:
             return _open(folder / file)
         except OSError:  # not there yet, or not whole
-            _build(source, compiler, options, folder / file)
+            _build(source, command, options, toolchain, folder / file)
             return _open(folder / file)
     except (_NoRoom, OSError):
         pass
     try:
         with tempfile.TemporaryDirectory(prefix="dlqc-") as private:  # a loaded library needs its file no longer
-            _build(source, compiler, options, Path(private) / file)
+            _build(source, command, options, toolchain, Path(private) / file)
             return _open(Path(private) / file)
     except (_NoRoom, OSError) as error:
         raise _Unavailable(f"no folder to build in: {error}") from None
 
 
-def _compiler() -> tuple[list[str], str]:
+def _compiler(toolchain: Toolchain = CXX) -> tuple[list[str], str]:
     """The command of the compiler, and what it says about itself."""
-    if chosen := os.environ.get("CXX"):
+    variable = toolchain.variable
+    if chosen := os.environ.get(variable):
         try:
             candidates = [shlex.split(chosen)]
         except ValueError as error:
-            raise _Unavailable(f"CXX={chosen!r} is no command: {error}") from None
+            raise _Unavailable(f"{variable}={chosen!r} is no command: {error}") from None
     else:
-        candidates = [[found] for name in _COMPILERS if (found := shutil.which(name))]
+        candidates = [[found] for name in toolchain.names if (found := shutil.which(os.path.expandvars(name)))]
     reasons = []
     for command in candidates:
         try:
-            told = _call([*command, "--version"])
+            told = _call([*command, "--version"], toolchain.patience_s)
         except OSError as error:
             reasons.append(f"{shlex.join(command)}: {error.strerror}")
             continue
         if told.returncode == 0:
             return command, f"{command} {told.stdout}"
         reasons.append(f"{shlex.join(command)} --version failed with {told.returncode}")
-    raise _Unavailable("; ".join(reasons) or f"no C++ compiler ({', '.join(_COMPILERS)}, or $CXX)")
+    raise _Unavailable("; ".join(reasons) or f"no {toolchain.what} ({', '.join(toolchain.names)}, or ${variable})")
 
 
-def _call(command: list[str], folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+def _call(command: list[str], patience_s: int, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"LC_ALL": "C"} | ({"TMPDIR": str(folder)} if folder else {})
     try:
         return subprocess.run(
@@ -140,16 +188,25 @@ def _call(command: list[str], folder: Path | None = None) -> subprocess.Complete
             capture_output=True,
             text=True,
             errors="replace",
-            timeout=_PATIENCE_S,
+            timeout=patience_s,
             check=False,
         )
     except subprocess.TimeoutExpired:
-        raise _Unavailable(f"{command[0]} did not end within {_PATIENCE_S} s") from None
+        raise _Unavailable(f"{command[0]} did not end within {patience_s} s") from None
 
 
-def _key(code: bytes, version: str, options: tuple[str, ...]) -> str:
+def _key(code: bytes, version: str, options: tuple[str, ...], toolchain: Toolchain) -> str:
     """A hash of all that the machine code depends on."""
-    parts = (code, version, _FLAGS, _TUNED, options, platform.system(), platform.machine(), _processor())
+    parts = (
+        code,
+        version,
+        toolchain.flags,
+        toolchain.tuned,
+        options,
+        platform.system(),
+        platform.machine(),
+        _processor(),
+    )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
@@ -205,7 +262,7 @@ def _open(path: Path) -> ctypes.CDLL:
     return ctypes.CDLL(str(path))
 
 
-def _build(source: Path, compiler: list[str], options: tuple[str, ...], target: Path) -> None:
+def _build(source: Path, compiler: list[str], options: tuple[str, ...], toolchain: Toolchain, target: Path) -> None:
     """Compile, then move the result to its place in one step."""
     try:
         place = tempfile.TemporaryDirectory(prefix="build-", dir=target.parent, ignore_cleanup_errors=True)
@@ -214,10 +271,10 @@ def _build(source: Path, compiler: list[str], options: tuple[str, ...], target: 
     with place as name:
         folder = Path(name)
         made = folder / target.name
-        for tuned in _TUNED:
-            command = [*compiler, *_FLAGS, *tuned, *options, "-o", str(made), str(source)]
+        for tuned in toolchain.tuned:
+            command = [*compiler, *toolchain.flags, *tuned, *options, "-o", str(made), str(source)]
             try:
-                told = _call(command, folder)
+                told = _call(command, toolchain.patience_s, folder)
             except OSError as error:
                 raise _Unavailable(f"{compiler[0]}: {error.strerror}") from None
             if told.returncode == 0 and made.exists():

@@ -28,10 +28,11 @@ Layout = Literal["tokens", "length first", "flat", "heads", "other"]
 
 @dataclass(frozen=True)
 class Batch:
-    """Some of the calibration states: ids int64 [B, L], token weights c float32 [B, L]."""
+    """Some of the states: ids int64 [B, L], token weights float32 [B, L], mask ratios float64 [B] (None: of the ids)."""
 
     ids: torch.Tensor
     weights: torch.Tensor
+    mask_ratio: torch.Tensor | None = None
 
 
 class Observer(Protocol):
@@ -81,7 +82,7 @@ def laid_out(value: torch.Tensor, how: Layout) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class MaskRatios:
-    """Which set of scales a row takes: by the number of `edges` below the share of [MASK] among its ids."""
+    """Which set of scales a row takes: by the number of `edges` below its mask ratio."""
 
     mask_id: int
     edges: tuple[float, ...] = ()
@@ -90,9 +91,9 @@ class MaskRatios:
     def sets(self) -> int:
         return len(self.edges) + 1
 
-    def of_rows(self, ids: torch.Tensor) -> torch.Tensor:
+    def of_rows(self, batch: Batch) -> torch.Tensor:
         """int64 [B], as the op in the graph has it."""
-        found: torch.Tensor = ops.mask_bucket(ids, self.mask_id, list(self.edges))
+        found: torch.Tensor = ops.mask_bucket(batch.ids, self.mask_id, list(self.edges), batch.mask_ratio)
         return found[:, 0]
 
 
@@ -114,7 +115,7 @@ class RangeObserver:
         return (self.node,)
 
     def add(self, values: Sequence[torch.Tensor], batch: Batch) -> None:
-        x, c, ids = by_tokens(values[0], self.node, batch), batch.weights, batch.ids
+        x, c = by_tokens(values[0], self.node, batch), batch.weights
         if x is None:
             x = values[0].flatten(0, -2).unsqueeze(0)
             if self.ratios.sets > 1 or not bool((c == c[0, 0]).all()):
@@ -124,8 +125,8 @@ class RangeObserver:
                     where=self.where,
                     remedy="Use weight=uniform and buckets=1, or scales that are taken at run time (ranges=None)",
                 )
-            c, ids = torch.ones(x.shape[:2]), ids[:1]
-        record(self.seen, x, c, self.ratios.of_rows(ids), self.where)
+            c, batch = torch.ones(x.shape[:2]), Batch(batch.ids[:1], batch.weights[:1])
+        record(self.seen, x, c, self.ratios.of_rows(batch), self.where)
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ class AttendedObserver:
         scale: Any = self.attention.kwargs.get("scale")
         mass = column_mass(q, k, values[3] if len(values) > 3 else None, causal, scale, batch.weights)
         weights = mass / q.shape[1] + self.floor
-        record(self.seen, v.transpose(1, 2).flatten(2), weights, self.ratios.of_rows(batch.ids), self.where)
+        record(self.seen, v.transpose(1, 2).flatten(2), weights, self.ratios.of_rows(batch), self.where)
 
 
 def record(seen: Seen, x: torch.Tensor, c: torch.Tensor, set_of: torch.Tensor, where: str) -> None:

@@ -7,7 +7,8 @@ replace them by their own packed ops at lowering; results are judged against the
     transform(x, parts; spec)                = x·T, T spelled by `spec` (see dlqc/transform.py)
     quantize_act(x; bits, group, sym)        = dequantized nearest code of x, per token or per group of channels
     quantize_act_static(x, scale, zero, set) = the same with fixed scales, of the set that each token's row is in
-    mask_bucket(ids; mask id, edges)         = which set: the part of the way on which a row is, by its share of [MASK]
+    quantize_act_adaptive(x, set; widths, …) = quantize_act in the width of each token's set
+    mask_bucket(ids, ratio; mask id, edges)  = which set: the part of the way on which a row is, by its share of [MASK]
     quantize_heads(x; bits, sym, across)     = quantize_act of queries, keys or values, per token and head or per token
     quantize_heads_static(x, scale, zero, …) = the same with fixed scales
     cached(x, offset; spec)                  = x; says how a cache stores keys or values (see dlqc/kv_cache.py)
@@ -106,19 +107,44 @@ def _(x: Tensor, bits: int, group_size: int, symmetric: bool) -> Tensor:
 
 
 @torch.library.custom_op("dlqc::mask_bucket", mutates_args=())
-def mask_bucket(ids: Tensor, mask_id: int, edges: list[float]) -> Tensor:
-    """ids int64 [B, L] → int64 [B, L]: for every token of a row, how many of the `edges` lie below its share of [MASK].
+def mask_bucket(ids: Tensor, mask_id: int, edges: list[float], ratio: Tensor | None = None) -> Tensor:
+    """ids int64 [B, L] → int64 [B, L]: for every token of a row, how many of the `edges` lie below its mask ratio.
 
-    So a share r is in bucket b if edges[b-1] < r ≤ edges[b]. Compared as counts: exact for edges k/n, whatever the length.
+    So a ratio r is in bucket b if edges[b-1] < r ≤ edges[b]. Ratios are `ratio` float64 [B], or, where nobody says, the shares of
+    [MASK] among the ids. What lies within 1e-9 of an edge k/n is on it: ratios are quotients of counts.
     """
-    count = (ids == mask_id).sum(dim=1, keepdim=True)
-    ends = torch.tensor(edges, dtype=torch.float64, device=ids.device) * ids.shape[1] + 1e-6
-    return (count > ends).sum(dim=1, keepdim=True).expand(ids.shape).contiguous()
+    found = (ids == mask_id).double().mean(dim=1) if ratio is None else ratio.double()
+    ends = torch.tensor(edges, dtype=torch.float64, device=ids.device) + 1e-9
+    return (found[:, None] > ends).sum(dim=1, keepdim=True).expand(ids.shape).contiguous()
 
 
 @mask_bucket.register_fake
-def _(ids: Tensor, mask_id: int, edges: list[float]) -> Tensor:
+def _(ids: Tensor, mask_id: int, edges: list[float], ratio: Tensor | None = None) -> Tensor:
     return torch.empty(ids.shape, dtype=torch.int64, device=ids.device)
+
+
+@torch.library.custom_op("dlqc::quantize_act_adaptive", mutates_args=())
+def quantize_act_adaptive(
+    x: Tensor, bucket: Tensor | None, widths: list[int], group_size: int, symmetric: bool
+) -> Tensor:
+    """As `quantize_act` in widths[bucket] bits: same shape and dtype as x [..., K].
+
+    bucket int64, of the leading sizes of x (None: all rows take the first width).
+    """
+    used = [0] if bucket is None or not bucket.numel() else torch.unique(bucket).tolist()
+    made = {w: ActFormat(w, group_size or None, symmetric).fake_quantize(x) for w in {widths[i] for i in used}}
+    if len(made) == 1 or bucket is None:
+        return made[widths[used[0]]].clone()
+    by_row = torch.tensor(widths, device=bucket.device)[bucket].unsqueeze(-1)
+    found = x.clone(memory_format=torch.contiguous_format)
+    for width, values in made.items():
+        found = torch.where(by_row == width, values, found)
+    return found
+
+
+@quantize_act_adaptive.register_fake
+def _(x: Tensor, bucket: Tensor | None, widths: list[int], group_size: int, symmetric: bool) -> Tensor:
+    return x.new_empty(x.shape)
 
 
 @torch.library.custom_op("dlqc::quantize_act_static", mutates_args=())
@@ -362,6 +388,7 @@ ROPE = torch.ops.dlqc.rope.default
 TRANSFORM = torch.ops.dlqc.transform.default
 QUANTIZE_ACT = torch.ops.dlqc.quantize_act.default
 QUANTIZE_ACT_STATIC = torch.ops.dlqc.quantize_act_static.default
+QUANTIZE_ACT_ADAPTIVE = torch.ops.dlqc.quantize_act_adaptive.default
 MASK_BUCKET = torch.ops.dlqc.mask_bucket.default
 QUANTIZE_HEADS = torch.ops.dlqc.quantize_heads.default
 QUANTIZE_HEADS_STATIC = torch.ops.dlqc.quantize_heads_static.default

@@ -103,6 +103,7 @@ PRESETS = {
     "w2a16-quant-dllm": "two sign planes g128 on average by DAQ and ABMP as the paper has them, on masked states",
     "w2a16-e8p": "2-bit E8P lattice per channel by LDLQ and descent on masked states, without rotations",
     "w8a16-nested-adaptive": "8-bit nested weights g128 by GPTQ on masked states, read in 2, 3, 4 or 8 bits by mask ratio",
+    "w8a8-nested-adaptive": "as w8a16-nested-adaptive, with activations in 4, 5, 6 or 8 bits by mask ratio",
     "w2a16-quip": "as w2a16-e8p after QuaRot's rotations, in place of QuIP#'s two-sided ones",
 }
 
@@ -129,8 +130,8 @@ def preset(name: str, pass_class: Callable[[str], Any]) -> tuple[Pass, ...] | No
     """
     if name in CODED:
         return _coded(pass_class, *CODED[name]())
-    if name == "w8a16-nested-adaptive":
-        return _adaptive(pass_class)
+    if name in ("w8a16-nested-adaptive", "w8a8-nested-adaptive"):
+        return _adaptive(pass_class, activations=name.startswith("w8a8"))
     found = GRAMMAR.fullmatch(name)
     if found is None or found["method"] not in METHODS:
         return None
@@ -231,13 +232,16 @@ def _coded(pass_class: Callable[[str], Any], fmt: Any, method: Any, before: tupl
     return (*steps, pass_class("quantize_weights")(format=fmt, method=method), pass_class("lower")())
 
 
-def _adaptive(pass_class: Callable[[str], Any]) -> tuple[Pass, ...]:
+def _adaptive(pass_class: Callable[[str], Any], *, activations: bool) -> tuple[Pass, ...]:
     """Nested weights and a schedule. States are at all mask ratios, since each is measured by itself; no kernel reads planes."""
     from dlqc.formats.nested import NestedFormat
     from dlqc.rounding.nested_gptq import NestedGptq
 
     rounded = pass_class("quantize_weights")(format=NestedFormat(), method=NestedGptq())
-    return (_calibrate(pass_class, None, everywhere=True), rounded, pass_class("adapt_precision")())
+    start = (_calibrate(pass_class, None, everywhere=True), rounded)
+    if not activations:
+        return (*start, pass_class("adapt_precision")())
+    return (*start, pass_class("quantize_activations")(bits=8), pass_class("adapt_precision")(act_bits=(4, 5, 6, 8)))
 
 
 def _hqq(bits: int) -> Callable[[], tuple[Any, Any]]:

@@ -16,9 +16,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
-from dlqc.contract import Context, PassReport
+from dlqc.contract import BlockInput, Context, PassReport
 from dlqc.errors import CalibrationError, ContractError
-from dlqc.execute import Executor, placeholder
+from dlqc.execute import Executor, bucket_values, mask_buckets, placeholder
 from dlqc.formats.activation import ActFormat
 from dlqc.graph import Linear
 from dlqc.rounding.contract import BlockRounding, Rounded, Rounding
@@ -75,14 +75,15 @@ class Reconstruction:
         if block is None or not ctx.inputs:
             what = "a block is to be reconstructed, and there are no states to do it on"
             raise ContractError(what, where="method", remedy="Run the pass by a PassManager, behind calibrate")
-        inputs, self._end = [placeholder(graph), block.input(graph)], block.output(graph)
+        self._buckets, self._end = mask_buckets(graph), block.output(graph)
+        inputs = [placeholder(graph), block.input(graph), *self._buckets]
         # Two executors: what this one evaluates for y*, the weights before rounding, can go then.
         exact = Executor(graph, ctx.weights, inputs, [self._end], keep_weights=True)
         self._run = Executor(graph, ctx.weights, inputs, [self._end], keep_weights=True)
         enter: Callable[[Tensor], Tensor] = partial(quantized_activations, fmt=act)
         self._entering = {site.node: enter for site in sites} if act is not None else {}
         self._inputs = ctx.inputs
-        self._targets = [exact(part.ids, part.exact)[0] for part in ctx.inputs]
+        self._targets = [exact(part.ids, part.exact, *self._sets(part))[0] for part in ctx.inputs]
         self._name = f"block {block.index}"
         self._unit = sum(float(self._weights(i).sum(dtype=torch.float64)) for i in range(self.parts))
 
@@ -105,9 +106,13 @@ class Reconstruction:
     def _error(self, part: int, c: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         """Σ c·‖y - y*‖² / d."""
         given = self._inputs[part]
-        found = self._run.differentiable(given.ids, given.hidden, constants=weights, entering=self._entering)[0]
+        values = (given.ids, given.hidden, *self._sets(given))
+        found = self._run.differentiable(*values, constants=weights, entering=self._entering)[0]
         error = (found.float() - self._targets[part].float()).square().mean(dim=-1)
         return error.reshape(-1) @ c
+
+    def _sets(self, part: BlockInput) -> list[Tensor]:
+        return bucket_values(self._buckets, part.ids, part.mask_ratio)
 
     def _weights(self, part: int) -> Tensor:
         rows = self._targets[part].shape[:-1].numel()

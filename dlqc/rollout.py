@@ -100,7 +100,7 @@ class Rollout(StateSampler):
                 for r, b, u in zip(rollout_of.tolist(), buckets, pick.tolist(), strict=True)
             ]
         )
-        return Canvases(history[chosen, rollout_of], final[rollout_of], ratios[chosen, rollout_of])
+        return Canvases(history[chosen, rollout_of], final[rollout_of], ratios[chosen, rollout_of], prompt)
 
     def _sampler(self, length: int, teacher: Teacher) -> LLaDASampler | DreamSampler:
         """The model's own sampler for rows of `length` tokens."""

@@ -69,11 +69,13 @@ class Canvases:
         ids: int64 [S, L], the canvas with masks in place.
         clean: int64 [S, L], the text underneath.
         t: float32 [S], time of each state: 1 where denoising begins, 0 where it ends.
+        prompt: tokens at the start of each row that are never masked.
     """
 
     ids: Tensor
     clean: Tensor
     t: Tensor
+    prompt: int = 0
 
 
 @dataclass(frozen=True)
@@ -95,10 +97,15 @@ class StateSampler:
         """Rows int64 [R, L] -> masked bool [R, L], t float32 [R]."""
         raise TypeError(f"{type(self).__name__} does not define sample()")
 
+    def given(self) -> float:
+        """Share of each row, from its start, that is never masked."""
+        return 0.0
+
     def draw(self, rows: Tensor, generator: torch.Generator, teacher: Teacher) -> Canvases:
         """One canvas for each of the rows int64 [R, L]."""
         masked, t = self.sample(rows, generator)
-        return Canvases(apply_mask(rows, masked, teacher.spec.mask_id), rows, t)
+        prompt = prompt_length(self.given(), rows.shape[1])
+        return Canvases(apply_mask(rows, masked, teacher.spec.mask_id), rows, t, prompt)
 
 
 def emphasize(t: Tensor, emphasis: Emphasis) -> Tensor:
@@ -146,6 +153,9 @@ class ForwardProcess(StateSampler):
     def __post_init__(self) -> None:
         check_share(self.prompt, "forward_process.prompt")
 
+    def given(self) -> float:
+        return self.prompt
+
     def sample(self, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         count, length = rows.shape
         t = _stratified(count, generator)
@@ -175,6 +185,9 @@ class MaskedSimulation(StateSampler):
             raise RecipeError(
                 f"{self.timesteps} timesteps are none", where="masked_simulation.timesteps", remedy="Use 20"
             )
+
+    def given(self) -> float:
+        return self.prefix
 
     def sample(self, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         count, length = rows.shape
@@ -217,6 +230,9 @@ class BlockStates(StateSampler):
             raise RecipeError(
                 f"blocks of {self.block_length} tokens hold nothing", where="block_states.block_length", remedy="Use 32"
             )
+
+    def given(self) -> float:
+        return self.prompt
 
     def sample(self, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         count, length = rows.shape

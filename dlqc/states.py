@@ -23,7 +23,7 @@ from torch import fx
 from dlqc.blocks import Block
 from dlqc.contract import BlockInput, Context, Pass, Reads, Statistics
 from dlqc.errors import ContractError
-from dlqc.execute import Executor, placeholder
+from dlqc.execute import Executor, bucket_values, mask_buckets, placeholder
 from dlqc.fisher import fisher
 from dlqc.graph import Linear, by_call, copy_graph, linears
 from dlqc.observers import Batch, Observer
@@ -71,6 +71,7 @@ class StateFlow:
         if ctx.states is None:
             raise ContractError("block passes ask for statistics, but there are no states", remedy="Add 'calibrate'")
         self._graph, self._ctx, self._states = graph, ctx, ctx.states
+        self._ratios = ctx.states.mask_ratio(ctx.spec.mask_id)
         self._slices = list(ctx.states.batches(batch))
         first = ctx.blocks[0].input(graph)
         start = Executor(graph, ctx.weights, [placeholder(graph)], [first], keep_weights=True)
@@ -100,7 +101,7 @@ class StateFlow:
 
     def _part(self, i: int, reads: Reads) -> BlockInput:
         s, exact = self._slices[i], self._stream(reads == "paired")[i]
-        return BlockInput(self._states.ids[s], self._states.weights[s], self._hidden[i], exact)
+        return BlockInput(self._states.ids[s], self._states.weights[s], self._hidden[i], exact, self._ratio(s))
 
     def collect(
         self, block: Block, wanted: frozenset[str], weights: Sequence[str] | None = None, *, exact: bool = False
@@ -114,14 +115,14 @@ class StateFlow:
         graph, constants = self._source(exact)
         sites = _sites(block, graph, constants, weights)
         ends = [block.output(graph)] if weights is None else [site.x for site in sites]
-        run = _runner(block, graph, constants, ends)
+        run = _Runner(block, graph, constants, ends)
         pair = self._pair(block, sites) if wanted & PAIRED else None
         collector = Collector(wanted - OWN, sites)
         for i, s in enumerate(self._slices):
-            ids = self._states.ids[s]
-            before = dict(zip(pair[0], pair[1](ids, self._stream(True)[i]), strict=True)) if pair else {}
+            ids, ratio = self._states.ids[s], self._ratio(s)
+            before = dict(zip(pair[0], pair[1](ids, self._stream(True)[i], ratio), strict=True)) if pair else {}
             taps: Any = collector.taps(self._states.weights[s], ids == self._ctx.spec.mask_id, before)
-            run(ids, self._stream(exact)[i], taps=taps)
+            run(ids, self._stream(exact)[i], ratio, taps=taps)
         found = collector.result()
         if "fisher" in wanted:
             found = {weight: {**stats, "fisher": self._fisher[weight]} for weight, stats in found.items()}
@@ -130,21 +131,24 @@ class StateFlow:
     def observe(self, block: Block, observers: Collection[Observer]) -> None:
         """Run the block as it is now and show each observer the values that it wants."""
         wanted = list(dict.fromkeys(node for observer in observers for node in observer.nodes))
-        run = _runner(block, self._graph, self._ctx.weights, wanted)
+        run = _Runner(block, self._graph, self._ctx.weights, wanted)
         for i, s in enumerate(self._slices):
-            ids = self._states.ids[s]
-            values = dict(zip(wanted, run(ids, self._hidden[i]), strict=True))
+            batch = Batch(self._states.ids[s], self._states.weights[s], self._ratio(s))
+            values = dict(zip(wanted, run(batch.ids, self._hidden[i], self._ratio(s)), strict=True))
             for observer in observers:
-                observer.add([values[node] for node in observer.nodes], Batch(ids, self._states.weights[s]))
+                observer.add([values[node] for node in observer.nodes], batch)
 
     def advance(self, block: Block) -> None:
         """Move the states through the rewritten block, and the exact ones through the block as it was."""
         for exact in (False, True) if self._exact is not None else (False,):
             graph, constants = self._source(exact)
-            run, hidden = _runner(block, graph, constants, [block.output(graph)]), self._stream(exact)
+            run, hidden = _Runner(block, graph, constants, [block.output(graph)]), self._stream(exact)
             for i, s in enumerate(self._slices):
-                hidden[i] = run(self._states.ids[s], hidden[i])[0]
+                hidden[i] = run(self._states.ids[s], hidden[i], self._ratio(s))[0]
         self._original = None
+
+    def _ratio(self, part: slice) -> torch.Tensor:
+        return self._ratios[part]
 
     def _stream(self, exact: bool) -> list[torch.Tensor]:
         return self._exact if exact and self._exact is not None else self._hidden
@@ -154,7 +158,7 @@ class StateFlow:
         now = (self._graph, self._ctx.weights)
         return (self._original or now) if exact else now
 
-    def _pair(self, block: Block, sites: Sequence[Linear]) -> tuple[list[fx.Node], Executor]:
+    def _pair(self, block: Block, sites: Sequence[Linear]) -> tuple[list[fx.Node], _Runner]:
         """The values that the sites read, and what computes the same values of the exact stream."""
         graph, constants = self._source(True)
         same = by_call((s.weight, s) for s in _sites(block, graph, constants, None))
@@ -167,7 +171,7 @@ class StateFlow:
                     remedy="Exclude it with skip=, or move the pass that adds it behind",
                 )
             ends[site.x] = same[key].x
-        return list(ends), _runner(block, graph, constants, list(ends.values()))
+        return list(ends), _Runner(block, graph, constants, list(ends.values()))
 
 
 def _sites(block: Block, graph: fx.Graph, constants: Weights, weights: Sequence[str] | None) -> list[Linear]:
@@ -175,6 +179,15 @@ def _sites(block: Block, graph: fx.Graph, constants: Weights, weights: Sequence[
     return [site for site in found if weights is None or site.weight in weights]
 
 
-def _runner(block: Block, graph: fx.Graph, constants: Weights, ends: Sequence[fx.Node]) -> Executor:
-    """What computes values of the block from token ids and hidden values."""
-    return Executor(graph, constants, [placeholder(graph), block.input(graph)], ends, keep_weights=True)
+class _Runner:
+    """Computes values of a block from token ids, hidden values, and the mask ratios of the rows."""
+
+    def __init__(self, block: Block, graph: fx.Graph, constants: Weights, ends: Sequence[fx.Node]) -> None:
+        self._buckets = mask_buckets(graph)
+        inputs = [placeholder(graph), block.input(graph), *self._buckets]
+        self._run = Executor(graph, constants, inputs, ends, keep_weights=True)
+
+    def __call__(
+        self, ids: torch.Tensor, hidden: torch.Tensor, mask_ratio: torch.Tensor, *, taps: Any = None
+    ) -> list[torch.Tensor]:
+        return self._run(ids, hidden, *bucket_values(self._buckets, ids, mask_ratio), taps=taps)

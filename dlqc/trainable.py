@@ -45,7 +45,7 @@ from dlqc.graph import (
     site_name,
     width,
 )
-from dlqc.ops import ATTENTION, EMBEDDING_PACKED, LINEAR_CODED, LINEAR_PACKED, LOW_RANK, QUANTIZE_ACT
+from dlqc.ops import ATTENTION, EMBEDDING_PACKED, LINEAR_CODED, LINEAR_NESTED, LINEAR_PACKED, LOW_RANK, QUANTIZE_ACT
 from dlqc.straight_through import quantized_activations, straight_through
 from dlqc.weights import Weights
 
@@ -273,6 +273,9 @@ def _unrounded(node: fx.Node) -> fx.Node:
 
 def _check(graph: fx.Graph, learn: str, rank: int) -> None:
     sites = {site_name(n): n for n in graph.nodes if is_call(n, LINEAR_PACKED, LINEAR_CODED)}
+    if any(is_call(node, LINEAR_NESTED) for node in graph.nodes):
+        what = "its linears are read in several widths, and gradients know one"
+        raise FeasibilityError(what, where="model", remedy="Compile without adapt_precision, then fine-tune")
     if not sites:
         what = "holds no quantized linear"
         raise FeasibilityError(

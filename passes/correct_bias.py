@@ -33,7 +33,7 @@ from torch import Tensor, fx
 from dlqc.blocks import Block
 from dlqc.contract import BlockInput, Context, Pass, PassReport, Plan, Reads
 from dlqc.errors import CalibrationError, ContractError, RecipeError
-from dlqc.execute import Executor, placeholder
+from dlqc.execute import Executor, bucket_values, mask_buckets, placeholder
 from dlqc.graph import (
     ADDED_BIAS,
     QUANTIZED_LINEARS,
@@ -151,11 +151,13 @@ def means(
     states: Sequence[tuple[BlockInput, Tensor]],
 ) -> dict[fx.Node, Tensor]:
     """Σ c·v / Σ c over the rows v of values of a block, float64 [width], from states at its input."""
-    run = Executor(graph, weights, [placeholder(graph), block.input(graph)], list(values), keep_weights=True)
+    buckets = mask_buckets(graph)
+    run = Executor(graph, weights, [placeholder(graph), block.input(graph), *buckets], list(values), keep_weights=True)
     sums = {node: torch.zeros(node.meta["val"].shape[-1], dtype=torch.float64) for node in values}
     total = dict.fromkeys(values, 0.0)
     for part, hidden in states:
-        for node, value in zip(values, run(part.ids, hidden), strict=True):
+        sets = bucket_values(buckets, part.ids, part.mask_ratio)
+        for node, value in zip(values, run(part.ids, hidden, *sets), strict=True):
             rows = value.reshape(-1, value.shape[-1]).double()
             c = weights_of_rows(node, part.weights, len(rows), f"%{node.name}").double()
             sums[node] += c @ rows

@@ -9,7 +9,8 @@ norms, gates, sums.
 
 Each kernel of the backend says whether it supports the site; the first that does gets it, and the report says which kernel
 each site got and why the ones before it did not. A kernel takes the activation quantizer with it; one with fixed scales stays a
-node of its own in front of kernels that do not take such scales. Nothing falls back in silence: if no kernel supports a site, all
+node of its own in front of kernels that do not take such scales, and one whose width the mask ratio chooses in front of every
+kernel. Nothing falls back in silence: if no kernel supports a site, all
 such sites are listed and nothing is lowered. What attentions read is quantized by its definition.
 """
 
@@ -42,7 +43,7 @@ from dlqc.graph import (
     sweep,
     width,
 )
-from dlqc.ops import LINEAR_CODED, LINEAR_PACKED, QUANTIZE_ACT_STATIC
+from dlqc.ops import LINEAR_CODED, LINEAR_PACKED, QUANTIZE_ACT, QUANTIZE_ACT_STATIC
 from dlqc.siblings import merge
 
 
@@ -175,7 +176,7 @@ def _inputs(node: fx.Node, kernel: AnyKernel) -> tuple[fx.Node | None, ...]:
     A kernel that takes no fixed scales reads what their quantizer makes of x.
     """
     quantizer = activation_quantizer(node)
-    if quantizer is None or (is_call(quantizer, QUANTIZE_ACT_STATIC) and not isinstance(kernel, StaticKernel)):
+    if quantizer is None or not (is_call(quantizer, QUANTIZE_ACT) or isinstance(kernel, StaticKernel)):
         return (args_of(node)[0],)
     x = args_of(quantizer)[0]
     return (x, args_of(quantizer)[3]) if isinstance(kernel, StaticKernel) else (x,)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import sys
@@ -18,14 +19,15 @@ from dlqc.contract import Context, PassReport
 from dlqc.errors import FeasibilityError
 from dlqc.execute import forward
 from dlqc.graph import copy_graph, is_call, linears
-from dlqc.ops import LINEAR_PACKED
+from dlqc.ops import LINEAR_PACKED, LOW_RANK
 from dlqc.passes.fold_norm_scale import FoldNormScale
 from dlqc.passes.quantize_weights import QuantizeWeights
 from dlqc.rounding.rtn import Rtn
 
 ROWS = torch.randint(0, zoo.MASK, (4, 24), generator=torch.Generator().manual_seed(0))
 ROTATED = (
-    "fold_norm_scale, rotate_hidden, quantize_weights(bits=4, group_size=32, method=rtn), "
+    "fold_norm_scale, rotate_hidden, "
+    "quantize_weights(bits=4, group_size=32, method=rtn, low_rank=low_rank(rank=4, weighting=none)), "
     "quantize_activations(bits=8), pack"
 )
 
@@ -65,21 +67,42 @@ def test_the_tables_say_so(found: Bisection) -> None:
     assert "the first pass beyond 0.005 nats is" in text
     assert "block 1" in text
     assert "model.transformer.blocks.1.up_proj" in text
+    narrow = Console(width=80, record=True, file=io.StringIO())
+    narrow.print(found.render())
+    assert "fold_norm_scale" in narrow.export_text()
     assert json.loads(json.dumps(found.to_plain()))["guilty"] == found.guilty
 
 
 def test_everything_restored_is_the_original() -> None:
-    """Behind rotations, too: the weights kept are those of the rotated graph."""
+    """Behind rotations, too: the weights kept are those of the rotated graph. Corrections of low rank go with their linear."""
     model, keeper = zoo.model("llada"), _FullPrecision()
     compiled = dlqc.compile(model, ROTATED, progress=False, instruments=(keeper,))
     graph, weights = copy_graph(compiled.graph), compiled.weights.clone()
-    assert any(is_call(n, LINEAR_PACKED) for n in graph.nodes)
+    assert all(any(is_call(n, op) for n in graph.nodes) for op in (LINEAR_PACKED, LOW_RANK))
     restore(graph, weights, keeper.kept)
-    assert not any(is_call(n, LINEAR_PACKED) for n in graph.nodes)
+    assert not any(is_call(n, LINEAR_PACKED, LOW_RANK) for n in graph.nodes)
     assert len(list(linears(graph.nodes, weights))) == 22
     with torch.no_grad():
         expected = model(ROWS).logits
     torch.testing.assert_close(forward(graph, weights, ROWS), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_fine_tuning_is_a_stage_of_its_own() -> None:
+    """Its cost is that of the tuned model, and so are the layers; here fine-tuning has ruined one."""
+    model, recipe = zoo.model("llada"), "quantize_weights(bits=8, group_size=32, method=rtn)"
+    start = dlqc.compile(model, recipe, progress=False)
+    weights = start.weights.clone()
+    for name in [n for n in weights if "blocks.2.up_proj" in n and n.endswith("scales")]:
+        weights.put(name, weights[name].leaf * 3)
+    step = dataclasses.replace(start.report.steps[-1], name="finetune", options="finetune(learn='scales')")
+    report = dataclasses.replace(start.report, steps=[*start.report.steps, step])
+    made = (start.graph, weights, (start.graph, weights))
+    tuned = dlqc.Compiled(*made, spec=start.spec, recipe=start.recipe, report=report)
+    found = bisect(model, recipe, ROWS, tuned=tuned, tolerance=0.005, worst=0)
+    assert [cost.within for cost in found.passes] == [True, False]
+    assert found.guilty == "finetune(learn='scales')"
+    assert found.blocks[0].name == "block 2"
+    assert found.blocks[0].share > 0.9
 
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from dlqc.calibration import (
+    BlockStates,
     Certainty,
     Clean,
     ForwardProcess,
     MaskedSimulation,
+    Rollout,
     StateSampler,
     TokenRows,
     TokenWeight,
@@ -97,6 +99,24 @@ def test_masked_simulation_favours_no_timestep_when_there_are_few_rows() -> None
 def test_masked_simulation_masks_a_share_of_about_t() -> None:
     masked, t = MaskedSimulation(prefix=0.0, timesteps=4).sample(torch.zeros(40, 500), generator())
     assert float((masked.float().mean(1) - t).abs().max()) < 0.12
+
+
+@pytest.mark.parametrize(
+    ("sampler", "prompt"),
+    [
+        (Clean(), 0),
+        (ForwardProcess(prompt=0.5), 16),
+        (MaskedSimulation(prefix=0.25), 8),
+        (BlockStates(8, prompt=0.25), 8),
+        (Rollout(steps=8, prompt=0.25, temperature=4.0), 8),
+    ],
+)
+def test_mask_ratios_are_those_behind_the_prompt(sampler: StateSampler, prompt: int) -> None:
+    drawn = states(sampler)
+    assert drawn.prompt == prompt
+    assert not bool((drawn.ids[:, :prompt] == MASK).any())
+    expected = [sum(int(token) == MASK for token in row[prompt:]) / (32 - prompt) for row in drawn.ids]
+    assert drawn.mask_ratio(MASK).tolist() == expected
 
 
 def test_clean_masks_nothing() -> None:

@@ -263,7 +263,7 @@ def test_doctor_names_the_kernels(monkeypatch: pytest.MonkeyPatch, capsys: pytes
             ("generate", "tiny-llada", "hi", "--mask-id", "9999"),
             "mask id 9999 lies outside the vocabulary of 2048 tokens",
         ),
-        (("compile", "tiny-llada", "-o", "x", "--backend", "cuda"), "unknown backend 'cuda'"),
+        (("compile", "tiny-llada", "-o", "x", "--backend", "tpu"), "unknown backend 'tpu'"),
         (("compile", "tiny-llada", "-o", "x", "--text", "missing.txt"), "missing.txt: there is no such file"),
         (
             ("report", "tiny-llada"),

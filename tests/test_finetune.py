@@ -13,7 +13,7 @@ import torch
 from small_llada import small_llada
 
 import dlqc
-from dlqc.artifact import save, verify
+from dlqc.artifact import save
 from dlqc.cli import main
 from dlqc.compiled import Compiled
 from dlqc.diffusion.masking import generator
@@ -130,9 +130,10 @@ def test_the_command(
         main()
     assert not stop.value.code
     printed = capsys.readouterr()
-    assert [s["name"] for s in json.loads(printed.out)["steps"]][-2:] == ["finetune", "lower"]
+    told = json.loads(printed.out)
+    assert [s["name"] for s in told["steps"]][-2:] == ["finetune", "lower"]
+    assert told["reload_deviation"] == 0
     assert "step 1: loss" in printed.err
-    assert verify(tmp_path / "tuned", backend="reference")["deviation"] == 0
     tuned = dlqc.load(tmp_path / "tuned", backend="reference")
     assert tuned.recipe == w2.recipe
     assert tuned.report.steps[-2].name == "finetune"

@@ -74,19 +74,26 @@ def test_every_pass_has_a_test() -> None:
 
 @pytest.fixture(scope="module")
 def loaded() -> dict[str, object]:
-    """What a fresh process has after importing every module, with the root on the path."""
+    """What a fresh process has after importing every module, with the root on the path and without triton."""
     modules = [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in files("dlqc") if not linked(p)]
     modules += ["dlqc." + ".".join(p.relative_to(ROOT).with_suffix("").parts) for p in files(*LINKED)]
     names = [m.removesuffix(".__init__") for m in modules if not m.endswith("__main__")]
     script = (
         "import importlib, importlib.util, json, os, sys\n"
+        "sys.modules['triton'] = None\n"
         "spec = importlib.util.find_spec('kernels')\n"
         "names = json.loads(sys.argv[1])\n"
         "[importlib.import_module(n) for n in names]\n"
         "root = os.path.realpath(sys.argv[2])\n"
         "found = [(n, os.path.realpath(m.__file__)) for n, m in list(sys.modules.items()) if getattr(m, '__file__', None)]\n"
         "inside = [f for f in found if f[1].startswith(root + os.sep) and '.venv' not in f[1]]\n"
-        "print(json.dumps({'modules': inside, 'kernels': spec and spec.origin}))\n"
+        "from dlqc.backend import LinearSpec, choose_kernel, load_backend\n"
+        "from dlqc.backends.triton import BACKEND\n"
+        "from dlqc.formats.integer import IntFormat\n"
+        "said = [choose_kernel(BACKEND, LinearSpec(64, 64, IntFormat(4, 32), None, False))[1]['weight_only']]\n"
+        "try: load_backend('triton')\n"
+        "except Exception as error: said.append(str(error))\n"
+        "print(json.dumps({'modules': inside, 'kernels': spec and spec.origin, 'said': said}))\n"
     )
     command = [sys.executable, "-W", "error", "-c", script, json.dumps(names), str(ROOT)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -109,6 +116,11 @@ def test_each_module_loads_under_one_name(loaded: dict[str, object]) -> None:
 def test_kernels_is_never_our_folder_as_a_package(loaded: dict[str, object]) -> None:
     """As a folder without `__init__.py` it may be found, but any real package of that name goes first."""
     assert loaded["kernels"] is None
+
+
+def test_without_triton_everything_imports_and_says_so(loaded: dict[str, object]) -> None:
+    missing = "backend: backend 'triton' cannot run here: triton is not installed. Use backend='auto'"
+    assert loaded["said"] == ["triton is not installed", missing]
 
 
 def test_the_core_imports_no_kernel_and_no_backend() -> None:
@@ -136,7 +148,7 @@ def test_a_pass_imports_the_core_alone() -> None:
 
 def test_a_kernel_imports_torch_and_numerics_alone() -> None:
     allowed = {"__future__", "torch", "triton", *sys.stdlib_module_names}
-    ours = ("dlqc.backend.", "dlqc.errors.", "dlqc.formats.", "dlqc.kernels.", "dlqc.native")
+    ours = ("dlqc.backend.", "dlqc.errors.", "dlqc.formats.", "dlqc.kernels.", "dlqc.kv_cache.", "dlqc.native")
     wrong = [
         f"{p.relative_to(ROOT)}: {name}"
         for p in files("kernels")

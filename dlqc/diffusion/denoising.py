@@ -18,6 +18,7 @@ Shapes: B batch, P prompt, G generated positions, L = P + G, S positions of a bl
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -234,11 +235,13 @@ def _refuse_empty(rows: int) -> None:
 
 
 def _seeds(seed: Seed, rows: int) -> tuple[int, ...]:
-    if isinstance(seed, int):
-        return tuple(seed + row for row in range(rows))
-    if len(seed) != rows:
-        raise FeasibilityError(f"{len(seed)} seeds for {rows} rows", where="seed", remedy="Give one seed for each row")
-    return tuple(seed)
+    given: Any = [seed + row for row in range(rows)] if isinstance(seed, int) else seed
+    if not isinstance(given, list | tuple) or not all(isinstance(one, int) for one in given):
+        remedy = "Give a whole number, or a list of one for each row"
+        raise FeasibilityError(f"{seed!r} seeds no noise", where="seed", remedy=remedy)
+    if len(given) != rows:
+        raise FeasibilityError(f"{len(given)} seeds for {rows} rows", where="seed", remedy="Give one seed for each row")
+    return tuple(given)
 
 
 def _takes_padding(model: LogitsFn, spec: DiffusionSpec) -> bool:
@@ -391,26 +394,35 @@ class Ledger:
 
 
 def check_positive(options: object, *names: str) -> None:
-    """Refuse options below 1; None passes."""
+    """Refuse options that are no whole numbers from 1 on; None passes where the option may be None."""
     for name in names:
         value = getattr(options, name)
-        if value is not None and value < 1:
+        if value is None and "None" in str(type(options).__annotations__[name]):
+            continue
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise FeasibilityError(f"{value!r} is no whole number", where=name, remedy="Use 1 or more")
+        if value < 1:
             raise FeasibilityError(f"{value} is less than 1", where=name, remedy="Use 1 or more")
 
 
 def check_not_negative(options: object, *names: str) -> None:
-    """Refuse options below 0."""
+    """Refuse options that are no finite numbers from 0 on."""
     for name in names:
-        if not getattr(options, name) >= 0:
-            raise FeasibilityError(f"{getattr(options, name)} is not at least 0", where=name, remedy="Use 0 or more")
+        value = getattr(options, name)
+        if not isinstance(value, int | float) or math.isinf(value):
+            raise FeasibilityError(f"{value!r} is no finite number", where=name, remedy="Use 0 or more")
+        if not value >= 0:
+            raise FeasibilityError(f"{value} is not at least 0", where=name, remedy="Use 0 or more")
 
 
 def check_share(options: object, *names: str) -> None:
     """Refuse options that are no probability; None passes."""
     for name in names:
         value = getattr(options, name)
-        if value is not None and not 0 <= value <= 1:
-            raise FeasibilityError(f"{value:g} is no probability", where=name, remedy=f"Use 0 <= {name} <= 1")
+        number = isinstance(value, int | float)
+        if value is not None and not (number and 0 <= value <= 1):
+            said = f"{value:g}" if number else repr(value)
+            raise FeasibilityError(f"{said} is no probability", where=name, remedy=f"Use 0 <= {name} <= 1")
 
 
 def check_known(name: str, value: str, known: tuple[str, ...]) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dlqc.diffusion.intervals import Interval, mean_interval
 from dlqc.diffusion.likelihood import RATIOS, measured_region
-from dlqc.diffusion.masking import LogitsFn, apply_mask, device_of, logits_of, ratio_mask
+from dlqc.diffusion.masking import LogitsFn, apply_mask, device_of, logits_of, mask_ratio_of, ratio_mask
 from dlqc.diffusion.spec import DiffusionSpec
 from dlqc.errors import FeasibilityError, ModelError
 
@@ -94,9 +94,10 @@ def fidelity(
             for start in range(0, rows.shape[0], batch_size):
                 part = slice(start, start + batch_size)
                 state = apply_mask(rows[part].long(), masked[part], spec.mask_id)
+                told = mask_ratio_of(masked[part], region[part])
                 pairs = zip(
-                    _at_masks("reference", reference, state, spec, start, ratio),
-                    _at_masks("candidate", candidate, state, spec, start, ratio),
+                    _at_masks("reference", reference, state, told, spec, start, ratio),
+                    _at_masks("candidate", candidate, state, told, spec, start, ratio),
                     strict=True,
                 )
                 for row, (p, q) in enumerate(pairs, start):
@@ -119,11 +120,11 @@ def divergence(reference: Tensor, candidate: Tensor) -> Tensor:
 
 
 def _at_masks(
-    name: str, model: LogitsFn, state: Tensor, spec: DiffusionSpec, start: int, ratio: float
+    name: str, model: LogitsFn, state: Tensor, told: Tensor, spec: DiffusionSpec, start: int, ratio: float
 ) -> Iterator[Tensor]:
     """Logits of each row at its masks, float64 [masked, V]; a row at a time, for float64 logits are large."""
     state = state.to(device_of(model))
-    logits = logits_of(model, state, spec)
+    logits = logits_of(model, state, spec, mask_ratio=told.to(state.device))
     for row, ids in enumerate(state):
         found = logits[row][ids == spec.mask_id].double()
         if not bool(found.isfinite().all()):

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
+from torch import Tensor, nn
 
 from dlqc.diffusion.denoising import Commit, OnStep, Sampler, Step, Trajectory
 from dlqc.diffusion.masking import LogitsFn, device_of
@@ -82,8 +82,6 @@ def generate(
         on_commit: called with each token when it is fixed.
         **options: fields of the sampler (steps, gen_length, temperature, …), over those of `sampler`.
     """
-    if prompt is None or (isinstance(prompt, list | tuple) and any(isinstance(part, str) for part in prompt)):
-        raise FeasibilityError("a list of texts is not one prompt", where="prompt", remedy="Use dlqc.generate_batch")
     job = _job(model, [prompt], sampler, tokenizer, spec, options)
     return _run(job, seed, progress, on_commit)[0]
 
@@ -104,9 +102,11 @@ def generate_batch(
 
     Prompt r gets the noise of `seed + r`, or of `seed[r]`: what `generate` gives it with that seed, up to rounding.
     """
-    if isinstance(prompts, str):
+    given: object = prompts
+    if isinstance(given, str) or not isinstance(given, Sequence | Tensor):
+        what = "one text" if isinstance(given, str) else f"a {type(given).__name__}"
         raise FeasibilityError(
-            "one text is no batch", where="prompts", remedy="Give a list of texts, or use dlqc.generate"
+            f"{what} is no batch", where="prompts", remedy="Give a list of texts, or use dlqc.generate"
         )
     job = _job(model, list(prompts), sampler, tokenizer, spec, options)
     return _run(job, seed, progress, on_commit)
@@ -158,14 +158,20 @@ def _job(
 
 def _encode(prompt: Prompt, words: Any, model: LogitsFn) -> Tensor:
     """Ids int64 [P]."""
-    ids = torch.as_tensor(words.encode(prompt) if isinstance(prompt, str) else prompt, device=device_of(model))
+    if isinstance(prompt, list | tuple) and any(isinstance(part, str) for part in prompt):
+        raise FeasibilityError("a list of texts is not one prompt", where="prompt", remedy="Use dlqc.generate_batch")
+    try:
+        ids = torch.as_tensor(words.encode(prompt) if isinstance(prompt, str) else prompt, device=device_of(model))
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        what = f"a {type(prompt).__name__} is not one prompt ({str(error).splitlines()[0]})"
+        raise FeasibilityError(what, where="prompt", remedy="Give a text, or token ids of one length") from error
     if ids.ndim not in (1, 2) or (ids.ndim == 2 and ids.shape[0] != 1):
         raise FeasibilityError(
             f"a tensor of shape {list(ids.shape)} is not one prompt",
             where="prompt",
             remedy="Give one prompt of shape [P], or use dlqc.generate_batch",
         )
-    if ids.numel() and ids.is_floating_point():
+    if ids.numel() and (ids.is_floating_point() or ids.dtype is torch.bool):
         raise FeasibilityError(f"{ids.dtype} numbers are no ids", where="prompt", remedy="Give whole numbers")
     return ids.reshape(-1).long()
 
@@ -208,6 +214,9 @@ def _spec(model: Any) -> DiffusionSpec:
         return held
     from dlqc.models.describe import spec_of
 
+    if not isinstance(model, nn.Module):
+        what = f"a {type(model).__name__} does not say what its mask token is"
+        raise ModelError(what, where="model", remedy="Give spec=, or a module; dlqc.load_model opens a name or folder")
     return spec_of(model)
 
 
@@ -217,7 +226,7 @@ def _tokenizer(model: Any, *, needed: bool) -> Any:
         return held
     from dlqc.models.load import load_tokenizer
 
-    found = load_tokenizer(model)
+    found = load_tokenizer(model) if isinstance(model, nn.Module) else None
     if found is None and needed:
         raise ModelError(
             "the model brings no tokenizer",

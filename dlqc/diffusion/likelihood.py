@@ -27,6 +27,7 @@ from dlqc.diffusion.masking import (
     fixed_count_mask,
     generator,
     logits_of,
+    mask_ratio_of,
     ratio_mask,
 )
 from dlqc.diffusion.network import guided_logits
@@ -95,7 +96,7 @@ def masked_nll(
     def draw(level: int, repeat: int) -> Tensor:
         return ratio_mask(region, ratios[level], seed, repeat)
 
-    return _table(model, rows, spec, tuple(map(float, ratios)), repeats, batch_size, draw)
+    return _table(model, rows, region, spec, tuple(map(float, ratios)), repeats, batch_size, draw)
 
 
 def nelbo(
@@ -122,7 +123,7 @@ def nelbo(
         return fixed_count_mask(region, (u * available).floor().long() + 1, rng)
 
     centres = tuple((2 * level + 1) / (2 * levels) for level in range(levels))
-    return _table(model, rows, spec, centres, repeats, batch_size, draw)
+    return _table(model, rows, region, spec, centres, repeats, batch_size, draw)
 
 
 @torch.no_grad()
@@ -173,7 +174,8 @@ def log_likelihood(
     for start in range(0, mc_num, batch_size):
         hidden, count = masked[start : start + batch_size].to(row.device), counts[start : start + batch_size]
         ids = row.expand(hidden.shape[0], -1)
-        logits = guided_logits(model, apply_mask(ids, hidden, spec.mask_id), context.expand_as(ids), spec, cfg_scale)
+        canvas, told = apply_mask(ids, hidden, spec.mask_id), mask_ratio_of(hidden, ~context.expand_as(ids))
+        logits = guided_logits(model, canvas, context.expand_as(ids), spec, cfg_scale, mask_ratio=told)
         sums = torch.stack([ce.sum() for ce in _cross_entropy(logits, ids, hidden)]).cpu()
         total -= float((sums * size / count).sum())
     return total / mc_num
@@ -205,6 +207,7 @@ def paired_difference(a: NllTable | Tensor, b: NllTable | Tensor) -> Interval:
 def _table(
     model: LogitsFn,
     rows: Tensor,
+    region: Tensor,
     spec: DiffusionSpec,
     ratios: tuple[float, ...],
     repeats: int,
@@ -221,8 +224,9 @@ def _table(
             for start in range(0, rows.shape[0], batch_size):
                 part = slice(start, start + batch_size)
                 ids, hidden = rows[part].long().to(device), masked[part].to(device)
+                told = mask_ratio_of(hidden, region[part].to(device))
                 with torch.no_grad():
-                    logits = logits_of(model, apply_mask(ids, hidden, spec.mask_id), spec)
+                    logits = logits_of(model, apply_mask(ids, hidden, spec.mask_id), spec, mask_ratio=told)
                     means = torch.stack([ce.mean() for ce in _cross_entropy(logits, ids, hidden)])
                 values[part, level] += means.cpu() / repeats
     if not bool(torch.isfinite(values).all()):

@@ -23,18 +23,22 @@ LogitsFn = Callable[[Tensor], Tensor]
 """A model, as this package sees it: ids int64 [B, L] -> logits [B, L, V]."""
 
 
-def logits_of(model: Callable[[Tensor], Any], ids: Tensor, spec: DiffusionSpec) -> Tensor:
+def logits_of(
+    model: Callable[..., Any], ids: Tensor, spec: DiffusionSpec, *, mask_ratio: Tensor | None = None
+) -> Tensor:
     """Logits whose row i predicts position i.
 
     Args:
         model: a callable that returns the logits, or an object that has them as `.logits`.
         ids: int64 [B, L].
         spec: where `spec.shift`, row i - 1 of the model becomes row i and row 0 stands in for position 0 (Dream).
+        mask_ratio: float64 [B], told to a model that goes by it (`model.counts_masks`); see `mask_ratio_of`.
 
     Returns:
         logits [B, L, V] in the model's own dtype.
     """
-    out = model(ids)
+    told = mask_ratio is not None and getattr(model, "counts_masks", False)
+    out = model(ids, mask_ratio=mask_ratio) if told else model(ids)
     logits = out if isinstance(out, Tensor) else getattr(out, "logits", None)
     if not isinstance(logits, Tensor):
         raise ModelError(
@@ -48,6 +52,14 @@ def logits_of(model: Callable[[Tensor], Any], ids: Tensor, spec: DiffusionSpec) 
             remedy="Keep every position (no slicing to the last one), and check spec.vocab_size",
         )
     return torch.cat([logits[:, :1], logits[:, :-1]], dim=1) if spec.shift else logits
+
+
+def mask_ratio_of(masked: Tensor, fillable: Tensor) -> Tensor:
+    """Mask ratio of each row, float64 [B]: masked tokens over those that are to be filled, both bool [B, L]; 0 where none is.
+
+    What a model with several widths or sets of scales goes by: neither prompt nor padding counts.
+    """
+    return (masked & fillable).sum(1).double() / fillable.sum(1).clamp(min=1)
 
 
 def device_of(model: object) -> torch.device | None:

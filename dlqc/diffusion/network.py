@@ -5,13 +5,14 @@ Shapes: B batch, L positions, V vocabulary.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from dlqc.diffusion.blame import first_not_finite
-from dlqc.diffusion.masking import LogitsFn, check_finite, logits_of
+from dlqc.diffusion.masking import LogitsFn, check_finite, logits_of, mask_ratio_of
 from dlqc.diffusion.spec import DiffusionSpec
 from dlqc.errors import FeasibilityError
 
@@ -28,7 +29,7 @@ class Network:
         cache_bytes: the most that keys and values took, as they are stored between forwards.
 
     Args:
-        canvas: int64 [B, L], of the size that will be asked about.
+        canvas: int64 [B, L] as the run begins: what is [MASK] is to be filled.
         visible: bool [B, L], False at padding; None where there is none.
         cache: whether windows will be asked for.
     """
@@ -43,6 +44,7 @@ class Network:
         cache: bool = False,
     ) -> None:
         self._model, self._spec, self._visible = model, spec, visible
+        self._fillable = canvas == spec.mask_id
         self._graph: CachedModel | None = None
         self._cache: KeyValueCache | None = None
         if cache or visible is not None:
@@ -51,16 +53,19 @@ class Network:
             self._cache = self._graph.new_cache(*canvas.shape)
         self.nfe = self.computed = self.cache_bytes = 0
 
-    def full(self, canvas: Tensor, *, given: Tensor | None = None, scale: float = 0.0) -> Tensor:
-        """Logits [B, L, V] of the whole canvas, guided where `scale` is not 0 (see `guided_logits`)."""
+    def full(
+        self, canvas: Tensor, *, stop: int | None = None, given: Tensor | None = None, scale: float = 0.0
+    ) -> Tensor:
+        """Logits [B, stop, V] of the canvas up to `stop` (None: all), guided where `scale` is not 0 (see `guided_logits`)."""
+        seen, ratio = canvas[:, :stop], self._ratio(canvas)
         guided = bool(scale) and given is not None
-        self._count(canvas.shape[1], 2 if guided else 1)
+        self._count(seen.shape[1], 2 if guided else 1)
         ask: LogitsFn = self._model
         if self._visible is not None and self._graph is not None:
-            seen = self._visible.repeat(2, 1) if guided else self._visible
-            graph = self._graph
-            ask = lambda ids: graph.padded(ids, seen)  # noqa: E731
-        return guided_logits(ask, canvas, given, self._spec, scale) if guided else logits_of(ask, canvas, self._spec)  # type: ignore[arg-type]
+            ask = _Padded(self._graph, self._visible.repeat(2, 1) if guided else self._visible)
+        if not guided:
+            return logits_of(ask, seen, self._spec, mask_ratio=ratio)
+        return guided_logits(ask, seen, given, self._spec, scale, mask_ratio=ratio)  # type: ignore[arg-type]
 
     def window(self, canvas: Tensor, start: int, stop: int, *, total: int | None = None) -> Tensor:
         """Logits of positions start .. stop, [B, stop - start, V]; all others from the cache, which takes the window's own.
@@ -72,7 +77,8 @@ class Network:
         first = start - 1 if self._spec.shift and start else start
         self._count(stop - first, 1)
         window = canvas[:, first:stop]
-        rows = self._graph.step(window, first, self._cache, total=total, visible=self._visible, canvas=canvas)
+        told = {"visible": self._visible, "mask_ratio": self._ratio(canvas)}
+        rows = self._graph.step(window, first, self._cache, total=total, **told)
         self.cache_bytes = max(self.cache_bytes, self._cache.nbytes)
         if not self._spec.shift:
             return rows
@@ -82,9 +88,25 @@ class Network:
         """Refuse logits that are not finite; names the step, and the layer where a second run finds it."""
         check_finite(logits, step, blame=lambda: first_not_finite(self._graph or self._model, canvas))
 
+    def _ratio(self, canvas: Tensor) -> Tensor:
+        return mask_ratio_of(canvas == self._spec.mask_id, self._fillable)
+
     def _count(self, positions: int, times: int) -> None:
         self.nfe += times
         self.computed += times * positions
+
+
+@dataclass(frozen=True)
+class _Padded:
+    """A graph as a model of canvases that are padded on the left."""
+
+    graph: CachedModel
+    visible: Tensor
+
+    counts_masks: ClassVar[bool] = True
+
+    def __call__(self, ids: Tensor, mask_ratio: Tensor | None = None) -> Tensor:
+        return self.graph.padded(ids, self.visible, mask_ratio=mask_ratio)
 
 
 def cached_model(model: LogitsFn, spec: DiffusionSpec) -> CachedModel:
@@ -114,13 +136,23 @@ def cached_model(model: LogitsFn, spec: DiffusionSpec) -> CachedModel:
     return CachedModel(build_module(captured.graph, captured.weights, share=True), spec)
 
 
-def guided_logits(model: LogitsFn, canvas: Tensor, given: Tensor, spec: DiffusionSpec, scale: float) -> Tensor:
+def guided_logits(
+    model: LogitsFn,
+    canvas: Tensor,
+    given: Tensor,
+    spec: DiffusionSpec,
+    scale: float,
+    *,
+    mask_ratio: Tensor | None = None,
+) -> Tensor:
     """Logits [B, L, V], guided by what was given: un + (scale + 1) * (cond - un), `given` masked in `un`.
 
-    LLaDA, arXiv 2502.09992, appendix A.2 (unsupervised classifier-free guidance). Both halves run as one batch of 2B.
+    LLaDA, arXiv 2502.09992, appendix A.2 (unsupervised classifier-free guidance). Both halves run as one batch of 2B, at the
+    mask ratio of the canvas.
     """
     if not scale:
-        return logits_of(model, canvas, spec)
+        return logits_of(model, canvas, spec, mask_ratio=mask_ratio)
     blind = canvas.masked_fill(given, spec.mask_id)
-    conditional, unconditional = logits_of(model, torch.cat([canvas, blind]), spec).chunk(2)
+    both = None if mask_ratio is None else mask_ratio.repeat(2)
+    conditional, unconditional = logits_of(model, torch.cat([canvas, blind]), spec, mask_ratio=both).chunk(2)
     return unconditional + (scale + 1) * (conditional - unconditional)

@@ -151,7 +151,7 @@ class BlockDiffusionSampler(Sampler):
                 if self.cache:
                     logits = net.window(canvas, start, stop, total=stop)
                 else:
-                    logits = net.full(canvas[:, :stop])[:, start:stop]
+                    logits = net.full(canvas, stop=stop)[:, start:stop]
                 index, masked = number * most + local, canvas == spec.mask_id
                 net.check(logits, index, canvas)
                 tokens, p = draw_filtered(

@@ -141,6 +141,7 @@ def check_exportable(model: Compiled) -> list[Site]:
     added = [n for n in model.weights if ADDED_BIAS in n.split(".")]
     problems += [f"{n.partition(f'.{ADDED_BIAS}')[0]} has a bias that its class does not read" for n in added]
     problems += [f"{s.name} has {s.act.sets} sets of input scales" for s in sites if s.act and s.act.sets > 1]
+    problems += [f"{s.name} has activations in {s.act.label}" for s in sites if s.act and s.act.widths]
     problems += _more_scales_than_one(model.graph)
     problems += [f"%{n.name} quantizes in an attention" for n in model.graph.nodes if is_call(n, *IN_ATTENTION)]
     problems += [f"%{n.name} stores a cache in few bits" for n in model.graph.nodes if is_call(n, CACHED)]

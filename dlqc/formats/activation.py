@@ -38,17 +38,20 @@ class ActFormat:
         group_size: features that share a scale; None means one scale per token.
         symmetric: whether codes are centred on zero.
         sets: 0 takes scales from x at run time; n ≥ 1 are n sets of fixed scales (None as group: one for the whole tensor).
+        widths: those among which the mask ratio chooses, rising, `bits` the last, with scales from x; () is one width.
     """
 
     bits: int = 8
     group_size: int | None = None
     symmetric: bool = True
     sets: int = 0
+    widths: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            what = f"{self.bits!r} is not a width of an integer activation"
-            raise RecipeError(what, where="bits", remedy="Use 2 to 8, or leave activations unquantized")
+        for bits in (self.bits, *self.widths):
+            if not 2 <= bits <= 8:
+                what = f"{bits!r} is not a width of an integer activation"
+                raise RecipeError(what, where="bits", remedy="Use 2 to 8, or leave activations unquantized")
         if self.group_size is not None and self.group_size < 1:
             what = f"a group of {self.group_size} features is impossible"
             raise RecipeError(what, where="group_size", remedy="Use 32, 64 or 128, or None for one scale per token")
@@ -59,6 +62,11 @@ class ActFormat:
     def static(self) -> bool:
         """Whether scales are fixed before run time."""
         return self.sets > 0
+
+    @property
+    def by_node(self) -> bool:
+        """Whether kernels may leave rounding to a node in front: with fixed scales, or where the mask ratio chooses a width."""
+        return self.static or bool(self.widths)
 
     @property
     def low(self) -> int:
@@ -78,11 +86,14 @@ class ActFormat:
         ('int8 token', 'int4 g64 asymmetric')
         >>> ActFormat(sets=1).label, ActFormat(4, 64, sets=4).label
         ('int8 static tensor', 'int4 static g64 by 4 mask ratios')
+        >>> ActFormat(8, widths=(4, 6, 8)).label
+        'int4/6/8 token by mask ratio'
         """
         whole = "static tensor" if self.static else "token"
         group = whole if self.group_size is None else f"{'static ' if self.static else ''}g{self.group_size}"
-        ratios = f" by {self.sets} mask ratios" if self.sets > 1 else ""
-        return f"int{self.bits} {group}" + ("" if self.symmetric else " asymmetric") + ratios
+        ratios = f" by {self.sets} mask ratios" if self.sets > 1 else " by mask ratio" if self.widths else ""
+        bits = "/".join(map(str, self.widths or (self.bits,)))
+        return f"int{bits} {group}" + ("" if self.symmetric else " asymmetric") + ratios
 
     def check(self, in_features: int) -> str | None:
         """None if inputs with `in_features` features can be quantized, else the reason they cannot, one clause."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dlqc.backend import load_backend
 from dlqc.errors import ArtifactError
 from dlqc.study.cell import Cell, cells_of, measure
 from dlqc.study.spec import Study
@@ -34,6 +35,8 @@ def run_study(
         DlqcError: something named in the study is missing or cannot be; before any work where it can be known.
     """
     check_engine(jobs, ray)
+    if ray is None:
+        load_backend(study.backend)  # refused here where this machine has it not
     cells, place = cells_of(study), Path(folder) / "cells"
     try:
         place.mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,7 @@ import pydantic
 import yaml
 from pydantic import Field
 
+from dlqc.backend import BACKENDS
 from dlqc.diffusion.tasks import TASKS
 from dlqc.errors import RecipeError, nearest
 from dlqc.recipe import Recipe, as_recipe
@@ -151,6 +152,9 @@ def read_study(path: str | Path) -> Study:
         for name in task.tasks if isinstance(task, ExactMatchTask) else ():
             if name not in TASKS:
                 raise RecipeError(f"{name!r} is no task", where=f"tasks.{label}", remedy=nearest(name, TASKS))
+    if study.backend not in (*BACKENDS, "auto"):
+        remedy = nearest(study.backend, (*BACKENDS, "auto"))
+        raise RecipeError(f"unknown backend {study.backend!r}", where="backend", remedy=remedy)
     models = {n: m.model_copy(update={"source": _beside(file, m.source)}) for n, m in study.models.items()}
     texts = {n: _text(file, n, getattr(study, n)) for n in ("calibration", "text")}
     study = study.model_copy(update={"models": models, **texts})

@@ -53,8 +53,9 @@ def spread(work: Work, todo: Sequence[Job], *, jobs: int = 1, ray: str | None = 
 
 
 def _in_processes(work: Work, todo: Sequence[Job], jobs: int) -> Iterator[tuple[int, Any]]:
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_settle, initargs=(threads,))
+    # Read by torch when it is imported, which is when the first job is unpickled.
+    settings = ("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=os.putenv, initargs=settings)
     try:
         running = {pool.submit(work, job): number for number, job in enumerate(todo)}
         for done in as_completed(running):
@@ -67,12 +68,6 @@ def _in_processes(work: Work, todo: Sequence[Job], jobs: int) -> Iterator[tuple[
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _settle(threads: int) -> None:
-    import torch
-
-    torch.set_num_threads(threads)
 
 
 def _on_ray(work: Work, todo: Sequence[Job], address: str) -> Iterator[tuple[int, Any]]:

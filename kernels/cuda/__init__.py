@@ -1,1 +1,1 @@
-"""Room for the cuda kernels; empty until the GPU backend is built."""
+"""CUDA C++ kernels for what Triton does not reach: sign planes, and W4A8 with its dequantization overlapped."""

@@ -1,6 +1,6 @@
 """Weights in formats that are not integers by 16-bit activations: NF4, codebooks, FP8 (device/weight_only.py).
 
-    y = x̂ · Ŵᵀ + b,    Ŵ by format:   nf4        level[code] · scale of the block
+    y = x̂ · Ŵᵀ + b + r,    Ŵ by format:   nf4        level[code] · scale of the block
                                       codebook   table of the row and group [code]
                                       fp8        code as E4M3 · scale of the tensor, channel or block
 
@@ -33,7 +33,6 @@ from dlqc.kernels.triton.weight_only import FLOAT8, PER_GROUP, SHARED, Packed, p
 def coded(
     x: Tensor,
     low: Tensor,
-    high: Tensor | None,
     scales: Tensor | None,
     table: Tensor | None,
     bias: Tensor | None,
@@ -45,6 +44,7 @@ def coded(
     act_bits: int,
     act_group: int,
     act_symmetric: bool,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """See the module docstring. `group` is 0 for one scale or table per channel; `code` as in `Packed`."""
     if not x.numel():
@@ -53,15 +53,14 @@ def coded(
     act = act_format(act_bits, act_group, act_symmetric)
     if act is not None:
         flat = act.fake_quantize(flat.to(torch.float32)).to(x.dtype)
-    packed = Packed(low, high, scales, None, in_features, out_features, bits, group or in_features, code, table)
-    return product(x, flat, packed, bias)
+    packed = Packed(low, scales, None, in_features, out_features, bits, group or in_features, code, table)
+    return product(x, flat, packed, bias, residual)
 
 
 @coded.register_fake
 def _(
     x: Tensor,
     low: Tensor,
-    high: Tensor | None,
     scales: Tensor | None,
     table: Tensor | None,
     bias: Tensor | None,
@@ -73,8 +72,12 @@ def _(
     act_bits: int,
     act_group: int,
     act_symmetric: bool,
+    residual: Tensor | None = None,
 ) -> Tensor:
     return blank(x, in_features, out_features)
+
+
+CODED = torch.ops.dlqc_triton.coded.default
 
 
 @dataclass(frozen=True)
@@ -123,12 +126,16 @@ class CodedWeights:
                 else stored.scales.repeat_interleave(BLOCK if stored.format.unit == "block" else n, 0)
             )
             scales = packing.columns(scale[:n])
-        low, high = packing.arrange(codes, bits)
         held = None if bias is None else bias.to(torch.float32).contiguous()
-        tensors = {"low": low, "high": high, "scales": scales, "table": table, "bias": held}
+        tensors = {
+            "low": packing.arrange(codes, bits, packing.run_of(bits, k, _group(spec.weight) or k)),
+            "scales": scales,
+            "table": table,
+            "bias": held,
+        }
         group = 0 if _group(spec.weight) in (None, k) else _group(spec.weight) or 0
         scalars = (k, n, bits, group, code, *act_scalars(spec.act))
-        return Lowered(torch.ops.dlqc_triton.coded.default, tensors, scalars)
+        return Lowered(CODED, tensors, scalars)
 
 
 def _group(fmt: object) -> int | None:

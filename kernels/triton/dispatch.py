@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from dlqc.kernels.triton.packing import BLOCKS, padded
+from dlqc.kernels.triton.packing import block_of, padded, run_of
 from dlqc.kernels.triton.runtime import H200, Device
 
 BUCKETS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -98,10 +98,12 @@ def rule(shape: Shape, size: int, device: Device = H200) -> Config:
     wide = shape.kernel != "w8"
     if wide and size >= DENSE:
         return Config(bn=64, dense=True)
-    bm = min(size, 128)
-    bn = 64 if size < 64 else 128
+    block = block_of(shape.bits, run_of(shape.bits, shape.k, shape.group)) if wide else 128
+    large = 128 if block < 512 else 64  # tokens of a long block would fill the shared memory
+    bm = min(size, large)
+    bn = 64 if size < 64 else large
     programs = padded(shape.n) // bn * -(-size // bm)
-    blocks = -(-shape.k // (BLOCKS[shape.bits] if wide else 128))
+    blocks = -(-shape.k // block)
     splits = 1
     while (
         2 * splits * programs <= 4 * device.units
@@ -109,13 +111,13 @@ def rule(shape: Shape, size: int, device: Device = H200) -> Config:
         and 2 * splits * size * shape.n * 8 <= shape.weight_bytes
     ):
         splits *= 2
-    # Sums of groups beside those of all of K are twice the registers: the tile is then spread over more threads, as it is where
-    # a product is one warp's.
-    both = not wide and shape.group < shape.k
-    warps = 8 if bm > 64 and (both or not device.warpgroups) else 4
-    block = BLOCKS[shape.bits] if wide else 128
+    # Sums of groups beside those of all of K are twice the registers, and so are numbers made of codes: the tile is then spread
+    # over more threads, as it is where a product is one warp's.
+    both, tables = wide or shape.group < shape.k, shape.kernel == "coded"
+    crowded = bm > 64 and both if device.warpgroups else bm > 32 or (tables and block >= 512)
+    warps = 8 if crowded or (bn > 64 and tables) else 4
     stage = bm * block * (2 if wide else 1) + bn * block * shape.bits // 8
-    spare = device.shared - (48 << 10 if shape.kernel == "coded" else 0)  # entries of tables change places there
+    spare = device.shared - ((block * bn * 4) if tables else 0)  # entries of tables change places there
     stages = max(1, min(3, spare // stage))
     return Config(bn, bm, splits, warps, stages, pre=wide and bm >= 64)
 

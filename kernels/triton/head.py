@@ -27,7 +27,6 @@ TILE = 128
 def head_argmax(
     x: Tensor,
     low: Tensor,
-    high: Tensor | None,
     scales: Tensor,
     zeros: Tensor | None,
     bias: Tensor | None,
@@ -38,7 +37,7 @@ def head_argmax(
 ) -> tuple[Tensor, Tensor]:
     """token, confidence; the arguments are those of `weight_only`, as `WeightOnly.lower` makes them."""
     flat = rows(x, in_features)
-    packed = Packed(low, high, scales, zeros, in_features, out_features, bits, group or in_features)
+    packed = Packed(low, scales, zeros, in_features, out_features, bits, group or in_features)
     if not x.numel():
         return x.new_empty(x.shape[:-1], dtype=torch.int64), x.new_empty(x.shape[:-1], dtype=torch.float32)
     if not runtime.launchable(x):
@@ -55,7 +54,6 @@ def head_argmax(
 def _(
     x: Tensor,
     low: Tensor,
-    high: Tensor | None,
     scales: Tensor,
     zeros: Tensor | None,
     bias: Tensor | None,

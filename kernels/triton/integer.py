@@ -1,9 +1,14 @@
 """Low-bit weights by 8-bit activations with exact integer sums: W8A8 and W4A8 (device/integer.py).
 
-    y = (Σ_k (code - zero) · q) · s_w · s_x + b,    q, s_x = codes and scales of x, one scale per token, quantized on the fly
+    y = (Σ_k (code - zero) · q) · s_w · s_x + x_o · W_oᵀ + b + r,    q, s_x = codes and scales of x, one scale per token
+
+What is done to x just before (a norm, a gate, Hadamard blocks) is done by the kernel that quantizes its rows, and r is added to
+the sums before they are rounded, so that nothing of either goes to memory. So is x_o · W_oᵀ, the columns with outliers, which
+are not quantized (LLM.int8()).
 
 Shapes:  x [..., K]; words as of `packing.arrange_integers`; scales [G, N'], zeros uint8 [G, N'] or None, N' being
-         N padded to 128; bias [N] or None → [..., N].
+         N padded to 128; bias [N] or None; residual r [..., N] or None; kind to block as of `rows.Before`;
+         x_o = whole[..., columns], whole [..., K'], columns int32 [O], outliers [O, N'] as of `packing.outliers` → [..., N].
 Dtypes:  codes of x are those of `ActFormat.quantize_dynamic`. Sums over K (over 128 features where the weight has groups) are
          int32 and exact; scales, zero points of groups, and the bias are applied in float32; then the dtype of x.
 Layout:  4-bit codes stay in 4 bits; one packed copy for every number of tokens.
@@ -15,7 +20,7 @@ On a CPU the op computes the definition, with float64 in place of the integers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,8 +30,9 @@ from dlqc.formats.activation import ActFormat
 from dlqc.kernels.reference.layout import blank, canonical, misfit, outcome, rows
 from dlqc.kernels.triton import packing, runtime
 from dlqc.kernels.triton.device import integer as device
-from dlqc.kernels.triton.device import rows as device_rows
 from dlqc.kernels.triton.dispatch import Config, Shape, choose
+from dlqc.kernels.triton.rows import AS_IS, Before, Codes
+from dlqc.kernels.triton.rows import quantize as quantize_rows
 
 BLOCK = packing.PADDED
 
@@ -43,19 +49,36 @@ def integer(
     bits: int,
     group: int,
     act_bits: int,
+    kind: str = "as_is",
+    other: Tensor | None = None,
+    gain: Tensor | None = None,
+    shift: Tensor | None = None,
+    eps: float = 0.0,
+    block: int = 1,
+    residual: Tensor | None = None,
+    whole: Tensor | None = None,
+    columns: Tensor | None = None,
+    outliers: Tensor | None = None,
 ) -> Tensor:
     """See the module docstring. `group` is 0 for one scale per channel."""
     if not x.numel():
         return blank(x, in_features, out_features)
     flat = rows(x, in_features)
+    before = Before(kind, None if other is None else rows(other, in_features), gain, shift, eps, block)
+    added = None if residual is None else rows(residual, out_features)
+    apart = None
+    if whole is not None and columns is not None and outliers is not None:
+        apart = Apart(rows(whole, whole.shape[-1]), columns, outliers)
     packed = Packed(words, scales, zeros, in_features, out_features, bits, group or in_features)
     if not runtime.launchable(x):
-        codes, scale, _ = ActFormat(act_bits).quantize_dynamic(flat)
+        codes, scale, _ = ActFormat(act_bits).quantize_dynamic(before.value(flat))
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        return outcome(((codes.double() @ packed.dequantize().T) * scale).to(wide), bias, x)
-    config = choose(packed.shape, flat.shape[0], runtime.device_of(x))
+        y = ((codes.double() @ packed.dequantize().T) * scale).to(wide)
+        y = y if apart is None else y + apart.value(wide)[:, :out_features]
+        return outcome(y if added is None else y + added.to(wide), bias, x)
+    config = config_of(packed.shape, flat.shape[0], runtime.device_of(x), apart is not None)
     y = flat.new_empty(flat.shape[0], out_features, dtype=runtime.interpretable(x))
-    launch(quantize(flat, act_bits, packed), packed, bias, y, config)
+    launch(quantize(flat, act_bits, packed, before), packed, bias, y, config, added, apart)
     return y.to(x.dtype).reshape(*x.shape[:-1], out_features)
 
 
@@ -71,8 +94,21 @@ def _(
     bits: int,
     group: int,
     act_bits: int,
+    kind: str = "as_is",
+    other: Tensor | None = None,
+    gain: Tensor | None = None,
+    shift: Tensor | None = None,
+    eps: float = 0.0,
+    block: int = 1,
+    residual: Tensor | None = None,
+    whole: Tensor | None = None,
+    columns: Tensor | None = None,
+    outliers: Tensor | None = None,
 ) -> Tensor:
     return blank(x, in_features, out_features)
+
+
+INTEGER = torch.ops.dlqc_triton.integer.default
 
 
 @dataclass(frozen=True)
@@ -114,50 +150,71 @@ class Packed:
 
 
 @dataclass(frozen=True)
-class Codes:
-    """Quantized tokens: codes int8 [M, K in whole blocks], scales float32 [M], sums int32 [_, M] where zero points need them."""
+class Apart:
+    """Columns of tokens that are multiplied as they are: x [M, ...], columns int32 [O] of it, outliers [O, N']."""
 
-    q: Tensor
-    scales: Tensor
-    sums: Tensor
+    x: Tensor
+    columns: Tensor
+    outliers: Tensor
 
-
-def quantize(x: Tensor, bits: int, packed: Packed) -> Codes:
-    """Codes of x [M, K]."""
-    x = x if x.stride(1) == 1 else x.contiguous()
-    m, count = x.shape[0], packed.sums
-    wide = packed.words.shape[1] * BLOCK
-    width = max(BLOCK, 1 << (wide - 1).bit_length())
-    q = torch.empty(m, wide, dtype=torch.int8, device=x.device)
-    scales = torch.empty(m, dtype=torch.float32, device=x.device)
-    sums = torch.empty(max(count, 1), m, dtype=torch.int32, device=x.device)
-    sizes = {"K": packed.k, "KP": wide, "TOP": (1 << (bits - 1)) - 1, "GROUP": BLOCK, "SUMS": count, "WIDTH": width}
-    with runtime.on(x):
-        device_rows.quantize_rows[(m,)](x, q, scales, sums, m, x.stride(0), **sizes, num_warps=row_warps(width))
-    return Codes(q, scales, sums)
+    def value(self, wide: torch.dtype) -> Tensor:
+        """The definition, [M, N']."""
+        return self.x.index_select(1, self.columns).to(wide) @ self.outliers.to(wide)
 
 
-def row_warps(width: int) -> int:
-    """Warps of a program that holds a row of so many features: 16 to 64 a thread."""
-    return min(8, max(1, width // 512))
+def quantize(x: Tensor, bits: int, packed: Packed, before: Before = AS_IS) -> Codes:
+    """Codes of x [M, K] as the product of `packed` reads them: in whole blocks of K, with the sums its zero points need."""
+    return quantize_rows(x, bits, before, stored=packed.words.shape[1] * BLOCK, sums=packed.sums)
 
 
-def launch(codes: Codes, packed: Packed, bias: Tensor | None, y: Tensor, config: Config) -> None:
+def config_of(shape: Shape, tokens: int, device_: runtime.Device, apart: bool = False) -> Config:
+    """The choice, with more threads where sums of columns apart are held beside those of the product."""
+    found = choose(shape, tokens, device_)
+    return replace(found, warps=8) if apart and found.bm > 64 else found
+
+
+def launch(
+    codes: Codes,
+    packed: Packed,
+    bias: Tensor | None,
+    y: Tensor,
+    config: Config,
+    residual: Tensor | None = None,
+    apart: Apart | None = None,
+) -> None:
     """y [M, N] of quantized tokens, with unit stride in its rows."""
     m, n, splits = codes.q.shape[0], packed.n, config.splits
     target = y
     if splits > 1:
         kind = torch.int32 if packed.channel else torch.float32
-        target = torch.empty(splits * m, n, dtype=kind, device=y.device)
+        target = torch.empty((splits + (apart is not None)) * m, n, dtype=kind, device=y.device)
     spare = packed.words  # stands for a tensor that is not there and is not read
-    last = (spare if packed.zeros is None else packed.zeros, codes.sums, codes.scales, spare if bias is None else bias)
-    same = {"N": n, "BITS": packed.bits, "ZEROS": packed.zeros is not None, "BIAS": bias is not None, "SPLITS": splits}
+    added = spare if residual is None else residual.contiguous()
+    zeros = spare if packed.zeros is None else packed.zeros
+    last = (zeros, codes.sums, codes.scales, spare if bias is None else bias, added)
+    same = {"N": n, "BITS": packed.bits, "ZEROS": packed.zeros is not None, "BIAS": bias is not None}
+    x, columns, outliers = (spare, spare, spare) if apart is None else (apart.x, apart.columns, apart.outliers)
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    same |= {"ADD": residual is not None, "OUT": 0 if apart is None else len(columns), "SPLITS": splits}
     asm = torch.version.hip is None and not runtime.interpreting()
     with runtime.on(y):
         device.integer[packing.padded(n) // config.bn * splits, -(-m // config.bm)](
-            *(codes.q, packed.words, packed.scales, *last, target, m, target.stride(0)),
+            *(
+                codes.q,
+                packed.words,
+                packed.scales,
+                *last,
+                x,
+                columns,
+                outliers,
+                target,
+                m,
+                x.stride(0),
+                target.stride(0),
+            ),
             **same,
             **{"NP": packing.padded(n), "K": packed.k, "KP": codes.q.shape[1], "GROUP": packed.group, "ASM": asm},
+            **{"CT": runtime.in_triton(runtime.product_dtype(y))},
             **{"BN": config.bn, "BM": config.bm, "num_warps": config.warps, "num_stages": config.stages},
         )
         if splits > 1:
@@ -208,4 +265,4 @@ class Integer:
         }
         group = 0 if spec.integers.group_size in (None, k) else spec.integers.group_size or 0
         scalars = (k, spec.out_features, spec.integers.bits, group, spec.act.bits)
-        return Lowered(torch.ops.dlqc_triton.integer.default, tensors, scalars)
+        return Lowered(INTEGER, tensors, scalars)

@@ -11,10 +11,11 @@ import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 
-from dlqc.kernels.triton.language import MISSING
+from dlqc.kernels.triton.language import MISSING, tl
 
 #: The oldest NVIDIA GPU with bfloat16 tensor cores and cp.async.
 OLDEST = (8, 0)
@@ -89,6 +90,11 @@ def product_dtype(x: torch.Tensor) -> torch.dtype:
     if interpreting():
         return torch.float16 if x.dtype == torch.float16 else torch.float32
     return torch.bfloat16 if x.dtype == torch.float32 else x.dtype
+
+
+def in_triton(dtype: torch.dtype) -> Any:
+    """A dtype of products in Triton's language."""
+    return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]
 
 
 def interpretable(x: torch.Tensor) -> torch.dtype:

@@ -1,9 +1,9 @@
 """Low-bit weights by 16-bit activations: W4A16, W2A16, W3A16, W8A16 of any group that 32 divides (device/weight_only.py).
 
-    y = x̂ · Ŵᵀ + b,    Ŵ = (codes - zero) · scale,    x̂ = x, or what the codes of x stand for
+    y = x̂ · Ŵᵀ + b + r,    Ŵ = (codes - zero) · scale,    x̂ = x, or what the codes of x stand for
 
-Shapes:  x [..., K]; low, high as of `packing.arrange`; scales [G, N'], zeros uint8 [G, N'] or None with N' = N padded to 128;
-         bias [N] or None → [..., N].
+Shapes:  x [..., K]; low as of `packing.arrange`; scales [G, N'], zeros uint8 [G, N'] or None with N' = N padded to 128;
+         bias [N] or None; residual r [..., N] or None → [..., N].
 Dtypes:  both operands have the dtype of x if it has 16 bits; float32 x is rounded to bfloat16. codes - zero is exact; Ŵ is
          rounded to that dtype where a configuration scales before the product (`Config.pre`, and dense weights), else scales and
          sums are float32. Then the dtype of x. x in float64 takes the definition below.
@@ -27,7 +27,6 @@ from dlqc.kernels.reference.layout import act_format, act_scalars, blank, canoni
 from dlqc.kernels.triton import packing, runtime
 from dlqc.kernels.triton.device import weight_only as device
 from dlqc.kernels.triton.dispatch import Config, Shape, bucket, choose
-from dlqc.kernels.triton.language import tl
 
 #: What codes stand for: themselves, entries of one table, entries of a table for each row and group, numbers in e4m3.
 INTEGERS, SHARED, PER_GROUP, FLOAT8 = range(4)
@@ -37,7 +36,6 @@ INTEGERS, SHARED, PER_GROUP, FLOAT8 = range(4)
 def weight_only(
     x: Tensor,
     low: Tensor,
-    high: Tensor | None,
     scales: Tensor,
     zeros: Tensor | None,
     bias: Tensor | None,
@@ -48,6 +46,7 @@ def weight_only(
     act_bits: int = 0,
     act_group: int = 0,
     act_symmetric: bool = True,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """See the module docstring. `group` is 0 for one scale per channel, `act_bits` 0 for x as it is."""
     if not x.numel():
@@ -56,15 +55,14 @@ def weight_only(
     act = act_format(act_bits, act_group, act_symmetric)
     if act is not None:
         flat = act.fake_quantize(flat.to(torch.float32)).to(x.dtype)
-    packed = Packed(low, high, scales, zeros, in_features, out_features, bits, group or in_features)
-    return product(x, flat, packed, bias)
+    packed = Packed(low, scales, zeros, in_features, out_features, bits, group or in_features)
+    return product(x, flat, packed, bias, residual)
 
 
 @weight_only.register_fake
 def _(
     x: Tensor,
     low: Tensor,
-    high: Tensor | None,
     scales: Tensor,
     zeros: Tensor | None,
     bias: Tensor | None,
@@ -75,8 +73,12 @@ def _(
     act_bits: int = 0,
     act_group: int = 0,
     act_symmetric: bool = True,
+    residual: Tensor | None = None,
 ) -> Tensor:
     return blank(x, in_features, out_features)
+
+
+WEIGHT_ONLY = torch.ops.dlqc_triton.weight_only.default
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,6 @@ class Packed:
     """
 
     low: Tensor
-    high: Tensor | None
     scales: Tensor | None
     zeros: Tensor | None
     k: int
@@ -103,9 +104,14 @@ class Packed:
         """What the choice of a configuration depends on."""
         return Shape("coded" if self.code else "w16", self.bits, self.k, self.n, self.group)
 
+    @property
+    def run(self) -> int:
+        """Input features of one product."""
+        return packing.run_of(8, self.k, self.group) if self.bits == 8 else packing.run_in(self.low, self.bits)
+
     def dequantize(self) -> Tensor:
         """Ŵ float32 [N, K], in plain PyTorch."""
-        codes = packing.restore(self.low, self.high, self.bits, self.n, self.k)
+        codes = packing.restore(self.low, self.bits, self.n, self.k)
         if self.code == PER_GROUP:
             assert self.table is not None
             group = torch.arange(self.k, device=codes.device) // self.group
@@ -117,7 +123,8 @@ class Packed:
         elif self.code == FLOAT8:
             values = codes.view(torch.float8_e4m3fn).to(torch.float32)
         else:
-            zero = 1 << (self.bits - 1) if self.zeros is None else self._spread(self.zeros)
+            middle = 0.5 if self.bits == 1 else 1 << (self.bits - 1)
+            zero = middle if self.zeros is None else self._spread(self.zeros)
             values = codes.to(torch.float32) - zero
         assert self.scales is not None
         return values * self._spread(self.scales)
@@ -129,49 +136,69 @@ class Packed:
     @property
     def pointers(self) -> tuple[Tensor, ...]:
         """What kernels take, `low` in place of what is not there and not read."""
-        parts = (self.high, self.scales, self.zeros, self.table)
+        parts = (self.scales, self.zeros, self.table)
         return (self.low, *(self.low if part is None else part for part in parts))
 
     def constants(self, product: torch.dtype) -> dict[str, object]:
         """The compile-time arguments that the weight decides."""
-        kinds = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
         asm = product != torch.float32 and torch.version.hip is None and not runtime.interpreting()
         sizes = {"N": self.n, "NP": packing.padded(self.n), "K": self.k, "BITS": self.bits, "GROUP": self.group}
-        return {**sizes, "ZEROS": self.zeros is not None, "CODE": self.code, "ASM": asm, "CT": kinds[product]}
+        return {
+            **sizes,
+            "ZEROS": self.zeros is not None,
+            "CODE": self.code,
+            "RUN": self.run,
+            "ASM": asm,
+            "CT": runtime.in_triton(product),
+        }
 
 
-def product(x: Tensor, flat: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+def product(x: Tensor, flat: Tensor, packed: Packed, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
     """y [..., N] of x [..., K], `flat` being what x is multiplied as, [M, K]: by the kernel, or by the definition."""
+    added = None if residual is None else rows(residual, packed.n)
     if not runtime.launchable(x):
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        return outcome(flat.to(wide) @ packed.dequantize().to(wide).T, bias, x)
+        y = flat.to(wide) @ packed.dequantize().to(wide).T
+        return outcome(y if added is None else y + added.to(wide), bias, x)
     config = choose(packed.shape, flat.shape[0], runtime.device_of(x))
     if config.dense:
-        return multiply_dense(flat, packed, bias, config).to(x.dtype).reshape(*x.shape[:-1], packed.n)
+        y = multiply_dense(flat, packed, bias, config)
+        y = y if added is None else y + added
+        return y.to(x.dtype).reshape(*x.shape[:-1], packed.n)
     y = flat.new_empty(flat.shape[0], packed.n, dtype=runtime.interpretable(x))
-    launch(flat, packed, bias, y, config)
+    launch(flat, packed, bias, y, config, added)
     return y.to(x.dtype).reshape(*x.shape[:-1], packed.n)
 
 
-def launch(x: Tensor, packed: Packed, bias: Tensor | None, y: Tensor, config: Config) -> None:
+def launch(
+    x: Tensor, packed: Packed, bias: Tensor | None, y: Tensor, config: Config, residual: Tensor | None = None
+) -> None:
     """y [M, N] of x [M, K], both with unit stride in their rows."""
     x = x if x.stride(1) == 1 else x.contiguous()
     m, n, splits = x.shape[0], packed.n, config.splits
     target = y if splits == 1 else torch.empty(splits * m, n, dtype=torch.float32, device=x.device)
     grid = (packing.padded(n) // config.bn * splits, -(-m // config.bm))
     spare = packed.low  # stands for a tensor that is not there and is not read
+    last = (spare if bias is None else bias, spare if residual is None else residual.contiguous())
     with runtime.on(x):
         device.weight_only[grid](
-            *(x, *packed.pointers, spare if bias is None else bias, target, m, x.stride(0), target.stride(0)),
+            *(x, *packed.pointers, *last, target, m, x.stride(0), target.stride(0)),
             **packed.constants(runtime.product_dtype(x)),
-            **{"BIAS": bias is not None, "BN": config.bn, "BM": config.bm, "SPLITS": splits, "PRE": config.pre},
+            **{
+                "BIAS": bias is not None,
+                "ADD": residual is not None,
+                "BN": config.bn,
+                "BM": config.bm,
+                "SPLITS": splits,
+                "PRE": config.pre,
+            },
             **{"num_warps": config.warps, "num_stages": config.stages},
         )
         if splits > 1:
             width = 512
             device.add_splits[(m, -(-n // width))](
-                *(target, spare if bias is None else bias, y, m, y.stride(0)),
-                **{"N": n, "SPLITS": splits, "BIAS": bias is not None, "BLOCK": width},
+                *(target, *last, y, m, y.stride(0)),
+                **{"N": n, "SPLITS": splits, "BIAS": bias is not None, "ADD": residual is not None, "BLOCK": width},
             )
 
 
@@ -212,15 +239,13 @@ class WeightOnly:
     def lower(
         self, spec: LinearSpec, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None
     ) -> Lowered:
-        weight, k = canonical(spec, packed, scales, zeros, bias), spec.in_features
-        low, high = packing.arrange(weight.codes, spec.integers.bits)
+        weight, k, bits = canonical(spec, packed, scales, zeros, bias), spec.in_features, spec.integers.bits
         tensors = {
-            "low": low,
-            "high": high,
+            "low": packing.arrange(weight.codes, bits, packing.run_of(bits, k, spec.integers.group_size or k)),
             "scales": packing.columns(weight.scales),
             "zeros": None if weight.zeros is None else packing.columns(weight.zeros),
             "bias": None if bias is None else bias.to(torch.float32).contiguous(),
         }
         group = 0 if spec.integers.group_size in (None, k) else spec.integers.group_size or 0
-        scalars = (k, spec.out_features, spec.integers.bits, group, *act_scalars(spec.act))
-        return Lowered(torch.ops.dlqc_triton.weight_only.default, tensors, scalars)
+        scalars = (k, spec.out_features, bits, group, *act_scalars(spec.act))
+        return Lowered(WEIGHT_ONLY, tensors, scalars)

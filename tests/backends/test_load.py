@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dlqc.backend import BACKENDS, load_backend
-from dlqc.backends import cpu, triton
+from dlqc.backends import cpu, cuda, triton
 from dlqc.backends.cpu import BACKEND as CPU
 from dlqc.backends.reference import BACKEND as REFERENCE
 from dlqc.errors import LoweringError
@@ -13,16 +13,23 @@ from dlqc.errors import LoweringError
 
 def test_every_name_loads() -> None:
     for name in BACKENDS:
-        if name != "triton" or triton.BACKEND.available() is None:
+        gpu = {"triton": triton.BACKEND, "cuda": cuda.BACKEND}.get(name)
+        if gpu is None or gpu.available() is None:
             assert load_backend(name).name == name
     assert load_backend("auto").name == "cpu"
 
 
 def test_names_of_kernels_are_unique() -> None:
     """One name is one kernel; CPU and reference end with the reference's kernel for formats that are not integers."""
-    kernels = [kernel for backend in (REFERENCE, CPU, triton.BACKEND) for kernel in backend.kernels]
+    kernels = [kernel for backend in (REFERENCE, CPU, cuda.BACKEND) for kernel in backend.kernels]
     assert len({kernel.name for kernel in kernels}) == len({type(kernel) for kernel in kernels}) == len(kernels) - 1
     assert [backend.kernels[-1].name for backend in (REFERENCE, CPU)] == ["coded", "coded"]
+
+
+def test_the_cuda_backend_ends_with_all_of_triton_s() -> None:
+    assert [kernel.name for kernel in cuda.BACKEND.kernels][:2] == ["w4a8", "sign_planes"]
+    assert cuda.BACKEND.kernels[2:] == triton.BACKEND.kernels
+    assert cuda.BACKEND.merges
 
 
 def test_a_misspelt_name_finds_its_neighbour() -> None:

@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dlqc.diffusion.fidelity import fidelity
+from dlqc.diffusion.likelihood import log_likelihood, masked_nll
 from dlqc.diffusion.masking import (
     apply_mask,
     bernoulli_mask,
@@ -21,6 +23,9 @@ from dlqc.diffusion.masking import (
     ratio_mask,
     stratified_t,
 )
+from dlqc.diffusion.sampler_dream import DreamSampler
+from dlqc.diffusion.sampler_fast_dllm import FastDLLMSampler
+from dlqc.diffusion.sampler_llada import LLaDASampler
 from dlqc.diffusion.spec import DiffusionSpec
 from dlqc.errors import FeasibilityError, ModelError
 
@@ -30,6 +35,43 @@ def test_logits_of_takes_tensors_and_outputs(spec: DiffusionSpec) -> None:
     ids = torch.zeros(2, 3, dtype=torch.long)
     assert logits_of(lambda _: logits, ids, spec) is logits
     assert logits_of(lambda _: SimpleNamespace(logits=logits), ids, spec) is logits
+
+
+def test_a_model_that_counts_masks_is_told_the_ratio_of_what_is_to_be_filled(spec: DiffusionSpec) -> None:
+    """By metrics and samplers alike: neither the prompt nor what may not be masked counts. Others see the ids alone."""
+    told: list[float] = []
+
+    class Counting:
+        counts_masks = True
+
+        def __call__(self, ids: Tensor, mask_ratio: Tensor) -> Tensor:
+            assert mask_ratio.dtype is torch.float64
+            told.extend(mask_ratio.tolist())
+            return torch.eye(11)[ids.clamp(max=9)]
+
+    rows, half = torch.arange(8)[None].repeat(2, 1), torch.arange(8).ge(4)[None].repeat(2, 1)
+    fidelity(lambda ids: torch.eye(11)[ids], Counting(), rows, spec, maskable=half, ratios=(0.5,))
+    masked_nll(Counting(), rows, spec, maskable=half, ratios=(0.75,))
+    assert told == [0.5, 0.5, 0.75, 0.75]
+    told.clear()
+    log_likelihood(Counting(), rows[0, :4], rows[0, 4:], spec, mc_num=4)
+    assert sorted(told) == [0.25, 0.5, 0.75, 1.0]
+    told.clear()
+    log_likelihood(Counting(), rows[0, :4], rows[0, 4:], spec, mc_num=1, cfg_scale=1.0)
+    assert told[0] == told[1]
+    for sampler in (
+        LLaDASampler(gen_length=4),
+        DreamSampler(gen_length=4),
+        FastDLLMSampler(gen_length=4, cache="none"),
+    ):
+        told.clear()
+        sampler.run(Counting(), rows[:1], spec)
+        assert told[:2] == [1.0, 0.75], sampler
+    canvas = rows[:1].clone()
+    canvas[0, [1, 6]] = spec.mask_id
+    told.clear()
+    LLaDASampler(steps=2).fill(Counting(), canvas, spec, seed=0)
+    assert told == [1.0, 0.5]
 
 
 def test_logits_of_shifts_rows() -> None:

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from typing import Any
 
 import pytest
+import torch
 import zoo
 
 import dlqc
@@ -13,9 +16,13 @@ from dlqc.diffusion.sampler_dream import DreamSampler
 from dlqc.diffusion.sampler_fast_dllm import FastDLLMSampler
 from dlqc.diffusion.sampler_llada import LLaDASampler
 from dlqc.diffusion.spec import DiffusionSpec
-from dlqc.errors import FeasibilityError, RecipeError
+from dlqc.errors import FeasibilityError, ModelError, RecipeError
 
 SPEC = DiffusionSpec(mask_id=60, vocab_size=61, max_length=64)
+
+
+def callable_model(ids: torch.Tensor) -> torch.Tensor:
+    return torch.eye(61)[ids * 7 % 60]
 
 
 @pytest.mark.parametrize(
@@ -83,6 +90,46 @@ def test_prompts_are_refused_before_the_first_token() -> None:
         dlqc.generate_batch(model, "abc")
     with pytest.raises(FeasibilityError, match=r"prompt: a list of texts is not one prompt. Use dlqc.generate_batch"):
         dlqc.generate(model, ["a", "b"])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        (
+            [[1, 2], [3]],
+            {},
+            "prompt: a list is not one prompt (expected sequence of length 2 at dim 1 (got 1)). Give a text,",
+        ),
+        ({"a": 1}, {}, "prompt: a dict is not one prompt"),
+        (None, {}, "prompt: a NoneType is not one prompt"),
+        ([2**70], {}, "prompt: a list is not one prompt"),
+        ([True], {}, "prompt: torch.bool numbers are no ids. Give whole numbers"),
+        ([1], {"gen_length": 4.5}, "gen_length: 4.5 is no whole number. Use 1 or more"),
+        ([1], {"gen_length": None}, "gen_length: None is no whole number. Use 1 or more"),
+        ([1], {"steps": "2"}, "steps: '2' is no whole number. Use 1 or more"),
+        ([1], {"temperature": "hot"}, "temperature: 'hot' is no finite number. Use 0 or more"),
+        ([1], {"temperature": math.inf}, "temperature: inf is no finite number. Use 0 or more"),
+        ([1], {"sampler": "fast_dllm", "threshold": "1"}, "threshold: '1' is no probability. Use 0 <= threshold <= 1"),
+        ([1], {"seed": None}, "seed: None seeds no noise. Give a whole number, or a list of one for each row"),
+        ([1], {"seed": 1.5}, "seed: 1.5 seeds no noise"),
+    ],
+)
+def test_what_no_run_can_be_made_of(prompt: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(FeasibilityError) as error:
+        dlqc.generate(callable_model, prompt, spec=SPEC, **{"gen_length": 4, **options})
+    assert str(error.value).startswith(message)
+
+
+def test_models_that_say_nothing_of_themselves() -> None:
+    """With `spec` a plain function will do; without, it is refused, and so is what is no model."""
+    assert len(dlqc.generate(callable_model, [1, 2], spec=SPEC, gen_length=4).ids) == 4
+    for model, kind in ((callable_model, "function"), ("tiny-llada", "str"), (None, "NoneType")):
+        with pytest.raises(ModelError, match=f"model: a {kind} does not say what its mask token is. Give spec="):
+            dlqc.generate(model, [1], gen_length=4)  # type: ignore[arg-type]
+    with pytest.raises(FeasibilityError, match="a function has no graph whose keys and values could be cached"):
+        dlqc.generate(callable_model, [1], sampler="fast_dllm", spec=SPEC, gen_length=4)
+    with pytest.raises(FeasibilityError, match="prompts: a NoneType is no batch. Give a list of texts"):
+        dlqc.generate_batch(callable_model, None, spec=SPEC)  # type: ignore[arg-type]
 
 
 def test_dream_with_a_cache_refreshed_at_every_step_is_without() -> None:

@@ -237,10 +237,10 @@ def test_rotations_that_stay_online_go_along(block: int | None, taken: bool, cas
         k.apply(p)
     expected = k.forward(k.ids())
     report = k.apply(Lower())
-    joined = [report.metrics.get(f"fused_{what}", 0) for what in ("block_hadamard", "silu_times")]
+    joined = [report.metrics.get(f"fused_{what}", 0) for what in ("hadamard", "silu_times")]
     assert joined == ([sites, sites] if taken else [0, 0])
     assert sum(is_call(n, TRANSFORM) for n in k.graph.nodes) == (0 if taken else sites)
-    assert (f"{sites} block hadamard" in " ".join(report.notes)) == taken
+    assert (f"{sites} hadamard" in " ".join(report.notes)) == taken
     assert float((k.forward(k.ids()) - expected).norm() / expected.norm()) < 2e-2
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -12,8 +13,10 @@ from typing import Any
 import pytest
 import yaml
 
+from dlqc.capture import Captured
 from dlqc.cli import main
-from dlqc.errors import ArtifactError, FeasibilityError, RecipeError
+from dlqc.errors import ArtifactError, FeasibilityError, LoweringError, RecipeError
+from dlqc.graph import copy_graph
 from dlqc.study import cell as cell_module
 from dlqc.study.cell import cells_of
 from dlqc.study.figure import study_figure
@@ -162,6 +165,7 @@ def test_a_damaged_cell_is_refused(tmp_path: Path, faked: list[dict[str, Any]]) 
             {"tasks": {"x": {"kind": "exact_match", "tasks": ["adds"]}}},
             "tasks.x: 'adds' is no task. Did you mean 'add'?",
         ),
+        ({"backend": "referense"}, "backend: unknown backend 'referense'. Did you mean 'reference'?"),
         ({"text": "no.txt"}, "text: there is no file 'no.txt'. Give a path relative to the study file"),
     ],
 )
@@ -215,6 +219,11 @@ def test_the_example_is_a_study() -> None:
     assert {task.category for task in study.tasks.values()} == {"general", "math", "code"}
 
 
+class Absent:
+    def available(self) -> str:
+        return "it is away"
+
+
 def test_engines_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for options, message in (
         ({"jobs": 0}, "jobs: 0 processes are none. Use 1 or more"),
@@ -227,6 +236,9 @@ def test_engines_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(FeasibilityError) as error:
         run_study(read_study(written(tmp_path)), tmp_path / "out", ray="auto")
     assert str(error.value) == "ray: ray is not installed. Install it with: pip install 'dlqc[ray]', or use --jobs"
+    monkeypatch.setattr("dlqc.backends.reference.BACKEND", Absent())
+    with pytest.raises(LoweringError, match="backend 'reference' cannot run here: it is away"):
+        run_study(read_study(written(tmp_path)), tmp_path / "out")
     assert not (tmp_path / "out").exists(), "refused before any work"
 
 
@@ -237,12 +249,17 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, faked: list[dict[str, A
     assert faked == []
 
 
-def test_processes_give_what_one_gives() -> None:
-    """`eval` is a function that every process finds, as it finds `measure`."""
+def test_processes_give_what_one_gives(tmp_path: Path) -> None:
+    """`eval` is a function that every process finds, as it finds `measure`. The third job dies, when the others are done."""
     jobs: Any = ["[2 * 3]", "[__import__('os').getpid(), __import__('torch').get_num_threads()]"]
     here = dict(spread(eval, jobs))
-    found = spread(eval, [*jobs, "__import__('time').sleep(2) or __import__('os')._exit(1)"], jobs=2)  # type: ignore[list-item]
+    go = tmp_path / "go"
+    waited = (
+        f"all(not __import__('time').sleep(0.02) for _ in iter(__import__('pathlib').Path({str(go)!r}).exists, True))"
+    )
+    found = spread(eval, [*jobs, f"{waited} and __import__('os')._exit(1)"], jobs=2)  # type: ignore[list-item]
     there = dict([next(found), next(found)])
+    go.touch()
     assert here[0] == there[0] == [6]
     assert here[1][0] == os.getpid() != there[1][0]
     assert there[1][1] == max(1, (os.cpu_count() or 1) // 2)
@@ -261,8 +278,18 @@ def test_a_local_ray_cluster() -> None:
         assert dict(found) == {0: {"x": 9}, 1: {"x": 16}}
 
 
-def test_a_real_cell(tmp_path: Path) -> None:
-    """Small, but everything is real: compiled, measured on all three kinds of task, summed up."""
+def test_a_real_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small, but everything is real: compiled, measured on all three kinds of task, summed up.
+
+    Half of the time is capture, which sees the same model twice: here once.
+    """
+    honest, kept = sys.modules["dlqc.compile"].capture, []  # type: ignore[attr-defined]
+
+    def once(*args: Any) -> Captured:
+        kept.append(kept[0] if kept else honest(*args))
+        return dataclasses.replace(kept[0], graph=copy_graph(kept[0].graph), weights=kept[0].weights.clone())
+
+    monkeypatch.setattr(sys.modules["dlqc.compile"], "capture", once)
     study = read_study(written(tmp_path, grids=[{"bits": ["w2a16"], "methods": ["rtn"]}]))
     summary = run_study(study, tmp_path / "out")
     (row,) = summary.rows
@@ -273,4 +300,5 @@ def test_a_real_cell(tmp_path: Path) -> None:
     assert summary.scores["base", "back"].mean >= 0.5
     plain = summary.to_plain()
     assert plain["findings"][3]["verdict"] == "not covered by this grid"
+    assert len(kept) == 2
     cell_module._reference.cache_clear()

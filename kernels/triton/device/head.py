@@ -8,17 +8,17 @@ from dlqc.kernels.triton.language import jit, tl
 
 @jit
 def confident(
-    x, low, high, scales, zeros, table, bias, tops, tokens, totals, M, x_stride,
+    x, low, scales, zeros, table, bias, tops, tokens, totals, M, x_stride,
     N: tl.constexpr, NP: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr,
-    CODE: tl.constexpr, BIAS: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, PRE: tl.constexpr,
+    CODE: tl.constexpr, RUN: tl.constexpr, BIAS: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, PRE: tl.constexpr,
     ASM: tl.constexpr, CT: tl.constexpr,
 ):  # fmt: skip
     """Of the logits of BN tokens: the largest, whose it is (the first of equals), and Σ exp(logit - largest); [tiles, M] each."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     logits = product(
-        x, low, high, scales, zeros, table, n, m, 0, M, x_stride,
-        NP, K, BITS, GROUP, ZEROS, CODE, BN, BM, 1, PRE, ASM, CT,
+        x, low, scales, zeros, table, n, m, 0, M, x_stride,
+        NP, K, BITS, GROUP, ZEROS, CODE, RUN, BN, BM, 1, PRE, ASM, CT,
     )  # fmt: skip
     if BIAS:
         logits += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]

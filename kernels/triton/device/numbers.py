@@ -1,8 +1,11 @@
 """From packed codes to numbers, in registers.
 
-A code becomes a number without a conversion: 0x4300 | q are the bits of 128 + q in bfloat16, 0x6400 | q those of 1024 + q in
-float16, and taking off the zero point so shifted is exact. In assembly that is a multiply-add by one, the only sum of pairs in
-bfloat16 that GPUs before Hopper have. Each function has a plain twin, for the interpreter and for other GPUs.
+A code becomes a number without a conversion: 0x4300 | q << p are the bits of 128 + 2ᵖ·q in bfloat16, 0x6400 | q << p those of
+1024 + 2ᵖ·q in float16. Multiplied by 2⁻ᵖ and less the zero point so shifted that is exact, and it is one multiply-add for two
+codes, the only arithmetic on pairs in bfloat16 that GPUs before Hopper have. Seven bits of a bfloat16 are mantissa, so fields at
+several places p share one shift: with 2 bits three of them, with 3 bits two, with 1 bit six.
+
+Each function has a plain twin, for the interpreter and for other GPUs.
 """
 
 from __future__ import annotations
@@ -11,21 +14,54 @@ from dlqc.kernels.triton.language import at_compile_time, jit, tl
 
 
 @at_compile_time
-def pair(shift, mask, magic, one, kind):
-    """Two words in a register ($1) to two numbers less their zero points (-$2): three instructions."""
-    word = f"shr.u32 t, $1, {shift}; " if shift else "mov.b32 t, $1; "
-    bits = f"0x{mask << 16 | mask:08X}, 0x{magic << 16 | magic:08X}"
-    unit = f".reg .b32 t, c; mov.b32 c, 0x{one << 16 | one:08X};"
-    return f"{{ {unit} {word}lop3.b32 t, t, {bits}, 0xEA; fma.rn.{kind} $0, t, c, $2; }}"
+def place(run, bits):
+    """Where field `run` is put in a mantissa. With 1 bit the lowest place stays free: the zero point is a half."""
+    if bits == 1:
+        return (run - 1) % 6 + 1
+    return 3 if (run, bits) == (15, 3) else run % 5 % (7 // bits) * bits if bits == 3 else run % (7 // bits) * bits
 
 
 @at_compile_time
-def pair_of_planes(run, magic, one, kind):
-    """Likewise for 3 bits: the two low ones in $1 from bit 2·run on, the third in bit `run` of each half of $2; zeros in $3."""
-    third = f"shr.u32 u, $2, {run - 2}; " if run > 2 else f"shl.b32 u, $2, {2 - run}; "
-    low = f"shr.u32 t, $1, {2 * run}; lop3.b32 t, t, 0x00030003, 0x{magic << 16 | magic:08X}, 0xEA;"
-    unit = f".reg .b32 t, u, c; mov.b32 c, 0x{one << 16 | one:08X};"
-    return f"{{ {unit} {low} {third}lop3.b32 t, u, 0x00040004, t, 0xEA; fma.rn.{kind} $0, t, c, $3; }}"
+def down(run, bits):
+    """The shift that brings field `run` of its word to its place."""
+    return (run % 5 if bits == 3 else run) * bits - place(run, bits)
+
+
+@at_compile_time
+def magic(kind, run, bits):
+    """The bits of 128 or 1024, and of 2⁻ᵖ, for field `run`: a 16-bit number each."""
+    p = place(run, bits)
+    return (0x4300, 0x3F80 - (p << 7)) if kind == "bf16x2" else (0x6400, 0x3C00 - (p << 10))
+
+
+@at_compile_time
+def shifted(name, count):
+    """An operand of lop3 that is a register shifted down by `count`, and what makes it in register t."""
+    if count == 0:
+        return "", name
+    return f"{'shr.u32' if count > 0 else 'shl.b32'} t, {name}, {abs(count)}; ", "t"
+
+
+@at_compile_time
+def pair(run, bits, kind):
+    """Field `run` of two words in a register ($1) to two numbers less their zero points (-$2)."""
+    base, unit = magic(kind, run, bits)
+    mask = ((1 << bits) - 1) << place(run, bits)
+    make, word = shifted("$1", down(run, bits))
+    both = f"lop3.b32 t, {word}, 0x{mask << 16 | mask:08X}, 0x{base << 16 | base:08X}, 0xEA;"
+    return f"{{ .reg .b32 t, c; mov.b32 c, 0x{unit << 16 | unit:08X}; {make}{both} fma.rn.{kind} $0, t, c, $2; }}"
+
+
+@at_compile_time
+def pair_of_tops(kind):
+    """Likewise for the last field of 3 bits, which is the top bits of the words in $1, $2 and $3; zeros in $4."""
+    base, unit = magic(kind, 15, 3)
+    steps = ["shr.u32 t, $1, 12;", f"lop3.b32 t, t, 0x00080008, 0x{base << 16 | base:08X}, 0xEA;"]
+    for word, count, bit in (("$2", 11, 0x10), ("$3", 10, 0x20)):
+        steps += [f"shr.u32 u, {word}, {count};", f"lop3.b32 t, u, 0x{bit << 16 | bit:08X}, t, 0xEA;"]
+    return (
+        f"{{ .reg .b32 t, u, c; mov.b32 c, 0x{unit << 16 | unit:08X}; {' '.join(steps)} fma.rn.{kind} $0, t, c, $4; }}"
+    )
 
 
 @at_compile_time
@@ -37,55 +73,65 @@ def four_bytes(kind):
 
 
 @jit
-def levels(word, zero, SHIFT: tl.constexpr, MASK: tl.constexpr, CT: tl.constexpr, ASM: tl.constexpr):
-    """Codes in bits SHIFT… of words, plus `zero` as `zero_points` made it, in CT."""
-    if CT == tl.float32:
-        return ((word >> SHIFT) & MASK).to(tl.float32) + zero
-    MAGIC: tl.constexpr = 0x4300 if CT == tl.bfloat16 else 0x6400
-    if not ASM:
-        code = ((word >> SHIFT) & MASK) | MAGIC
-        value = code.to(tl.int16).to(CT, bitcast=True) + zero.to(CT, bitcast=True)
+def code_of(first, second, third, FIELD: tl.constexpr, BITS: tl.constexpr):
+    """Field FIELD as an integer."""
+    if BITS == 3 and FIELD == 15:
+        return ((first >> 15) & 1) | (((second >> 15) & 1) << 1) | (((third >> 15) & 1) << 2)
+    word = word_of(first, second, third, FIELD, BITS)
+    return (word >> ((FIELD % 5 if BITS == 3 else FIELD) * BITS)) & ((1 << BITS) - 1)
+
+
+@jit
+def word_of(first, second, third, FIELD: tl.constexpr, BITS: tl.constexpr):
+    """The word that field FIELD is in."""
+    if BITS != 3 or FIELD < 5:
+        return first
+    elif FIELD < 10:
+        return second
     else:
-        word, zero = tl.broadcast(word, zero)
-        # The dtype has to be spelled out: a compile-time argument is taken for several.
+        return third
+
+
+@jit
+def levels(first, second, third, zero, FIELD: tl.constexpr, BITS: tl.constexpr, CT: tl.constexpr, ASM: tl.constexpr):
+    """Field FIELD of words less its zero point, in CT; `zero` is what `zero_points` made."""
+    if CT == tl.float32 or (BITS == 1 and not ASM):
+        HALF: tl.constexpr = 0.5 if BITS == 1 else 1.0
+        return (code_of(first, second, third, FIELD, BITS).to(tl.float32) + zero.to(tl.float32) * HALF).to(CT)
+    if not ASM:
+        code = code_of(first, second, third, FIELD, BITS) | (0x4300 if CT == tl.bfloat16 else 0x6400)
+        return code.to(tl.int16).to(CT, bitcast=True) + placed(zero, 0, BITS, CT).to(CT, bitcast=True)
+    point = placed(zero, place(FIELD, BITS), BITS, CT)
+    word, point = tl.broadcast(word_of(first, second, third, FIELD, BITS), point)
+    # The dtype has to be spelled out: a compile-time argument is taken for several.
+    if BITS == 3 and FIELD == 15:
         if CT == tl.bfloat16:
             value = tl.inline_asm_elementwise(
-                pair(SHIFT, MASK, 0x4300, 0x3F80, "bf16x2"), "=r,r,r", [word, zero], tl.bfloat16, is_pure=True, pack=2
+                pair_of_tops("bf16x2"), "=r,r,r,r,r", [first, second, third, point], tl.bfloat16, is_pure=True, pack=2
             )
         else:
             value = tl.inline_asm_elementwise(
-                pair(SHIFT, MASK, 0x6400, 0x3C00, "f16x2"), "=r,r,r", [word, zero], tl.float16, is_pure=True, pack=2
+                pair_of_tops("f16x2"), "=r,r,r,r,r", [first, second, third, point], tl.float16, is_pure=True, pack=2
             )
+    elif CT == tl.bfloat16:
+        value = tl.inline_asm_elementwise(
+            pair(FIELD, BITS, "bf16x2"), "=r,r,r", [word, point], tl.bfloat16, is_pure=True, pack=2
+        )
+    else:
+        value = tl.inline_asm_elementwise(
+            pair(FIELD, BITS, "f16x2"), "=r,r,r", [word, point], tl.float16, is_pure=True, pack=2
+        )
     return value
 
 
 @jit
-def levels_of_planes(low, high, zero, RUN: tl.constexpr, CT: tl.constexpr, ASM: tl.constexpr):
-    """Likewise for 3 bits: field RUN of the words `low` and bit RUN of the bytes `high`."""
-    high = high.to(tl.int16)
-    if not ASM:
-        code = ((low >> (2 * RUN)) & 3) | (((high >> RUN) & 1) << 2)
-        return levels(code.to(tl.int16), zero, 0, 7, CT, False)
-    low, zero = tl.broadcast(low, zero)
+def placed(zero, PLACE: tl.constexpr, BITS: tl.constexpr, CT: tl.constexpr):
+    """The bits of -(128 / 2ᵖ + point) in bfloat16, or of -(1024 / 2ᵖ + point) in float16; `zero` is -point, or twice that."""
+    point = (-zero).to(tl.int16) << (PLACE - 1 if BITS == 1 else PLACE)
     if CT == tl.bfloat16:
-        value = tl.inline_asm_elementwise(
-            pair_of_planes(RUN, 0x4300, 0x3F80, "bf16x2"),
-            "=r,r,r,r",
-            [low, high, zero],
-            tl.bfloat16,
-            is_pure=True,
-            pack=2,
-        )
+        return (point | (-0x3D00 - (PLACE << 7))).to(tl.int16)  # 0xC300: the sign with 0x4300
     else:
-        value = tl.inline_asm_elementwise(
-            pair_of_planes(RUN, 0x6400, 0x3C00, "f16x2"),
-            "=r,r,r,r",
-            [low, high, zero],
-            tl.float16,
-            is_pure=True,
-            pack=2,
-        )
-    return value
+        return (point | (-0x1C00 - (PLACE << 10))).to(tl.int16)  # 0xE400
 
 
 @jit
@@ -106,21 +152,16 @@ def levels_of_bytes(word, zero, CT: tl.constexpr, ASM: tl.constexpr):
 
 
 @jit
-def zero_points(zeros, at, BITS: tl.constexpr, CT: tl.constexpr, ZEROS: tl.constexpr):
-    """The zero points at `at` [BN] as a column, in the form that is added: negative, and shifted as the codes are."""
+def zero_points(zeros, at, BITS: tl.constexpr, ZEROS: tl.constexpr):
+    """The negative zero points at `at` [BN] as a column: int16, with 1 bit twice as large; with 8 bits float32, less 2²³."""
     if ZEROS:
-        point = tl.load(zeros + at).to(tl.int16)
+        point = -tl.load(zeros + at).to(tl.int16)
     else:
-        point = tl.full(at.shape, 1 << (BITS - 1), tl.int16)
+        point = tl.full(at.shape, -(1 << (BITS - 1)), tl.int16)
     if BITS == 8:
-        point = -(point.to(tl.float32) + 8388608.0)
-    elif CT == tl.float32:
-        point = -point.to(tl.float32)
-    elif CT == tl.bfloat16:
-        point = (point | -0x3D00).to(tl.int16)  # 0xC300: the sign with 0x4300
+        return (point.to(tl.float32) - 8388608.0)[:, None]
     else:
-        point = (point | -0x1C00).to(tl.int16)  # 0xE400
-    return point[:, None]
+        return point[:, None]
 
 
 @jit
@@ -141,27 +182,22 @@ def float8(word, CT: tl.constexpr):
 
 @jit
 def field(
-    low, high, here, zero, table, entry, RUN: tl.constexpr, BITS: tl.constexpr, CT: tl.constexpr, ASM: tl.constexpr,
-    CODE: tl.constexpr,
+    first, second, third, bytes_, zero, table, entry,
+    FIELD: tl.constexpr, BITS: tl.constexpr, RUN: tl.constexpr, CT: tl.constexpr, ASM: tl.constexpr, CODE: tl.constexpr,
 ):  # fmt: skip
-    """Run RUN of a block, [BN, 32]: codes less their zero points, or what they stand for (CODE as of `product`).
+    """Field FIELD of a block, [BN, RUN]: codes less their zero points, or what they stand for (CODE as of `product`).
 
-    `low`, `high` are words; with 8 bits `low` is where they are. `entry` [BN, 1] is where a row's table begins.
+    `first` to `third` are words, with 8 bits in their place stand addresses in `bytes_`. `entry` [BN, 1] is where a row's table
+    begins.
     """
     if BITS == 8:
-        word = tl.load(low + here + 32 * RUN)
+        word = tl.load(bytes_ + RUN * FIELD)
         if CODE == 3:
             value = float8(word, CT)
         else:
             value = levels_of_bytes(word, zero, CT, ASM)
     elif CODE > 0:
-        if BITS == 3:
-            code = ((low >> (2 * RUN)) & 3) | (((high.to(tl.int16) >> RUN) & 1) << 2)
-        else:
-            code = (low >> (BITS * RUN)) & ((1 << BITS) - 1)
-        value = tl.load(table + (entry + code)).to(CT)
-    elif BITS == 3:
-        value = levels_of_planes(low, high, zero, RUN, CT, ASM)
+        value = tl.load(table + (entry + code_of(first, second, third, FIELD, BITS))).to(CT)
     else:
-        value = levels(low, zero, BITS * RUN, (1 << BITS) - 1, CT, ASM)
+        value = levels(first, second, third, zero, FIELD, BITS, CT, ASM)
     return value

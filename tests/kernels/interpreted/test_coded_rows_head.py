@@ -16,10 +16,12 @@ from dlqc.formats.contract import WeightFormat
 from dlqc.formats.fp8 import Fp8Format
 from dlqc.formats.integer import IntFormat
 from dlqc.formats.nf4 import Nf4Format
+from dlqc.formats.planes import PlanesFormat
 from dlqc.hadamard import hadamard
 from dlqc.kernels.triton import head, rows, weight_only
 from dlqc.kernels.triton.coded import CodedWeights
 from dlqc.kernels.triton.dispatch import Config
+from dlqc.kernels.triton.planes import Planes
 
 FORMATS: tuple[tuple[WeightFormat, int], ...] = (
     *((Nf4Format(), 192), (Nf4Format(32, None), 96), (Nf4Format(256), 256)),
@@ -43,23 +45,44 @@ def test_formats(fmt: WeightFormat, k: int) -> None:
     spec = LinearSpec(k, n, fmt, None, True)
     assert CodedWeights().supports(spec) is None
     lowered = CodedWeights().lower_coded(spec, weight.pack(), bias)
-    low, high, scales, table, held = (
+    low, scales, table, held = (
         None if part is None else at_the_end(part.contiguous()) for part in lowered.tensors.values()
     )
     _, _, bits, group, code, *_ = lowered.scalars
-    packed = weight_only.Packed(low, high, scales, None, k, n, bits, group or k, code, table)
+    packed = weight_only.Packed(low, scales, None, k, n, bits, group or k, code, table)
     x = torch.randn(3, k)
     y = torch.full((3, n), torch.nan)
-    weight_only.launch(x, packed, held, y, Config(64, 16, 2))
+    weight_only.launch(x, packed, held, y, Config(128, 16, 2))
     dense = weight.dequantize().double()
     truth = x.double() @ dense.T + bias.double()
     bound = (k + 8) * 2.0**-24 * (x.double().abs() @ dense.abs().T + bias.double().abs())
     assert ((y.double() - truth).abs() <= bound).all()
     assert not ((y.double() - (truth + x[:, :1].double() * dense[:, :1].T)).abs() <= bound).all()
-    made = weight_only.multiply_dense(x, packed, held, Config(dense=True))
+    made = weight_only.multiply_dense(x, packed, held, Config(128, dense=True))
     assert ((made.double() - truth).abs() <= bound).all()
     through = lowered.op(x.double(), *lowered.tensors.values(), *lowered.scalars)
     assert ((through - truth).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("orders", [(2,), (2, 1, 3)])
+def test_planes(orders: tuple[int, ...]) -> None:
+    """Groups of different numbers of planes; x̃ is float32 here, and rounded once."""
+    n, k = 70, 64 * len(orders)
+    fmt = PlanesFormat(2, 64)
+    weight, bias, residual = fmt.quantize(torch.randn(n, k), orders=orders, sweeps=1), torch.randn(n), torch.randn(3, n)
+    spec = LinearSpec(k, n, fmt, None, True)
+    assert Planes().supports(spec) is None
+    lowered = Planes().lower_coded(spec, weight.pack(), bias)
+    x, dense = torch.randn(3, k), weight.dequantize().double()
+    truth = x.double() @ dense.T + bias.double() + residual.double()
+    # Planes may cancel: the bound goes by their absolute values.
+    planes = weight.row_scales.double().abs() @ weight.column_scales.double().abs().amax(1, keepdim=True)
+    bound = (k * 3 + 8) * 2.0**-23 * (planes.T * x.double().abs().sum(1, keepdim=True) + truth.abs() + 1)
+    for given, added in ((x, residual), (x.double(), residual.double())):
+        y = lowered.op(given, *lowered.tensors.values(), *lowered.scalars, added)
+        assert ((y.double() - truth).abs() <= bound).all()
+    wrong = dict(lowered.tensors, low=lowered.tensors["low"] ^ 4)
+    assert not ((lowered.op(x, *wrong.values(), *lowered.scalars, residual).double() - truth).abs() <= bound).all()
 
 
 def codes_fit(q: torch.Tensor, scale: torch.Tensor, value: torch.Tensor, rounding: float) -> None:
@@ -117,7 +140,7 @@ def test_head(judge: Any, bits: int, vocabulary: int) -> None:
     lowered = weight_only.WeightOnly().lower(problem.spec, *problem.canonical)
     x = problem.input((2, 9), torch.float32, 1) / 8
     token, confidence = head.head_argmax(x, *lowered.tensors.values(), *lowered.scalars[:4])
-    packed = weight_only.Packed(*list(lowered.tensors.values())[:4], *lowered.scalars[:3], 128)
+    packed = weight_only.Packed(*list(lowered.tensors.values())[:3], *lowered.scalars[:3], 128)
     logits = x.double() @ packed.dequantize().double().T + problem.bias.double()
     assert torch.equal(token, logits.argmax(-1))
     torch.testing.assert_close(confidence.double(), logits.softmax(-1).amax(-1), rtol=1e-4, atol=0)

@@ -1,36 +1,84 @@
-"""A model on the Triton backend, interpreted: the logits of the reference, sites that are refused by name."""
+"""A model on the Triton backend, interpreted: what is joined and what is not compute the same; sites are refused by name."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
-from zoo import MASK, VOCAB, ZOO
+from torch import fx
 
-import dlqc
-from dlqc.compiled import Compiled
+from dlqc.backend import Backend, load_backend
+from dlqc.backends.triton import TritonBackend
 from dlqc.errors import FeasibilityError
+from dlqc.graph import args_of, aten, is_call
+from dlqc.kernels.triton.integer import INTEGER
+from dlqc.kernels.triton.weight_only import WEIGHT_ONLY
+from dlqc.manager import PassManager
+from dlqc.ops import TRANSFORM
+from dlqc.passes.lower import Lower
+from dlqc.passes.pack import Pack
+from dlqc.passes.quantize_activations import QuantizeActivations
+from dlqc.passes.quantize_weights import QuantizeWeights
+from dlqc.passes.rotate_down import RotateDown
+from dlqc.rounding.rtn import Rtn
+from dlqc.weights import Weights
 
-IDS = torch.randint(0, VOCAB, (1, 9), generator=torch.Generator().manual_seed(3))
+
+class Apart(TritonBackend):
+    """The same kernels with nothing joined."""
+
+    def fuse(self, graph: fx.Graph, weights: Weights) -> dict[str, int]:
+        return {}
 
 
-def compiled(backend: str, passes: str) -> Compiled:
-    return dlqc.compile(ZOO["gpt2"](), f"{passes}, lower", backend=backend, mask_id=MASK, progress=False)
+def lowered(case: Callable[..., Any], backend: Backend, *passes: Any) -> tuple[Any, dict[str, float], torch.Tensor]:
+    """A case with a lowered graph, what was joined, and logits."""
+    k = case("llada", backend)
+    for p in (*passes, Pack()):
+        k.apply(p)
+    metrics = k.apply(Lower()).metrics
+    joined = {key.removeprefix("fused_"): n for key, n in metrics.items() if key.startswith("fused_")}
+    return k, joined, k.forward(k.ids(1, 7))
 
 
-def test_logits_are_those_of_the_reference() -> None:
-    passes = "quantize_weights(bits=4, group_size=None, method=rtn), quantize_activations(bits=8, group_size=16), pack"
-    made, judge = (compiled(backend, passes) for backend in ("triton", "reference"))
-    assert {text.split(" ")[0] for text in made.report.steps[-1].choices.values()} == {"weight_only"}
-    torch.testing.assert_close(made(IDS), judge(IDS), rtol=1e-4, atol=1e-4)
+BLOCKS = 2
 
 
-def test_sites_without_a_kernel_are_listed() -> None:
+def test_a_model_with_everything_joined(case: Callable[..., Any]) -> None:
+    """A block is four calls, with two norms, a gate with its Hadamard blocks and two sums in them; the last norm is in the
+    head. Logits are those of the same kernels one by one."""
+    passes = (RotateDown(block=32), QuantizeWeights(4, None, method=Rtn()), QuantizeActivations(8))
+    k, joined, together = lowered(case, TritonBackend(), *passes)
+    sums = 2 * BLOCKS
+    assert joined == {"rms_norm": sums + 1, "silu_times": BLOCKS, "hadamard": BLOCKS, "residual": sums}
+    assert not any(is_call(node, aten.silu.default, aten.add.Tensor, TRANSFORM) for node in k.graph.nodes)
+    kinds = [args_of(node)[10:11] for node in k.graph.nodes if is_call(node, INTEGER)]
+    assert kinds == [("rms_norm",), ("as_is",), ("rms_norm",), ("silu_times",)] * BLOCKS + [("rms_norm",)]
+    _, joined, apart = lowered(case, Apart(), *passes)
+    assert not joined
+    assert float((together - apart).norm() / apart.norm()) < 1e-2
+
+
+def test_16_bit_products_are_those_of_the_reference(case: Callable[..., Any]) -> None:
+    passes = (QuantizeWeights(4, None, method=Rtn()), QuantizeActivations(8, 16))
+    k, joined, found = lowered(case, TritonBackend(), *passes)
+    assert joined == {"residual": 2 * BLOCKS}
+    assert sum(is_call(node, WEIGHT_ONLY) for node in k.graph.nodes) == 4 * BLOCKS + 1
+    _, _, expected = lowered(case, load_backend("reference"), *passes)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_sites_without_a_kernel_are_listed(case: Callable[..., Any]) -> None:
+    k = case("llada", TritonBackend())
+    passes = (QuantizeWeights(4, 16, method=Rtn()), Pack(), Lower())
     with pytest.raises(FeasibilityError) as caught:
-        compiled("triton", "quantize_weights(bits=4, group_size=16, method=rtn), pack")
+        PassManager(passes).run(k.graph, k.ctx)
     said = str(caught.value)
     assert said.count("no kernel of backend 'triton' supports it") == 8
     assert (
         "integer: activations are not quantized; weight_only: weights have a scale per group of 16, it needs a multiple"
         in said
     )
-    assert "(and 4 more)" in said
+    assert "(and 6 more)" in said

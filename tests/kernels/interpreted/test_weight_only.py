@@ -26,7 +26,7 @@ def packed(problem: Any) -> tuple[host.Packed, torch.Tensor | None]:
     """The kernel's own layout of a problem's weight, and the bias."""
     held = KERNEL.lower(problem.spec, *problem.canonical).tensors
     k, n, fmt = problem.spec.in_features, problem.spec.out_features, problem.spec.integers
-    parts = [held[role] for role in ("low", "high", "scales", "zeros")]
+    parts = [held[role] for role in ("low", "scales", "zeros")]
     return host.Packed(*parts, k, n, fmt.bits, fmt.group_size or k), held["bias"]  # type: ignore[arg-type]
 
 
@@ -48,7 +48,7 @@ def problems(draw: st.DrawFn, judge: Any) -> Any:
     )
 
 
-@settings(max_examples=12, deadline=None, phases=[Phase.generate])
+@settings(max_examples=9, deadline=None, phases=[Phase.generate])
 @given(data=st.data())
 def test_values(judge: Any, data: st.DataObject) -> None:
     problem = data.draw(problems(judge))
@@ -64,9 +64,11 @@ def test_values(judge: Any, data: st.DataObject) -> None:
 @pytest.mark.parametrize("bits", BITS)
 def test_scales_before_the_product_in_16_bits(judge: Any, bits: int) -> None:
     """Each weight is then rounded once more, the scale too: three roundings of 2⁻¹¹ an element, in place of none."""
-    problem = judge.make(LinearSpec(256, 70, IntFormat(bits, 64, False, "float32"), None, True), bits)
+    k = 512 if bits == 2 else 256  # whole blocks of long runs where there are such
+    problem = judge.make(LinearSpec(k, 70, IntFormat(bits, 64, False, "float32"), None, True), bits)
+    assert packed(problem)[0].run == (32 if bits == 3 else 64)
     x = problem.input((5,), torch.float16, 1)
-    y = run(problem, x, Config(64, 16, 1, pre=True)).double()
+    y = run(problem, x, Config(128, 16, 1, pre=True)).double()
     weight = packed(problem)[0].dequantize().double()
     bound = 3 * 2.0**-11 * (x.double().abs() @ weight.abs().T + problem.bias.double().abs())
     assert ((y - x.double() @ weight.T - problem.bias.double()).abs() <= bound).all()
@@ -78,7 +80,7 @@ def test_dense_weights(judge: Any, bits: int) -> None:
     problem = judge.make(LinearSpec(288, 130, IntFormat(bits, 96, False), None, True), bits)
     weight, bias = packed(problem)
     x = problem.input((3,), torch.float32, 1)
-    y = host.multiply_dense(x, weight, bias, Config(dense=True))
+    y = host.multiply_dense(x, weight, bias, Config(128, dense=True))
     assert problem.excess(x, y, judge.rounding(KERNEL, x.dtype)) <= 1
 
 
@@ -86,14 +88,14 @@ def test_dense_weights(judge: Any, bits: int) -> None:
     ("bits", "planted"), [*((bits, "code") for bits in BITS), (4, "scale"), (3, "zero"), (8, "zero")]
 )
 def test_planted_errors_break_the_bound(judge: Any, bits: int, planted: str) -> None:
-    problem = judge.make(LinearSpec(288, 70, IntFormat(bits, 32, False), None, False), 3)
+    problem = judge.make(LinearSpec(288, 60, IntFormat(bits, 32, False), None, False), 3)
     wrong = judge.make(problem.spec, 3)
     x = torch.ones(2, 288)
-    config = Config(64, 16, 2)
+    config = Config(128, 16, 2)
     allowed = judge.rounding(KERNEL, x.dtype)
     assert problem.excess(x, run(problem, x, config), allowed) <= 1
     if planted == "code":
-        wrong.codes[69, 287] ^= 1
+        wrong.codes[59, 287] ^= 1
     elif planted == "scale":
         wrong.scales[5] = wrong.scales[5].roll(1)
     else:
@@ -108,9 +110,7 @@ def test_memory_around_is_left_alone(judge: Any, bits: int, splits: int) -> None
     problem = judge.make(LinearSpec(280, 53, IntFormat(bits, None, False), None, True), 1)
     weight, bias = packed(problem)
     parts = {
-        role: at_the_end(part)
-        for role in ("low", "high", "scales", "zeros")
-        if (part := getattr(weight, role)) is not None
+        role: at_the_end(part) for role in ("low", "scales", "zeros") if (part := getattr(weight, role)) is not None
     }
     weight, bias = replace(weight, **parts), at_the_end(bias)
     m, n, k = 5, 53, 280
@@ -118,7 +118,7 @@ def test_memory_around_is_left_alone(judge: Any, bits: int, splits: int) -> None
     x = whole.as_strided((m, k), (k + 7, 1)).copy_(problem.input((m,), torch.float32, 2))
     held = at_the_end(torch.full((m * (n + 5) - 5,), 7.0))
     y = held.as_strided((m, n), (n + 5, 1))
-    host.launch(x, weight, bias, y, Config(64, 16, splits))
+    host.launch(x, weight, bias, y, Config(128, 16, splits))
     assert problem.excess(x, y.contiguous(), judge.rounding(KERNEL, x.dtype)) <= 1
     gaps = torch.nn.functional.pad(held, (0, 5)).view(m, n + 5)[:-1, n:]
     assert (gaps == 7.0).all()
@@ -126,12 +126,11 @@ def test_memory_around_is_left_alone(judge: Any, bits: int, splits: int) -> None
 
 @pytest.mark.parametrize("splits", [1, 4])
 def test_the_same_bits_in_every_run_and_batch(judge: Any, splits: int) -> None:
-    problem = judge.make(LinearSpec(512, 70, IntFormat(4, 128), None, False), 1)
+    problem = judge.make(LinearSpec(512, 40, IntFormat(4, 128), None, False), 1)
     x = problem.input((16,), torch.float32, 1)
-    config = Config(64, 16, splits)
+    config = Config(128, 16, splits)
     whole = run(problem, x, config)
-    for _ in range(3):
-        assert torch.equal(run(problem, x, config), whole)
+    assert torch.equal(run(problem, x, config), whole)
     order = torch.randperm(16)
     assert torch.equal(run(problem, x[order], config), whole[order])
     assert torch.equal(run(problem, x[3:10], config), whole[3:10])

@@ -1,0 +1,107 @@
+"""Replayed forwards: which graphs are recorded, what they are given, when they go. A fake recorder stands for the GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import dlqc
+import dlqc.kernels.reference.coded
+from dlqc.backends.triton_graphs import captured, uncapturable
+from dlqc.compiled import Compiled
+from dlqc.errors import LoweringError
+from dlqc.graph import aten
+from dlqc.kernels.triton import runtime
+
+CODED = torch.ops.dlqc_reference.coded.default
+RECIPE = "quantize_weights(bits=4, group_size=32, method=rtn), pack, lower"
+
+
+class Fake:
+    """Replays by doing the work again, into the tensor of the first time, as a graph does."""
+
+    def __init__(self) -> None:
+        self.recorded = self.replayed = 0
+
+    def record(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        self.recorded += 1
+        result = torch.full_like(work(), torch.nan)
+
+        def replay() -> None:
+            self.replayed += 1
+            result.copy_(work())
+
+        return replay, result
+
+
+@pytest.fixture(scope="module")
+def model() -> Compiled:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtime, "unavailable", lambda: None)
+        from zoo import MASK, ZOO
+
+        return dlqc.compile(ZOO["llada"](), RECIPE, backend="triton", mask_id=MASK, progress=False)
+
+
+def ids(rows: int, length: int, seed: int) -> Tensor:
+    return torch.randint(0, 50, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def test_buckets_refills_and_results(model: Compiled) -> None:
+    fake = Fake()
+    fast = captured(model, recorder=fake)
+    kept = []
+    for rows, length, seed in ((3, 7, 1), (4, 7, 2), (1, 7, 3), (3, 9, 4), (3, 7, 5)):
+        x = ids(rows, length, seed)
+        kept.append((fast(x), model(x)))
+    for found, expected in kept:  # also what earlier calls returned is still theirs
+        assert found.shape == expected.shape
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert sorted(fast.recordings) == [(1, 7), (4, 7), (4, 9)]
+    assert (fake.recorded, fake.replayed) == (3, 5)
+    assert fast(ids(0, 7, 0)).shape == (0, 7, model(ids(1, 7, 0)).shape[2])
+
+
+def test_the_oldest_goes_and_moved_tensors_drop_all(model: Compiled) -> None:
+    fake = Fake()
+    fast = captured(model, recorder=fake, limit=2)
+    for length in (5, 6, 5, 7, 5):
+        fast(ids(1, length, 0))
+    assert list(fast.recordings) == [(1, 7), (1, 5)]
+    assert fake.recorded == 3
+    name, buffer = next(iter(model.module.named_buffers()))
+    model.module.register_buffer(name, buffer.clone())
+    fast(ids(1, 5, 0))
+    assert list(fast.recordings) == [(1, 5)]
+    assert fake.recorded == 4
+
+
+def test_samplers_take_it(model: Compiled) -> None:
+    options: dict[str, Any] = {"sampler": "llada", "steps": 4, "gen_length": 8, "block_length": 8}
+    fast = captured(model, recorder=Fake())
+    found, expected = (dlqc.generate(m, ids(1, 6, 0), **options) for m in (fast, model))
+    assert list(found.ids) == list(expected.ids)
+
+
+def test_what_cannot_be_captured_is_refused(model: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(LoweringError, match=r"limit: 0 graphs hold nothing\. Use 1 or more"):
+        captured(model, limit=0)
+    said = r"graph: the model cannot be captured: {}\. Call it as it is"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    if not runtime.interpreting():
+        with pytest.raises(LoweringError, match=said.format("torch sees no GPU")):
+            captured(model)
+    monkeypatch.setattr(runtime, "unavailable", lambda: None)
+    with pytest.raises(LoweringError, match=said.format("its tensors are on cpu")):
+        captured(model)
+    node = next(n for n in model.lowered.nodes if n.op == "call_function")
+    with monkeypatch.context() as patch:
+        patch.setattr(node, "target", aten.nonzero.default)
+        assert uncapturable(model.lowered) == f"%{node.name} (aten.nonzero.default) reads values on the host"
+    monkeypatch.setattr(node, "target", CODED)
+    with pytest.raises(LoweringError, match=r"\(dlqc_reference\.coded\.default\) is no kernel of a GPU"):
+        captured(model, recorder=Fake())
