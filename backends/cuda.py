@@ -13,6 +13,7 @@ the CUDA toolkit.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import fx
@@ -34,7 +35,7 @@ class CudaBackend:
 
     merges: bool = True
 
-    def fuse(self, graph: fx.Graph, weights: Weights) -> dict[str, int]:
+    def fuse(self, graph: fx.Graph, weights: Weights) -> Mapping[str, int]:
         """Around products of Triton's kernels, as their own backend does it; those in CUDA C++ take nothing along."""
         return TRITON.fuse(graph, weights)
 
