@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from torch import Tensor, fx
 
+from dlqc import hadamard
 from dlqc.backends import fusion
 from dlqc.backends.fusion import Call, Found, Joint
 from dlqc.graph import RMS_NORM, SDPA, arg, args_of, call_before, constant_name, is_call, replace, stands_for, sweep
 from dlqc.kernels.cpu import attention, build
-from dlqc.kernels.cpu.fused8 import FUSED8, KINDS, rms_norm, rotates
+from dlqc.kernels.cpu.fused8 import FUSED8, KINDS, LANES, rms_norm
 from dlqc.kernels.cpu.linear8 import linear8
 from dlqc.ops import ROPE
 from dlqc.weights import Weights
@@ -28,6 +29,12 @@ stands_for(attention.rope, ROPE)
 def fused8(found: Found) -> Call:
     rotation = (found.block, found.core) if found.block > 1 else ()
     return FUSED8, (KINDS[found.kind], found.x, *found.before, found.residual, *found.rest, *rotation)
+
+
+def rotates(block: int) -> bool:
+    """Whether fused8 can multiply by Hadamard matrices of this order."""
+    split = hadamard.order(block)
+    return split is not None and (split[0] == 1 or 1 << split[1] >= LANES)
 
 
 LINEAR8 = Joint(linear8, fused8, rotates=rotates)

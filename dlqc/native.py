@@ -129,12 +129,15 @@ def prebuilt(name: str = "fwht", folder: Path | None = None, options: tuple[str,
     return _prebuilt.get((name, folder, options, CXX))
 
 
-def prebuild(target: Path, sources: Iterable[tuple[Path, tuple[str, ...]]]) -> list[Path]:
+def prebuild(sources: Iterable[tuple[Path, tuple[str, ...]]], target: Path | None = None) -> list[Path]:
     """Compile C++ sources, each with its options, for all of `shipped.paths()` into a folder, and write its manifest.
+
+    The folder is that of the package, if none is given.
 
     Raises:
         ArtifactError: there is no compiler, or it does not take a source.
     """
+    target = target or shipped.FOLDER
     target.mkdir(parents=True, exist_ok=True)
     (target / shipped.MANIFEST).unlink(missing_ok=True)
     libraries: dict[str, dict[str, dict[str, object]]] = {}

@@ -37,7 +37,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("package")
     (folder / "csrc").mkdir()
     (folder / "csrc" / "fwht.cpp").write_text(SOURCE)
-    native.prebuild(folder / "prebuilt", [(folder / "csrc" / "fwht.cpp", ())])
+    native.prebuild([(folder / "csrc" / "fwht.cpp", ())], folder / "prebuilt")
     return folder
 
 
@@ -139,7 +139,7 @@ def test_other_flags_are_refused(package: Path) -> None:
 
 def test_nothing_can_be_made_without_a_compiler(package: Path) -> None:
     with pytest.raises(ArtifactError, match=rf"{NO_COMPILER}.*Install a C\+\+ compiler"):
-        native.prebuild(package / "prebuilt", [(package / "csrc" / "fwht.cpp", ())])
+        native.prebuild([(package / "csrc" / "fwht.cpp", ())])
     assert not (package / "prebuilt" / shipped.MANIFEST).exists()  # what is left there is not used
 
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dlqc import hadamard
 from dlqc.kernels.cpu import build
 from dlqc.kernels.cpu.linear8 import Before, Rotation, described, product
 from dlqc.kernels.cpu.native_op import native_op, register_fake
@@ -29,14 +28,8 @@ from dlqc.kernels.reference.layout import blank
 KINDS = {"as_is": 0, "rms_norm": 1, "layer_norm": 2, "silu_times": 3}
 
 
-#: Entries of a block that the butterflies need if it has a core: a vector.
+#: What the power of two in an order has to be at least, if there is a core: a vector.
 LANES = 16
-
-
-def rotates(block: int) -> bool:
-    """Whether fused8 can multiply by Hadamard matrices of this order."""
-    split = hadamard.order(block)
-    return split is not None and (split[0] == 1 or 1 << split[1] >= LANES)
 
 
 @native_op

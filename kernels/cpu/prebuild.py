@@ -2,7 +2,7 @@
 
     python -m dlqc.kernels.cpu.prebuild
 
-Without options it fills `dlqc/prebuilt`, which a wheel built afterwards brings along. Such a wheel is for one platform:
+It fills `dlqc/prebuilt`, which a wheel built afterwards brings along. Such a wheel is for one platform:
 
     python -m pip wheel --no-deps . --config-settings=--build-option=--plat-name=linux_x86_64
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dlqc import native, shipped
+from dlqc import native
 from dlqc.kernels.cpu import build
 
 
@@ -22,5 +22,5 @@ def sources() -> list[tuple[Path, tuple[str, ...]]]:
 
 
 if __name__ == "__main__":
-    for made in native.prebuild(shipped.FOLDER, sources()):
+    for made in native.prebuild(sources()):
         print(made)
