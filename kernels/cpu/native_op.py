@@ -32,6 +32,8 @@ FUNCTIONS = (
     "aoti_torch_get_dtype", "aoti_torch_empty_strided", "aoti_torch_delete_tensor_object", "aoti_torch_call_dispatcher",
     "torch_get_num_threads",
 )  # fmt: skip
+#: Where torch has it.
+OPTIONAL = ("torch_exception_get_what_without_backtrace",)
 REGISTRATION = (
     "aoti_torch_library_init_impl", "aoti_torch_library_impl", "aoti_torch_delete_library_object",
 )  # fmt: skip
@@ -46,7 +48,7 @@ _forked = False
 
 class _Torch(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in FUNCTIONS),
+        *((name, ctypes.c_void_p) for name in (*FUNCTIONS, *OPTIONAL)),
         *((name, ctypes.c_int32) for name in NUMBERS),
     )
 
@@ -140,7 +142,8 @@ def _torch() -> _Torch | None:
     others = [_address(found, name) for name in (*REGISTRATION, *NUMBERS)]
     if None in addresses or None in others:
         return None
-    return _Torch(*addresses, *(int(getattr(found, name)()) for name in NUMBERS))
+    optional = (_address(found, name) for name in OPTIONAL)
+    return _Torch(*addresses, *optional, *(int(getattr(found, name)()) for name in NUMBERS))
 
 
 def _address(library: ctypes.CDLL, name: str) -> int | None:

@@ -204,14 +204,13 @@ def test_compiles_without_a_break(kernel: Kernel, judge: Any) -> None:
 @every_kernel
 def test_wrong_inputs_are_refused(kernel: Kernel, judge: Any) -> None:
     problem = judge.make(plain(kernel.name), 0)
-    with pytest.raises(
-        ContractError, match=r"x: the input is \(2, 128\) torch.float32, not \[\.\.\., 64\] of a floating"
-    ):
-        problem.run(kernel, torch.randn(2, 128))
-    with pytest.raises(ContractError, match=r"x: the input is \(2, 64\) torch.int64, not"):
-        problem.run(kernel, torch.ones(2, 64, dtype=torch.int64))
-    with pytest.raises(ContractError, match=r"x: the input is \(\) torch.float32, not"):
-        problem.run(kernel, torch.tensor(1.0))
+    # What refuses in native code says the same as a RuntimeError, for torch has no other.
+    for x in (torch.randn(2, 128), torch.ones(2, 64, dtype=torch.int64), torch.tensor(1.0)):
+        shape = r"[\(\[]" + ", ".join(map(str, x.shape)) + r"[\)\]]"
+        with pytest.raises(
+            (ContractError, RuntimeError), match=rf"the input is {shape}.*, not \[\.\.\., 64\] of a floating"
+        ):
+            problem.run(kernel, x)
 
 
 @every_kernel

@@ -17,7 +17,7 @@ from dlqc.check import check
 from dlqc.compile import plan
 from dlqc.contract import PassReport
 from dlqc.errors import CalibrationError, ContractError, ExportError, RecipeError
-from dlqc.execute import Executor, placeholder
+from dlqc.execute import Executor, bucket_values, mask_buckets, placeholder
 from dlqc.export import export
 from dlqc.formats.nf4 import Nf4Format
 from dlqc.graph import (
@@ -68,12 +68,15 @@ def errors(graph: fx.Graph, ctx: Any, against: str) -> list[Tensor]:
     sites = list(linears(ctx.block.nodes(before), constants))
     assert [s.name for s in sites] == [site_name(n) for n in calls]
     read = [args_of(activation_quantizer(n) or n)[0] for n in calls]
-    inputs, place = [placeholder(before), ctx.block.input(before)], [placeholder(graph), ctx.block.input(graph)]
+    buckets = mask_buckets(graph)
+    inputs = [placeholder(before), ctx.block.input(before)]
+    place = [placeholder(graph), ctx.block.input(graph), *buckets]
     exact = Executor(before, constants, inputs, [s.x for s in sites])
     now = Executor(graph, ctx.weights, place, [*read, *map(corrected, calls)])
     found: list[list[Tensor]] = [[] for _ in calls]
     for part in ctx.inputs:
-        wanted, values = exact(part.ids, part.exact), now(part.ids, part.hidden)
+        sets = bucket_values(buckets, part.ids, part.mask_ratio)
+        wanted, values = exact(part.ids, part.exact), now(part.ids, part.hidden, *sets)
         for i, site in enumerate(sites):
             x = wanted[i] if against == "stream" else values[i]
             y = x.double() @ constants.value(site.weight, torch.float64).T

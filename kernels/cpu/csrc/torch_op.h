@@ -30,6 +30,7 @@ struct Torch {
     int32_t (*drop)(Handle);
     int32_t (*call)(const char*, const char*, uint64_t*);
     int32_t (*threads)(uint32_t*);
+    const char* (*what)();  // of the last error, or null: torch has that from 2.13 on
     int32_t float32, bfloat16, boolean, cpu;
 };
 
@@ -184,7 +185,8 @@ class Refill {
         return put(value != value ? 0 : word(new uint64_t(bits)));
     }
     void call(const char* name) {
-        if (torch.call(name, "", stack_)) throw std::runtime_error(std::string(name) + " failed");
+        if (!torch.call(name, "", stack_)) return;
+        throw std::runtime_error(torch.what ? torch.what() : std::string(name) + " failed");
     }
 
   private:
