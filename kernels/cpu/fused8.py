@@ -16,7 +16,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dlqc.kernels.cpu.linear8 import Before, described, product
+from dlqc.errors import ContractError
+from dlqc.kernels.cpu import build
+from dlqc.kernels.cpu.linear8 import Before, product
 from dlqc.kernels.cpu.native_op import native_op, register_fake
 from dlqc.kernels.reference.layout import blank
 
@@ -43,12 +45,21 @@ def fused8(
     act_bits: int,
     act_group: int,
 ) -> Tensor:
-    """See the module docstring; `kind` is one of KINDS, arguments from `codes` on are those of `linear8`."""
+    """See the module docstring; `kind` is one of KINDS, arguments from `codes` on are those of `linear8`.
+
+    Raises:
+        ContractError: another kind, or tensors that do not belong together.
+    """
+    if kind not in KINDS.values() or (kind == KINDS["silu_times"]) != (other is not None):
+        raise ContractError(f"{kind} {'without' if other is None else 'with'} a factor", where="kind")
     if not x.numel():
         return blank(x, in_features, out_features)
-    weight = described(codes, scales, zeros, bias, in_features, out_features, bits, group)
-    addresses = (None if part is None else part.data_ptr() for part in (gain, shift))
-    before = Before(kind, eps, *addresses, None, 0)
+    weight = build.described(codes, scales, zeros, bias, in_features, out_features, bits, group)
+    wide = [None if part is None else part.to(torch.float32).contiguous() for part in (gain, shift)]
+    for name, part in zip(("gain", "shift"), wide, strict=True):
+        if part is not None and part.shape != (in_features,):
+            raise ContractError(f"{list(part.shape)}, not [{in_features}]", where=name)
+    before = Before(kind, eps, *map(build.address, wide), None, 0)
     return product(x, weight, act_bits, act_group, before, other, residual)
 
 
