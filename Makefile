@@ -8,7 +8,7 @@ PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check --con
 # The tests use small tensors: two threads fighting over them cost more than they bring.
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: install demo test lint types unit doctest examples clean
+.PHONY: install demo test lint types unit doctest examples native-libraries clean
 
 install: $(VENV)/installed
 
@@ -45,5 +45,9 @@ doctest: install
 examples: install
 	$(BIN)/python examples/custom_pass.py
 
+# For users without a compiler: a wheel that is built afterwards brings them along, and is for this platform alone.
+native-libraries: install
+	$(BIN)/python -m dlqc.kernels.cpu.prebuild
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist dlqc/prebuilt *.egg-info

@@ -2,6 +2,7 @@
 
 Before:  y = linear8(rms_norm(h, gain), …) + r         After:  y = fused8("rms_norm", h, gain, …, r)
          y = linear8(silu(g) · u, …)                           y = fused8("silu_times", g, u, …)
+         y = linear8(x · (I ⊗ H/√n), …)                        y = fused8(…, x, …, n, core), x as any of the above
 
 Attention and rotary embedding become native ops of the same arguments and meaning, so that what reads the lowered graph
 (`dlqc.cached`) sees them as what they were; so do norms that no linear took along.
@@ -11,11 +12,12 @@ from __future__ import annotations
 
 from torch import Tensor, fx
 
+from dlqc import hadamard
 from dlqc.backends import fusion
 from dlqc.backends.fusion import Call, Found, Joint
 from dlqc.graph import RMS_NORM, SDPA, arg, args_of, call_before, constant_name, is_call, replace, stands_for, sweep
 from dlqc.kernels.cpu import attention, build
-from dlqc.kernels.cpu.fused8 import FUSED8, KINDS, rms_norm
+from dlqc.kernels.cpu.fused8 import FUSED8, KINDS, LANES, rms_norm
 from dlqc.kernels.cpu.linear8 import linear8
 from dlqc.ops import ROPE
 from dlqc.weights import Weights
@@ -25,14 +27,21 @@ stands_for(attention.rope, ROPE)
 
 
 def fused8(found: Found) -> Call:
-    return FUSED8, (KINDS[found.kind], found.x, *found.before, found.residual, *found.rest)
+    rotation = (found.block, found.core) if found.block > 1 else ()
+    return FUSED8, (KINDS[found.kind], found.x, *found.before, found.residual, *found.rest, *rotation)
 
 
-LINEAR8 = Joint(linear8, fused8)
+def rotates(block: int) -> bool:
+    """Whether fused8 can multiply by Hadamard matrices of this order."""
+    split = hadamard.order(block)
+    return split is not None and (split[0] == 1 or 1 << split[1] >= LANES)
+
+
+LINEAR8 = Joint(linear8, fused8, rotates=rotates)
 
 
 def fuse(graph: fx.Graph, weights: Weights) -> dict[str, int]:
-    """Join every linear8 of a graph with its only norm or gate, and its only sum; how many of each kind.
+    """Join every linear8 of a graph with its only norm, gate or rotation, and its only sum; how many of each kind.
 
     What becomes a native op of its own is counted as "native_...".
     """

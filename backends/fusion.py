@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from dlqc import hadamard
 from dlqc.graph import (
     LAYER_NORM,
     RMS_NORM,
@@ -44,7 +45,7 @@ class Found:
     Attributes:
         kind: "as_is", "rms_norm", "layer_norm" or "silu_times": how the input of the linear is made of x.
         x: its source. other: the factor of silu(x). gain, shift: float32, of a norm, or gain of x as it is. eps: of a norm.
-        block: order of the Hadamard matrices behind that; 1 for none.
+        block: order of the Hadamard matrices behind that; 1 for none. core: float32, of orders that are no powers of two.
         residual: what is added to the result.
         rest: the arguments of the linear behind its input.
     """
@@ -57,6 +58,7 @@ class Found:
     shift: fx.Node | None = None
     eps: float = 0.0
     block: int = 1
+    core: fx.Node | None = None
     residual: fx.Node | None = None
 
     @property
@@ -72,14 +74,14 @@ class Joint:
     Attributes:
         linear: the op. call: the call that does all of it.
         inputs: whether norms and gates may go along. factors: whether a constant factor of each feature may.
-        widest: the largest Hadamard block that may (1: none).
+        rotates: whether Hadamard matrices of an order may.
     """
 
     linear: Callable[..., Any]
     call: Callable[[Found], Call]
     inputs: bool = True
     factors: bool = False
-    widest: int = 1
+    rotates: Callable[[int], bool] = lambda block: False
 
 
 def fuse(graph: fx.Graph, weights: Weights, joint: Joint) -> dict[str, int]:
@@ -109,10 +111,10 @@ def _before(found: Found, joint: Joint, graph: fx.Graph, weights: Weights, at: f
         return found
     if is_call(found.x, TRANSFORM):
         turn = decode(args_of(found.x)[2], ()) if not args_of(found.x)[1] else None
-        small = isinstance(turn, Hadamard) and turn.block <= joint.widest and not turn.block & (turn.block - 1)
-        if not small or not isinstance(turn, Hadamard):
+        if not isinstance(turn, Hadamard) or not joint.rotates(turn.block):
             return found
-        found = replace(found, x=args_of(found.x)[0], block=turn.block)
+        core = _core(turn, found, graph, weights, at)
+        found = replace(found, x=args_of(found.x)[0], block=turn.block, core=core)
     x = found.x
     if not _own(x):
         return found
@@ -134,6 +136,16 @@ def _before(found: Found, joint: Joint, graph: fx.Graph, weights: Weights, at: f
             gate = gates[0]
             return replace(found, kind="silu_times", x=args_of(gate)[0], other=right if gate is left else left)
     return found
+
+
+def _core(turn: Hadamard, found: Found, graph: fx.Graph, weights: Weights, at: fx.Node) -> fx.Node | None:
+    """The core of the Hadamard matrix (`dlqc.hadamard`) if it has one: a constant of the linear that reads the product."""
+    core = hadamard.side(turn.block, turn.transposed).core
+    if core is None:
+        return None
+    name = f"{constant_name(found.rest[0])}_hadamard"
+    weights.put(name, core.to(torch.float32).contiguous())
+    return read(graph, weights, name, at)
 
 
 def _own(x: object) -> bool:

@@ -36,11 +36,16 @@ def with_sum(linear: Callable[..., Any]) -> Joint:
     return Joint(linear, lambda found: (linear, (found.x, *found.rest, found.residual)), inputs=False)
 
 
+def narrow(block: int) -> bool:
+    """Whether the kernel that quantizes rows has Hadamard matrices of this order."""
+    return block <= WIDEST and not block & (block - 1)
+
+
 #: The place of the residual among the arguments of an integer product.
 LAST = 16
 
 JOINTS = (
-    Joint(INTEGER, integer, factors=True, widest=WIDEST),
+    Joint(INTEGER, integer, factors=True, rotates=narrow),
     *map(with_sum, (WEIGHT_ONLY, CODED, PLANES)),
 )
 

@@ -58,7 +58,9 @@ def _version(name: str) -> str:
 
 
 def _native() -> str:
-    reason = native.available()
+    reason, prebuilt = native.available(), native.prebuilt()
+    if reason is None and prebuilt is not None:
+        return f"in use, {prebuilt}"
     return "in use" if reason is None else f"not in use ({reason}); torch does its work, more slowly"
 
 

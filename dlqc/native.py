@@ -4,7 +4,8 @@
 cache folder: $DLQC_CACHE, else $XDG_CACHE_HOME/dlqc, else ~/.cache/dlqc, and in a private temporary folder if that cannot
 be used. Others bring sources in a folder of their own, and a `Toolchain` if they are not C++. Sources have a plain C interface
 and know nothing of torch or Python, so nothing else is needed to build them and no version has to match. Where there is no
-compiler, `available` tells why, and callers have a slower way in torch.
+compiler, a library that came with the package is used if it fits (`dlqc.shipped`); else `available` tells why there is none, and
+callers have a slower way in torch.
 
 A library is code that runs as the user: it is loaded only from a folder that nobody else can write to. Processes that
 build at the same time each write a file of their own and move it into place as a whole.
@@ -26,10 +27,14 @@ import subprocess
 import tempfile
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-_SOURCES = Path(__file__).parent / "csrc"
+from dlqc import shipped
+from dlqc.errors import ArtifactError
+
+SOURCES = Path(__file__).parent / "csrc"
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,7 @@ _LEFT_BEHIND_S = 24 * 3600  # age of a folder that nobody builds in any more
 _lock = threading.Lock()  # of what follows
 _building: dict[_Key, threading.Lock] = {}
 _found: dict[_Key, ctypes.CDLL | str] = {}
+_prebuilt: dict[_Key, str] = {}
 
 
 def _after_fork() -> None:
@@ -114,7 +120,7 @@ def library(
             found = _found.get(key)
             if found is None:
                 try:
-                    found = _load(name, folder or _SOURCES, options, toolchain)
+                    found = _load(name, folder or SOURCES, options, toolchain, key)
                 except _Unavailable as error:
                     found = str(error)
                 _found[key] = found
@@ -132,6 +138,39 @@ def available(
     return found if isinstance(found, str) else None
 
 
+def prebuilt(name: str = "fwht", folder: Path | None = None, options: tuple[str, ...] = ()) -> str | None:
+    """None if the library in use was compiled here, or which one of the package's own it is, and why."""
+    return _prebuilt.get((name, folder, options, CXX))
+
+
+def prebuild(sources: Iterable[tuple[Path, tuple[str, ...]]], target: Path | None = None) -> list[Path]:
+    """Compile C++ sources, each with its options, for all of `shipped.paths()` into a folder, and write its manifest.
+
+    The folder is that of the package, if none is given.
+
+    Raises:
+        ArtifactError: there is no compiler, or it does not take a source.
+    """
+    target = target or shipped.FOLDER
+    target.mkdir(parents=True, exist_ok=True)
+    (target / shipped.MANIFEST).unlink(missing_ok=True)
+    libraries: dict[str, dict[str, dict[str, object]]] = {}
+    made = []
+    try:
+        command, _ = _compiler()
+        for source, options in sources:
+            for path, (instructions, _) in shipped.paths().items():
+                file, flags = target / f"{source.stem}-{path}.so", (*instructions, *options)
+                _build(source, command, flags, replace(CXX, tuned=((),)), file)
+                file.chmod(0o755)
+                libraries.setdefault(source.stem, {})[path] = shipped.entry(file, _code(source), (*CXX.flags, *flags))
+                made.append(file)
+    except (_Unavailable, _NoRoom) as error:
+        raise ArtifactError(str(error), where="prebuild", remedy="Install a C++ compiler, or name one by CXX") from None
+    shipped.write(target, libraries)
+    return made
+
+
 def compiler(toolchain: Toolchain = CXX) -> str | None:
     """None if there is a compiler, or why not. Nothing is built."""
     try:
@@ -141,17 +180,42 @@ def compiler(toolchain: Toolchain = CXX) -> str | None:
     return None
 
 
-def _load(name: str, sources: Path, options: tuple[str, ...], toolchain: Toolchain) -> ctypes.CDLL:
+def _load(name: str, sources: Path, options: tuple[str, ...], toolchain: Toolchain, key: _Key) -> ctypes.CDLL:
     if os.name != "posix":
         raise _Unavailable(f"not built on {platform.system()}")
     source = sources / f"{name}{toolchain.suffix}"
-    headers = sorted(file for pattern in toolchain.headers for file in sources.glob(pattern))
     try:
-        code = b"".join(file.read_bytes() for file in (source, *headers))
+        code = _code(source, toolchain)
     except OSError as error:
         raise _Unavailable(f"the source {source.name} cannot be read: {error.strerror}") from None
+    try:
+        return _compiled(source, code, options, toolchain)
+    except _Unavailable as error:
+        if toolchain != CXX or not shipped.FOLDER.is_dir():
+            raise
+        try:
+            file, path = shipped.find(name, code, CXX.flags, options)
+            if not all(_safe_above(parent) for parent in file.resolve().parents):
+                raise shipped.Refused(f"others can write to a folder above {file}")
+            found = ctypes.CDLL(str(file))
+        except shipped.Refused as refusal:
+            raise _Unavailable(f"{error}; {refusal}") from None
+        except OSError as failure:
+            raise _Unavailable(f"{error}; the prebuilt library of {name} cannot be loaded: {failure}") from None
+        _prebuilt[key] = f"prebuilt for {path}: {error}"
+        return found
+
+
+def _code(source: Path, toolchain: Toolchain = CXX) -> bytes:
+    """All text that a library is made of."""
+    headers = sorted(file for pattern in toolchain.headers for file in source.parent.glob(pattern))
+    return b"".join(file.read_bytes() for file in (source, *headers))
+
+
+def _compiled(source: Path, code: bytes, options: tuple[str, ...], toolchain: Toolchain) -> ctypes.CDLL:
+    """From the cache, or built anew."""
     command, version = _compiler(toolchain)
-    file = f"{name}-{_key(code, version, options, toolchain)}.so"
+    file = f"{source.stem}-{_key(code, version, options, toolchain)}.so"
     try:
         folder = _cache()
         try:

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dlqc import fwht, hadamard, native
+from dlqc import fwht, hadamard, native, shipped
 from dlqc.doctor import examine
 from dlqc.fwht import Side
 from dlqc.hadamard import multiply, side
@@ -259,6 +259,7 @@ def test_two_processes_build_at_once(tmp_path: Path) -> None:
 def fresh(monkeypatch: pytest.MonkeyPatch, **environment: str) -> str | None:
     """What a fresh process would be told; here without one, and without compiling where that is not the point."""
     monkeypatch.setattr(native, "_found", {})
+    monkeypatch.setattr(shipped, "FOLDER", Path("/nowhere"))
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     return native.available()
@@ -292,12 +293,12 @@ def test_no_compiler_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_broken_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "fwht.cpp").write_text("#error broken\n")
-    monkeypatch.setattr(native, "_SOURCES", tmp_path)
+    monkeypatch.setattr(native, "SOURCES", tmp_path)
     reason = fresh(monkeypatch, DLQC_CACHE=str(tmp_path / "cache"))
     assert reason is not None
     assert "failed with 1: " in reason
     assert "broken" in reason
-    monkeypatch.setattr(native, "_SOURCES", tmp_path / "none")
+    monkeypatch.setattr(native, "SOURCES", tmp_path / "none")
     assert fresh(monkeypatch) == "the source fwht.cpp cannot be read: No such file or directory"
 
 
@@ -306,7 +307,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A library that compiles in no time."""
     (tmp_path / "src").mkdir()
     (tmp_path / "src" / "fwht.cpp").write_text('extern "C" int answer() { return 42; }\n')
-    monkeypatch.setattr(native, "_SOURCES", tmp_path / "src")
+    monkeypatch.setattr(native, "SOURCES", tmp_path / "src")
     return tmp_path
 
 

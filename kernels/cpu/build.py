@@ -35,7 +35,7 @@ BLOCK = 32  # input features likewise
 OPS = {"linear8": ("linear8", "fused8", "rms_norm"), "attention": ("attention", "rope")}
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
-_COMMON = ("-ffp-contract=fast", "-Wno-psabi")
+COMMON = ("-ffp-contract=fast", "-Wno-psabi")
 _FORCED = {"avx512vnni": "-march=x86-64-v4 -mavx512vnni", "avx2": "-march=x86-64-v3", "portable": "-march=x86-64 -O1"}
 
 
@@ -66,8 +66,8 @@ def options() -> tuple[str, ...]:
     """What the compiler is told besides -march=native."""
     forced = os.environ.get("DLQC_CPU_ISA", "")
     if forced not in _FORCED or platform.machine() not in ("x86_64", "AMD64"):
-        return (*_COMMON, "-DDLQC_PORTABLE") if forced == "portable" else _COMMON
-    return (*_COMMON, *_FORCED[forced].split(), *(["-DDLQC_PORTABLE"] if forced == "portable" else []))
+        return (*COMMON, "-DDLQC_PORTABLE") if forced == "portable" else COMMON
+    return (*COMMON, *_FORCED[forced].split(), *(["-DDLQC_PORTABLE"] if forced == "portable" else []))
 
 
 @cache

@@ -68,6 +68,12 @@ def _fake(
 register_fake(linear8, _fake)
 
 
+class Rotation(ctypes.Structure):
+    """`Rotation` of csrc/hadamard.h."""
+
+    _fields_ = (("block", ctypes.c_int64), ("order", ctypes.c_int64), ("core", ctypes.c_void_p))
+
+
 class Before(ctypes.Structure):
     """`Before` of csrc/prepare.h: what is done to x ahead of the quantizer."""
 
@@ -78,6 +84,7 @@ class Before(ctypes.Structure):
         ("shift", ctypes.c_void_p),
         ("other", ctypes.c_void_p),
         ("other_stride", ctypes.c_int64),
+        ("rotation", Rotation),
     )
 
 
@@ -112,6 +119,13 @@ def product(
         *(y.data_ptr(), weight.n, act_bits, act_group, None if before is None else ctypes.byref(before)),
         *(address, pitch, *build.threads()),
     )
+    if failed == 2:
+        assert before is not None
+        raise ContractError(
+            f"no rotation of {weight.k} features by blocks of {before.rotation.block}",
+            where="fused8",
+            remedy="Use blocks of k·2^p that divide the width, with p of at least 4 where there is a core",
+        )
     if failed:
         raise MemoryError(f"no memory to quantize {list(flat.shape)} activations")
     return y.to(x.dtype).reshape(*x.shape[:-1], weight.n)

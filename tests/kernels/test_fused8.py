@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from dlqc.formats.activation import ActFormat
 from dlqc.formats.integer import IntFormat
 from dlqc.formats.packing import pack
 from dlqc.graph import RMS_NORM, SDPA, args_of, aten, is_call
+from dlqc.hadamard import hadamard, side
 from dlqc.kernels.cpu import build
 from dlqc.kernels.cpu.fused8 import FUSED8, KINDS, rms_norm
 from dlqc.kernels.cpu.linear8 import Linear8
@@ -28,6 +30,15 @@ CaseMaker = Callable[..., Any]
 pytestmark = pytest.mark.skipif(
     build.unavailable("linear8") is not None, reason=f"no native code: {build.unavailable('linear8')}"
 )
+
+
+@pytest.fixture(params=build.ISAS)
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each path in turn, on a machine that can run it."""
+    monkeypatch.setenv("DLQC_CPU_ISA", request.param)
+    if build.unavailable("linear8") is not None:
+        pytest.skip(str(build.unavailable("linear8")))
+    return str(request.param)
 
 
 def weight(n: int, k: int, bits: int, group: int | None, act: ActFormat) -> tuple[Any, torch.Tensor]:
@@ -112,6 +123,129 @@ def test_the_largest_entry_of_a_token_is_not_rounded(kind: str) -> None:
     torch.testing.assert_close(y.gather(1, largest), expected.gather(1, largest) * wide, rtol=1e-6, atol=0)
 
 
+def rotated(x: torch.Tensor, block: int, transposed: bool = False) -> torch.Tensor:
+    """x · (I ⊗ H/√n) by the dense matrix."""
+    h = hadamard(block)
+    return (x.unflatten(-1, (-1, block)) @ (h.T if transposed else h)).flatten(-2) / math.sqrt(block)
+
+
+def rotation(block: int, transposed: bool = False) -> tuple[int, torch.Tensor | None]:
+    core = side(block, transposed).core
+    return block, None if core is None else core.to(torch.float32).contiguous()
+
+
+@pytest.mark.usefixtures("isa")
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    kind=st.sampled_from(sorted(KINDS)),
+    block=st.sampled_from([1, 2, 4, 8, 16, 32, 64, 128, 512, 192, 384, 576, 640]),  # with cores of 12, 20 and 36
+    times=st.integers(1, 3),
+    transposed=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    m=st.integers(1, 10),
+    seed=st.integers(0, 99),
+)
+def test_rotations_by_dense_matrices_in_float64(
+    kind: str, block: int, times: int, transposed: bool, dtype: torch.dtype, m: int, seed: int
+) -> None:
+    """As above, after a block Hadamard matrix; its rounding is that of sums over a block."""
+    k, n, g = block * times, 50, torch.Generator().manual_seed(seed)
+    lowered, wide = weight(n, k, 4, None, ActFormat(8))
+    bias = lowered.tensors["bias"]
+    assert bias is not None
+    x, other = ((torch.randn(m, k, generator=g) * torch.linspace(0.1, 3, k)).to(dtype) for _ in range(2))
+    gain, shift = torch.randn(k, generator=g), torch.randn(k, generator=g)
+    parts = {"rms_norm": (None, gain, None), "layer_norm": (None, gain, shift), "silu_times": (other, None, None)}
+    given = (KINDS[kind], x, *parts.get(kind, (None, None, None)), 1e-5, None)
+    y = FUSED8(*given, *lowered.tensors.values(), *lowered.scalars, *rotation(block, transposed))
+    exact = before(kind, x.double(), other.double(), gain.double(), shift.double())
+    turned = rotated(exact, block, transposed)
+    expected = turned @ wide.T + bias.double()
+    sums = (exact.abs().unflatten(-1, (-1, block)).sum(-1, keepdim=True) / math.sqrt(block)).expand(-1, -1, block)
+    step = turned.abs().amax(1, keepdim=True) / 127
+    rounding = {torch.float32: 2.0**-18, torch.bfloat16: 2.0**-8}[dtype] * (expected.abs() + 1)
+    reach = 0.5001 * step * wide.abs().sum(1) + 1e-5 * (sums.flatten(1) @ wide.abs().T) + rounding
+    assert y.dtype == dtype
+    assert ((y.double() - expected).abs() <= reach).all()
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("block", [8, 128, 192, 384])
+def test_codes_of_rotated_rows_are_those_of_float64_but_at_ties(block: int) -> None:
+    """W = 1: a result is a code, times two scales."""
+    stored = IntFormat(8, None, scale_dtype="float32").quantize(torch.eye(384))
+    lowered = Linear8().lower(
+        LinearSpec(384, 384, stored.format, ActFormat(8), False), pack(stored.codes, 8), stored.scales, None, None
+    )
+    x, other = torch.randn(40, 384), torch.randn(40, 384)
+    given = (KINDS["silu_times"], x, other, None, None, 0.0, None)
+    y = FUSED8(*given, *lowered.tensors.values(), *lowered.scalars, *rotation(block)).double()
+    turned = rotated(F.silu(x.double()) * other.double(), block)
+    scale = turned.abs().amax(1, keepdim=True) / 127
+    codes = y / (scale * stored.dequantize().double().diagonal())
+    ties = ((turned / scale).frac().abs() - 0.5).abs() < 1e-4
+    assert ties.float().mean() < 1e-3
+    torch.testing.assert_close(codes[~ties], (turned / scale).round()[~ties], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("block", "core"),
+    [
+        (40, None),
+        (192, None),
+        (-16, None),
+        (24, hadamard(12)),
+        (192, torch.ones(12, 11)),
+        (192, torch.ones(12, 12).T[:1]),
+    ],
+)
+def test_blocks_that_do_not_fit_are_refused(block: int, core: torch.Tensor | None) -> None:
+    lowered, _ = weight(50, 192, 4, None, ActFormat(8))
+    given = (
+        KINDS["as_is"],
+        torch.randn(2, 192),
+        None,
+        None,
+        None,
+        0.0,
+        None,
+        *lowered.tensors.values(),
+        *lowered.scalars,
+    )
+    held = None if core is None else core.to(torch.float32)
+    with pytest.raises(RuntimeError, match=r"no rotation of (\[2, 192\] by such blocks|192 features by blocks)"):
+        FUSED8(*given, block, held)
+    with pytest.raises(ContractError, match=rf"no rotation of 192 features by blocks of {block}.*Use blocks of k"):
+        torch.ops.dlqc_cpu.fused8_in_python(*given, block, held)
+
+
+@pytest.mark.parametrize(("block", "taken"), [(32, True), (None, False)])
+def test_rotations_that_stay_online_go_along(block: int | None, taken: bool, case: CaseMaker) -> None:
+    """The rotation before a down projection, and the gate before it. The order 96 = 12 · 8 has half a vector: it stays."""
+    from dlqc.backends.cpu import CpuBackend
+    from dlqc.ops import TRANSFORM
+    from dlqc.passes.lower import Lower
+    from dlqc.passes.pack import Pack
+    from dlqc.passes.quantize_activations import QuantizeActivations
+    from dlqc.passes.quantize_weights import QuantizeWeights
+    from dlqc.passes.rotate_down import RotateDown
+    from dlqc.rounding.rtn import Rtn
+
+    k = case("llada", CpuBackend())
+    k.apply(RotateDown(block=block))
+    sites = sum(is_call(n, TRANSFORM) for n in k.graph.nodes)
+    assert sites > 0
+    for p in (QuantizeWeights(4, 32, method=Rtn()), QuantizeActivations(8), Pack()):
+        k.apply(p)
+    expected = k.forward(k.ids())
+    report = k.apply(Lower())
+    joined = [report.metrics.get(f"fused_{what}", 0) for what in ("hadamard", "silu_times")]
+    assert joined == ([sites, sites] if taken else [0, 0])
+    assert sum(is_call(n, TRANSFORM) for n in k.graph.nodes) == (0 if taken else sites)
+    assert (f"{sites} hadamard" in " ".join(report.notes)) == taken
+    assert float((k.forward(k.ids()) - expected).norm() / expected.norm()) < 2e-2
+
+
 def test_it_is_linear8_of_the_same_input() -> None:
     """As it is, and with a sum behind, not a bit differs from the ops one by one."""
     lowered, _ = weight(70, 256, 3, 64, ActFormat(8, 128))
@@ -149,7 +283,7 @@ def test_the_native_op_and_its_twin_in_python_agree(layout: str, dtype: torch.dt
         return given[layout]
 
     given = (KINDS["silu_times"], tokens(96), tokens(96), None, None, 0.0, tokens(50))
-    arguments = (*given, *lowered.tensors.values(), *lowered.scalars)
+    arguments = (*given, *lowered.tensors.values(), *lowered.scalars, 32)
     y, twin = FUSED8(*arguments), torch.ops.dlqc_cpu.fused8_in_python(*arguments)
     assert y.shape == twin.shape == (*given[1].shape[:-1], 50)
     assert y.dtype is dtype
@@ -260,7 +394,8 @@ def test_odd_rows() -> None:
 def test_opcheck() -> None:
     lowered, _ = weight(48, 64, 4, 32, ActFormat(8))
     arguments = (torch.randn(3, 64), torch.randn(3, 64), None, None, 0.0, torch.randn(3, 48))
-    torch.library.opcheck(FUSED8, (KINDS["silu_times"], *arguments, *lowered.tensors.values(), *lowered.scalars))
+    given = (KINDS["silu_times"], *arguments, *lowered.tensors.values(), *lowered.scalars)
+    torch.library.opcheck(FUSED8, (*given, 64, hadamard(4, torch.float32)))
 
 
 def test_a_block_is_six_calls() -> None:

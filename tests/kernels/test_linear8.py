@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import dlqc.kernels.cpu.linear8 as linear8_module
-from dlqc import native
+from dlqc import native, shipped
 from dlqc.backend import LinearSpec, choose_kernel
 from dlqc.backends.cpu import BACKEND
 from dlqc.doctor import examine
@@ -239,6 +239,7 @@ def test_a_processor_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_a_compiler_torch_does_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setattr(native, "_found", {})
+    monkeypatch.setattr(shipped, "FOLDER", tmp_path / "prebuilt")
     monkeypatch.setenv("CXX", "/bin/false")
     monkeypatch.setenv("DLQC_CACHE", str(tmp_path))
     spec = replace(SPEC, weight=IntFormat(4, None))

@@ -25,10 +25,15 @@ bool run(const Weight& w, int type, int64_t m, int64_t act_group) {
     std::vector<X> x((m - 1) * pitch_x + w.k, X(1)), y((m - 1) * pitch_y + w.n);
     std::vector<X> other(x), added(y);
     std::vector<float> gain(w.k, 1.0f);
-    for (int kind = 0; w.kind == kIntegers && kind < 4; ++kind) {
-        Before before{kind, 1e-5f, gain.data(), kind == 2 ? gain.data() : nullptr, other.data(), pitch_x};
-        if (dlqc_linear8(&w, x.data(), type, m, pitch_x, y.data(), pitch_y, 8, act_group, kind ? &before : nullptr,
-                         kind % 2 ? added.data() : nullptr, pitch_y, 2, nullptr)) return false;
+    // Five calls: nothing before, each kind, and a rotation alone; rotations with a core where the width has room for one.
+    const std::vector<float> core(144, 1.0f);
+    const Rotation none{}, power{w.k & -w.k, 1, nullptr}, paley{192, 12, core.data()};
+    for (int call = 0; w.kind == kIntegers && call < 5; ++call) {
+        const int kind = call % 4;
+        const Rotation rotation = kind == 3 && w.k % 192 == 0 ? paley : kind == 3 || call == 4 ? power : none;
+        Before before{kind, 1e-5f, gain.data(), kind == 2 ? gain.data() : nullptr, other.data(), pitch_x, rotation};
+        if (dlqc_linear8(&w, x.data(), type, m, pitch_x, y.data(), pitch_y, 8, act_group, call ? &before : nullptr,
+                         call % 2 ? added.data() : nullptr, pitch_y, 2, nullptr)) return false;
     }
     return dlqc_linear16(&w, x.data(), type, m, pitch_x, y.data(), pitch_y, 2, nullptr) == 0;
 }

@@ -28,6 +28,7 @@ struct Call {
     Result y;
     int act_bits;
     Before before;
+    bool prepares;
     int64_t act_group = 0;  // padded K for one scale a token
     int64_t segment = 0, segments = 0, act_groups = 0, padded = 0;
     // Of all tokens: codes in tiles, sums [M, segments], scales [M, act_groups].
@@ -132,10 +133,11 @@ void quantize_tile(const Call& call, int64_t tile, int8_t* space) {
                 quantize_row(row, call.w.k, call.padded, call.act_bits, call.act_group, call.segment, codes, scales, sums);
             };
             x += (token + r) * call.x.stride;
-            if (call.before.kind == kAsIs) return finished(x);
+            if (!call.prepares) return finished(x);
             const auto* const other = static_cast<decltype(x)>(call.before.other);
             float* const row = reinterpret_cast<float*>(space + call.row_at);
-            prepare(call.before, x, other ? other + (token + r) * call.before.other_stride : nullptr, call.w.k, row);
+            prepare(call.before, x, other ? other + (token + r) * call.before.other_stride : nullptr, call.w.k, row,
+                    row + call.padded);
             finished(static_cast<const float*>(row));
         };
         if (call.x.type == kFloat32)
@@ -160,14 +162,15 @@ void dlqc_arrange(const uint8_t* codes, int64_t n, int64_t k, int bits, uint8_t*
 
 // x [m, k] and y [m, n] of type 0 (float32) or 1 (bfloat16), rows `*_stride` elements apart; act_group 0: per token.
 // `before` is done to x first, or null; `added` [m, n] of the same type goes to y, or null.
-// Returns 0, or 1 if there is no memory (then y is not written).
+// Returns 0; 1 if there is no memory, 2 if there is no such rotation (then y is not written).
 int dlqc_linear8(const Weight* weight, const void* x, int type, int64_t m, int64_t x_stride, void* y, int64_t y_stride,
                  int act_bits, int64_t act_group, const Before* before, const void* added, int64_t added_stride, int threads,
                  Team team) {
     if (m <= 0 || weight->n <= 0) return 0;
     const Before none{};
     Call call{*weight, Place(*weight), {x, type, m, x_stride}, {y, type, y_stride, added, added_stride}, act_bits,
-              before ? *before : none};
+              before ? *before : none, before && (before->kind != kAsIs || before->rotation.block)};
+    if (!fits(call.before.rotation, weight->k)) return 2;
     call.padded = call.place.blocks * kBlock;
     if (call.place.groups == 1) call.w.group = call.padded;
     call.act_group = act_group ? act_group : call.padded;
@@ -183,7 +186,8 @@ int dlqc_linear8(const Weight* weight, const void* x, int type, int64_t m, int64
     call.scales = reinterpret_cast<float*>(shared + scales_at);
 
     call.row_at = kRows * row_pitch(call.padded) + rounded(4 * call.segments);
-    const int64_t row_bytes = call.before.kind ? 4 * call.padded : 0, results_bytes = 4 * kRows * kPanel;
+    const int64_t row_bytes = call.prepares ? 4 * (call.padded + space_of(call.before.rotation)) : 0;
+    const int64_t results_bytes = 4 * kRows * kPanel;
     call.bytes = std::max(call.row_at + row_bytes, results_bytes);
     if (!of_thread.get(call.bytes)) return 1;  // so that at least this thread can do all the work
 
@@ -255,8 +259,11 @@ struct Site {
         Before given{};
         if (before) given = *before, given.other = other ? other->data : nullptr, given.other_stride = other_pitch;
         Tensor y = x.like(n);
-        if (dlqc_linear8(&weight, x.data, x.type(), count, pitch, y.data, n, static_cast<int>(act_bits), act_group,
-                         before ? &given : nullptr, added ? added->data : nullptr, added_pitch, torch_threads(), torch_team))
+        const int failed =
+            dlqc_linear8(&weight, x.data, x.type(), count, pitch, y.data, n, static_cast<int>(act_bits), act_group,
+                         before ? &given : nullptr, added ? added->data : nullptr, added_pitch, torch_threads(), torch_team);
+        if (failed == 2) throw std::runtime_error("no rotation of " + x.shape() + " by such blocks");
+        if (failed)
             throw std::runtime_error("no memory to quantize " + x.shape() + " activations");
         return y;
     }
@@ -285,16 +292,22 @@ void dlqc_op_fused8(uint64_t* stack, uint64_t, uint64_t) {
     const double eps = args.real();
     Tensor added = args.optional();
     Site site(args);
-    const Before before{static_cast<int32_t>(kind), static_cast<float>(eps), gain.as<float>(), shift.as<float>(), nullptr, 0};
+    const int64_t block = args.integer();
+    Tensor core = args.optional();
+    const bool square = core && core.dim == 2 && core.size(0) == core.size(1) &&
+                        core.holds(torch.float32, core.size(0) * core.size(0));
+    const Rotation rotation{block, !core ? 1 : square ? core.size(0) : 0, core.as<float>()};
+    const Before before{static_cast<int32_t>(kind), static_cast<float>(eps), gain.as<float>(), shift.as<float>(), nullptr, 0,
+                        rotation};
     const bool known = kind >= kAsIs && kind <= kSiluTimes && (kind == kSiluTimes) == static_cast<bool>(other);
-    if (known && (!gain || gain.holds(torch.float32, site.k)) && (!shift || shift.holds(torch.float32, site.k)))
+    if (known && (!core || square) && (!gain || gain.holds(torch.float32, site.k)) && (!shift || shift.holds(torch.float32, site.k)))
         if (Tensor y = site.run(x, &before, other ? &other : nullptr, added ? &added : nullptr)) {
             *stack = word(y.release());
             return;
         }
     Refill words(stack);
     (words << kind << x).optional(other).optional(gain).optional(shift) << eps;
-    site.put(words.optional(added)).call("dlqc_cpu::fused8_in_python");
+    (site.put(words.optional(added)) << block).optional(core).call("dlqc_cpu::fused8_in_python");
 }
 
 // The same norm where no linear8 takes it along. x [..., K] → [..., K]
@@ -310,7 +323,7 @@ void dlqc_op_rms_norm(uint64_t* stack, uint64_t, uint64_t) {
         return words.call("dlqc_cpu::rms_norm_in_python");
     }
     Tensor y = x.like(k);
-    const Before before{kRmsNorm, static_cast<float>(eps), gain.as<float>(), nullptr, nullptr, 0};
+    const Before before{kRmsNorm, static_cast<float>(eps), gain.as<float>(), nullptr, nullptr, 0, {}};
     const int64_t bytes = rounded(4 * (k + kLanes));
     if (!of_thread.get(bytes)) throw std::runtime_error("no memory for a row of " + x.shape());
     std::atomic<int64_t> next{0};
@@ -319,10 +332,10 @@ void dlqc_op_rms_norm(uint64_t* stack, uint64_t, uint64_t) {
         if (!row) return;
         for (int64_t i; (i = next.fetch_add(1)) < count;) {
             if (x.type() == kFloat32) {
-                prepare<float>(before, x.as<float>() + i * pitch, nullptr, k, row);
+                prepare<float>(before, x.as<float>() + i * pitch, nullptr, k, row, nullptr);
                 std::memcpy(y.as<float>() + i * k, row, 4 * k);
             } else {
-                prepare<uint16_t>(before, x.as<uint16_t>() + i * pitch, nullptr, k, row);
+                prepare<uint16_t>(before, x.as<uint16_t>() + i * pitch, nullptr, k, row, nullptr);
                 for (int64_t j = 0; j < k; ++j) y.as<uint16_t>()[i * k + j] = to_bfloat16(row[j]);
             }
         }

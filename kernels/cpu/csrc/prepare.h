@@ -1,8 +1,9 @@
-// What comes before the quantizer, done to a row while it is in the cache: a norm, or silu(gate) · up.
+// What comes before the quantizer, done to a row while it is in the cache: a norm, or silu(gate) · up; then a rotation.
 //
 //   kRmsNorm     x / √(mean x² + eps) · gain
 //   kLayerNorm   (x - mean) / √(variance + eps) · gain + shift
 //   kSiluTimes   x / (1 + e^-x) · other
+//   rotation     of the result, by a block Hadamard matrix (hadamard.h)
 //
 // In float32, sixteen sums at a time. The result is not rounded to the dtype of x in between.
 #pragma once
@@ -10,6 +11,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "hadamard.h"
 #include "tiles.h"
 #include "vectors.h"
 
@@ -24,6 +26,7 @@ struct Before {
     const float* shift;  // [K] or null: zeros
     const void* other;   // kSiluTimes: rows like those of x, `other_stride` elements apart
     int64_t other_stride;
+    Rotation rotation;
 };
 
 }  // extern "C"
@@ -48,16 +51,8 @@ inline float total(const Floats& v) {
     return sum;
 }
 
-// One row of K values to `row`, which has room for a multiple of kLanes; past K it holds zeros.
 template <class X>
-void prepare(const Before& before, const X* x, const X* other, int64_t k, float* row) {
-    if (before.kind == kSiluTimes) {
-        for (int64_t i = 0; i < k; i += kLanes) {
-            const Floats gate = values(x, i, k);
-            store(row + i, gate / (exponential(-gate) + 1.0f) * values(other, i, k));
-        }
-        return;
-    }
+void norm(const Before& before, const X* x, int64_t k, float* row) {
     float mean = 0;
     if (before.kind == kLayerNorm) {
         Floats sum{};
@@ -81,6 +76,22 @@ void prepare(const Before& before, const X* x, const X* other, int64_t k, float*
         if (before.shift) v += values(before.shift, i, k);
         store(row + i, v);
     }
+}
+
+// One row of K values to `row`, which has room for a multiple of kLanes; past K it holds zeros. `space` is for the rotation.
+template <class X>
+void prepare(const Before& before, const X* x, const X* other, int64_t k, float* row, float* space) {
+    if (before.kind == kAsIs) {
+        for (int64_t i = 0; i < k; i += kLanes) store(row + i, values(x, i, k));
+    } else if (before.kind == kSiluTimes) {
+        for (int64_t i = 0; i < k; i += kLanes) {
+            const Floats gate = values(x, i, k);
+            store(row + i, gate / (exponential(-gate) + 1.0f) * values(other, i, k));
+        }
+    } else {
+        norm(before, x, k, row);
+    }
+    if (before.rotation.block) rotate(before.rotation, k, row, space);
 }
 
 }  // namespace
