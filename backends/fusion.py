@@ -120,7 +120,8 @@ def _before(found: Found, joint: Joint, graph: fx.Graph, weights: Weights, at: f
         return found
     if is_call(x, RMS_NORM, LAYER_NORM):
         parts = list(_constants(x))
-        if list(args_of(x)[1]) == [width(x)] and all(p is None or constant_name(p) is not None for p in parts):
+        known = all(p is None or constant_name(p) is not None for p in parts)
+        if known and list(args_of(x)[1]) == [width(x)] and _same(args_of(x)[0], x):
             kind = "rms_norm" if is_call(x, RMS_NORM) else "layer_norm"
             gain, shift, eps = norm(x, graph, weights, at)
             return replace(found, kind=kind, x=args_of(x)[0], gain=gain, shift=shift, eps=eps)
@@ -157,7 +158,9 @@ def norm(node: fx.Node, graph: fx.Graph, weights: Weights, at: fx.Node) -> tuple
     names = [constant_name(part) for part in _constants(node)]
     gain, shift = (None if name is None else _float32(name, graph, weights, at) for name in names)
     rms = is_call(node, RMS_NORM)
-    default = float(torch.finfo(node.meta["val"].dtype).eps) if rms else 1e-5
+    # torch computes norms of 16-bit numbers in float32, and takes the eps of that.
+    wide = torch.promote_types(node.meta["val"].dtype, torch.float32)
+    default = float(torch.finfo(wide).eps) if rms else 1e-5
     eps = arg(node, 3 if rms else 4, "eps")
     return gain, shift, default if eps is None else float(eps)
 

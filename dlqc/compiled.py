@@ -7,7 +7,7 @@ import dataclasses
 import re
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import fx, nn
@@ -83,6 +83,14 @@ class Compiled(nn.Module):
             FeasibilityError: the graph cannot be computed for a window of positions, with the node in the way.
         """
         return CachedModel(self.module, self.spec)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the block step, which is made again: what it knows of the graph cannot be copied."""
+        return {name: part for name, part in self.__dict__.items() if name != "cached"}
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        self.__dict__.pop("cached", None)  # it reads the buffers as they were
+        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call, no-any-return]
 
     @property
     def schedule(self) -> PrecisionSchedule | None:

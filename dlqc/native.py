@@ -26,6 +26,7 @@ import stat
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -70,10 +71,23 @@ CXX = Toolchain(
 
 _Key = tuple[str, Path | None, tuple[str, ...], Toolchain]
 
+_LEFT_BEHIND_S = 24 * 3600  # age of a folder that nobody builds in any more
+
 _lock = threading.Lock()  # of what follows
 _building: dict[_Key, threading.Lock] = {}
 _found: dict[_Key, ctypes.CDLL | str] = {}
 _prebuilt: dict[_Key, str] = {}
+
+
+def _after_fork() -> None:
+    """A thread of the parent that builds does not exist in a child, which would wait for its locks forever."""
+    global _lock
+    _lock = threading.Lock()
+    _building.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class _Unavailable(Exception):
@@ -328,6 +342,7 @@ def _open(path: Path) -> ctypes.CDLL:
 
 def _build(source: Path, compiler: list[str], options: tuple[str, ...], toolchain: Toolchain, target: Path) -> None:
     """Compile, then move the result to its place in one step."""
+    _sweep(target.parent)
     try:
         place = tempfile.TemporaryDirectory(prefix="build-", dir=target.parent, ignore_cleanup_errors=True)
     except OSError as error:
@@ -351,3 +366,14 @@ def _build(source: Path, compiler: list[str], options: tuple[str, ...], toolchai
                 raise _NoRoom("no space left on the device")
         said = next((line for line in told.stderr.splitlines() if "error" in line), told.stderr.strip()[:200])
         raise _Unavailable(f"{shlex.join(compiler)} failed with {told.returncode}{f': {said}' if said else ''}")
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what processes left behind that were killed while they built."""
+    for left in folder.glob("build-*"):
+        try:
+            old = time.time() - left.stat().st_mtime > _LEFT_BEHIND_S
+        except OSError:  # just finished
+            continue
+        if old:
+            shutil.rmtree(left, ignore_errors=True)

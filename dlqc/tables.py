@@ -49,16 +49,20 @@ class Tables:
                 second[node] = self.rest.node_copy(node, lambda source: second[source])
         _drop_unread_constants(self.rest)
         self._run = fx.GraphModule(root, made, class_name="Tables")
-        self._held: dict[int, tuple[Any, ...]] = {}
+        self._constants = list(self._run.buffers()) + list(self._run.parameters())
+        self._held: dict[tuple[int, ...], tuple[Any, ...]] = {}
 
     def __call__(self, value: int) -> tuple[Any, ...]:
         """The tables for a value of the input, in the order of the graph."""
-        found = self._held.pop(value, None)
+        # Constants that were written to since give other tables.
+        key = (value, *(0 if part.is_inference() else part._version for part in self._constants))
+        held = self._held
+        found = held.pop(key, None)
         if found is None:
             found = self._run(value)
-            while len(self._held) >= KEPT:
-                self._held.pop(next(iter(self._held)))
-        self._held[value] = found  # the last one asked for is the last to go
+            for old in list(held)[: max(0, len(held) - KEPT + 1)]:
+                held.pop(old, None)  # another thread may have been here
+        held[key] = found  # the last one asked for is the last to go
         return found
 
 

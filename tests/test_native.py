@@ -4,8 +4,10 @@ import ctypes
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -436,3 +438,39 @@ def test_plain_c_interface() -> None:
     found = native.library("fwht")
     assert isinstance(found, ctypes.CDLL)
     assert found is native.library("fwht")
+
+
+def test_fork_while_another_thread_builds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that holds the lock is not in the child."""
+    started, ended = threading.Event(), threading.Event()
+
+    def slow(*arguments: object) -> ctypes.CDLL:
+        started.set()
+        ended.wait(30)
+        raise native._Unavailable("slow")
+
+    monkeypatch.setattr(native, "_load", slow)
+    monkeypatch.setattr(native, "_found", {})
+    thread = threading.Thread(target=native.library, args=("fwht",))
+    thread.start()
+    started.wait()
+    child = os.fork()
+    if not child:
+        signal.alarm(10)  # ends it if it waits
+        ended.set()
+        os._exit(0 if native.library("fwht") is None else 1)
+    try:
+        assert os.waitpid(child, 0)[1] == 0
+    finally:
+        ended.set()
+        thread.join()
+
+
+def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
+    old, new = tmp_path / "build-old", tmp_path / "build-new"
+    for folder in (old, new):
+        folder.mkdir()
+        (folder / "part.s").write_text("")
+    os.utime(old, (0, 0))
+    native._sweep(tmp_path)
+    assert (old.exists(), new.exists()) == (False, True)

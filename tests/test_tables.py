@@ -53,3 +53,11 @@ def test_they_are_made_once_for_each_length(split: tuple[fx.GraphModule, Tables,
         tables(total)
     assert tables(3) is not first
     assert len(tables._held) == KEPT
+
+
+def test_constants_that_were_written_to(split: tuple[fx.GraphModule, Tables, fx.GraphModule]) -> None:
+    whole, tables, rest = split
+    x = torch.randn(3, 2)
+    rest(x, 3, *tables(3))
+    whole.frequencies.fill_(0.25)
+    assert torch.equal(rest(x, 3, *tables(3)), whole(x, 3))

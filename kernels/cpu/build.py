@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from dlqc import native
+from dlqc.errors import ContractError
 from dlqc.kernels.cpu import native_op
 
 SOURCES = Path(__file__).parent / "csrc"
@@ -39,7 +40,9 @@ _FORCED = {"avx512vnni": "-march=x86-64-v4 -mavx512vnni", "avx2": "-march=x86-64
 
 
 class Weight(ctypes.Structure):
-    """`Weight` of csrc/weights.h."""
+    """`Weight` of csrc/weights.h. `tensors`: what has to live as long."""
+
+    tensors: tuple[Tensor | None, ...] = ()
 
     _fields_ = (
         ("n", ctypes.c_int64),
@@ -71,7 +74,11 @@ def options() -> tuple[str, ...]:
 def begin(chosen: tuple[str, ...]) -> None:
     """Build all libraries at once, in the background, with these options: one after the other they would take twice as long."""
     for name in ("linear8", "attention", "linear16"):
-        threading.Thread(target=native.library, args=(name, SOURCES, chosen), name=f"dlqc builds {name}").start()
+        thread = threading.Thread(target=native.library, args=(name, SOURCES, chosen), name=f"dlqc builds {name}")
+        try:
+            thread.start()
+        except RuntimeError:  # no more threads: each is built when it is asked for
+            return
 
 
 def unavailable(name: str) -> str | None:
@@ -111,6 +118,32 @@ def address(part: Tensor | None) -> int | None:
     return None if part is None else part.data_ptr()
 
 
+def described(
+    codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, k: int, n: int, bits: int, group: int
+) -> Weight:
+    """Integers of N output by K input features as the library reads them; `group` is 0 for one scale per channel.
+
+    Scales and biases that are in another type than they were lowered in, as in a module that was moved, are converted.
+
+    Raises:
+        ContractError: tensors are not in the layout of csrc/weights.h.
+    """
+    panels, groups = -(-n // PANEL), -(-k // group) if group else 1
+    scales = scales if scales.dtype == torch.bfloat16 else scales.to(torch.float32)
+    bias = None if bias is None else bias.to(torch.float32).contiguous()
+    tensors = (codes.contiguous(), scales.contiguous(), None if zeros is None else zeros.contiguous(), bias)
+    counts = (panels * -(-k // BLOCK) * 3 * bits * 64, panels * groups * PANEL, panels * groups * PANEL, n)
+    names = ("codes", "scales", "zeros", "bias")
+    for name, part, count in zip(names, tensors, counts, strict=True):
+        narrow = name in ("codes", "zeros") and part is not None and part.dtype != torch.uint8
+        if part is not None and (narrow or part.numel() != count or part.device.type != "cpu"):
+            wanted = f"not {count} of {'uint8' if name in ('codes', 'zeros') else 'a floating dtype'} on the CPU"
+            raise ContractError(f"{part.numel()} of {part.dtype} on {part.device}, {wanted}", where=name)
+    weight = Weight(n, k, group or k, *map(address, tensors), bits, int(scales.dtype == torch.bfloat16))
+    weight.tensors = tensors
+    return weight
+
+
 @cache
 def declared(found: ctypes.CDLL, name: str, *types: type[Any]) -> ctypes._NamedFuncPointer:
     """A function of a library that returns 0 if all went well."""
@@ -124,9 +157,9 @@ def arrange(codes: Tensor, bits: int, name: str = "linear8") -> Tensor:
     count, width = codes.shape
     found = library(name)
     panels, blocks = -(-count // PANEL), -(-width // BLOCK)
-    out = torch.zeros(panels, blocks * 3 * bits * 64, dtype=torch.uint8)
+    out = torch.zeros(panels, blocks * 3 * bits * 64, dtype=torch.uint8, device="cpu")
     _in_large_pages(out)
-    held = codes.contiguous()
+    held = codes.to("cpu", torch.uint8).contiguous()
     found.dlqc_arrange(
         *(ctypes.c_void_p(held.data_ptr()), ctypes.c_int64(count), ctypes.c_int64(width), ctypes.c_int(bits)),
         ctypes.c_void_p(out.data_ptr()),
@@ -147,7 +180,7 @@ def _in_large_pages(tensor: Tensor) -> None:
 def in_panels(values: Tensor) -> Tensor:
     """Parameters [N, G] as [panels, G, 48], padded with zeros."""
     count, groups = values.shape
-    padded = torch.zeros(-(-count // PANEL) * PANEL, groups, dtype=values.dtype)
+    padded = torch.zeros(-(-count // PANEL) * PANEL, groups, dtype=values.dtype, device=values.device)
     padded[:count] = values
     return padded.reshape(-1, PANEL, groups).transpose(1, 2).contiguous()
 

@@ -53,7 +53,8 @@ def coded16(
     """See the module docstring. `group` is 0 for one group a row."""
     if not x.numel():
         return blank(x, in_features, out_features)
-    where = [part.data_ptr() for part in tensors]
+    held = [part.to(torch.float32) if part.is_floating_point() else part for part in tensors]  # a module may be moved
+    where = [part.data_ptr() for part in held]
     scales: int | None = None
     table: int | None = None
     own: tuple[int, ...] = ()

@@ -20,8 +20,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dlqc.errors import ContractError
 from dlqc.kernels.cpu import build
-from dlqc.kernels.cpu.linear8 import Before, Rotation, described, product
+from dlqc.kernels.cpu.linear8 import Before, Rotation, product
 from dlqc.kernels.cpu.native_op import native_op, register_fake
 from dlqc.kernels.reference.layout import blank
 
@@ -54,12 +55,22 @@ def fused8(
     block: int = 0,
     core: Tensor | None = None,
 ) -> Tensor:
-    """See the module docstring; `kind` is one of KINDS, arguments from `codes` on are those of `linear8`."""
+    """See the module docstring; `kind` is one of KINDS, arguments from `codes` on are those of `linear8`.
+
+    Raises:
+        ContractError: another kind, or tensors that do not belong together.
+    """
+    if kind not in KINDS.values() or (kind == KINDS["silu_times"]) != (other is not None):
+        raise ContractError(f"{kind} {'without' if other is None else 'with'} a factor", where="kind")
     if not x.numel():
         return blank(x, in_features, out_features)
-    weight = described(codes, scales, zeros, bias, in_features, out_features, bits, group)
-    addresses = (None if part is None else part.data_ptr() for part in (gain, shift))
-    before = Before(kind, eps, *addresses, None, 0, Rotation(block, _order(core), build.address(core)))
+    weight = build.described(codes, scales, zeros, bias, in_features, out_features, bits, group)
+    wide = [None if part is None else part.to(torch.float32).contiguous() for part in (gain, shift, core)]
+    for name, part in zip(("gain", "shift"), wide, strict=False):
+        if part is not None and part.shape != (in_features,):
+            raise ContractError(f"{list(part.shape)}, not [{in_features}]", where=name)
+    rotation = Rotation(block, _order(wide[2]), build.address(wide[2]))
+    before = Before(kind, eps, *map(build.address, wide[:2]), None, 0, rotation)
     return product(x, weight, act_bits, act_group, before, other, residual)
 
 

@@ -41,10 +41,7 @@ def linear16(
     """See the module docstring. `group` is 0 for one scale per channel, `act_bits` 0 for x as it is."""
     if not x.numel():
         return blank(x, in_features, out_features)
-    weight = build.Weight(
-        *(out_features, in_features, group or in_features, codes.data_ptr(), scales.data_ptr()),
-        *(build.address(zeros), build.address(bias), bits, int(scales.dtype == torch.bfloat16)),
-    )
+    weight = build.described(codes, scales, zeros, bias, in_features, out_features, bits, group)
     return product(x, weight, act_bits, act_group, act_symmetric)
 
 

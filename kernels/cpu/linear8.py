@@ -45,7 +45,7 @@ def linear8(
     """See the module docstring. `group` is 0 for one scale per channel, `act_group` for one per token."""
     if not x.numel():
         return blank(x, in_features, out_features)
-    weight = described(codes, scales, zeros, bias, in_features, out_features, bits, group)
+    weight = build.described(codes, scales, zeros, bias, in_features, out_features, bits, group)
     return product(x, weight, act_bits, act_group)
 
 
@@ -88,16 +88,6 @@ class Before(ctypes.Structure):
     )
 
 
-def described(
-    codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, k: int, n: int, bits: int, group: int
-) -> build.Weight:
-    """The weight [N, K] as the library reads it; the tensors have to outlive it."""
-    return build.Weight(
-        *(n, k, group or k, codes.data_ptr(), scales.data_ptr(), build.address(zeros), build.address(bias)),
-        *(bits, int(scales.dtype == torch.bfloat16)),
-    )
-
-
 def product(
     x: Tensor,
     weight: build.Weight,
@@ -107,8 +97,15 @@ def product(
     other: Tensor | None = None,
     added: Tensor | None = None,
 ) -> Tensor:
-    """Run the library on x [..., K], with `other` [..., K] for `before` and `added` [..., N]; gives [..., N]."""
+    """Run the library on x [..., K], with `other` [..., K] for `before` and `added` [..., N]; gives [..., N].
+
+    Raises:
+        ContractError: `other` or `added` does not belong to the tokens of x.
+    """
     flat = build.dense(rows(x, weight.k))
+    for name, part, width in (("other", other, weight.k), ("residual", added, weight.n)):
+        if part is not None and part.shape != (*x.shape[:-1], width):
+            raise ContractError(f"{list(part.shape)}, not {[*x.shape[:-1], width]}", where=name)
     y = flat.new_empty(flat.shape[0], weight.n)
     held = []  # what the library reads has to live until it is done
     if before is not None and other is not None:

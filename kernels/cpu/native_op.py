@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -32,41 +33,44 @@ FUNCTIONS = (
     "aoti_torch_get_dtype", "aoti_torch_empty_strided", "aoti_torch_delete_tensor_object", "aoti_torch_call_dispatcher",
     "torch_get_num_threads",
 )  # fmt: skip
-#: Where torch has it.
-OPTIONAL = ("torch_exception_get_what_without_backtrace",)
+#: Those that torch may lack.
+FURTHER = ("torch_exception_get_what_without_backtrace",)
 REGISTRATION = (
     "aoti_torch_library_init_impl", "aoti_torch_library_impl", "aoti_torch_delete_library_object",
 )  # fmt: skip
 NUMBERS = (
-    "aoti_torch_dtype_float32", "aoti_torch_dtype_bfloat16", "aoti_torch_dtype_bool", "aoti_torch_device_type_cpu",
+    "aoti_torch_dtype_float32", "aoti_torch_dtype_bfloat16", "aoti_torch_dtype_bool", "aoti_torch_dtype_uint8",
+    "aoti_torch_device_type_cpu",
 )  # fmt: skip
 
 #: By name: whose kernel it is, and torch's handle of the registration.
 _connected: dict[str, tuple[ctypes.CDLL, ctypes.c_void_p]] = {}
 _forked = False
+_lock = threading.Lock()  # of registrations
 
 
 class _Torch(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in (*FUNCTIONS, *OPTIONAL)),
+        *((name, ctypes.c_void_p) for name in (*FUNCTIONS, *FURTHER)),
         *((name, ctypes.c_int32) for name in NUMBERS),
     )
 
 
 def _after_fork() -> None:
-    """The OpenMP threads of the parent do not exist in a child, and libgomp would wait for them forever."""
-    global _forked
-    _forked = True
+    """The threads of the parent do not exist in a child: libgomp would wait for them forever, and so would a lock they held."""
+    global _forked, _lock
+    _forked, _lock = True, threading.Lock()
     rebind()
 
 
 def rebind() -> None:
     """Tell the connected libraries anew whose threads they may use."""
-    for library, _ in _connected.values():
+    for library, _ in list(_connected.values()):
         _bind(library)
 
 
-os.register_at_fork(after_in_child=_after_fork)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def native_op(definition: Callable[..., torch.Tensor]) -> torch._ops.OpOverload:
@@ -91,22 +95,27 @@ def connect(library: ctypes.CDLL, *names: str) -> bool:
     torch_cpu = _torch_cpu()
     if torch_cpu is None or _torch() is None:
         return False
-    for name in names:
-        connected = _connected.get(name)
-        if connected is not None:
-            if connected[0] is library:
-                continue
-            torch_cpu.aoti_torch_delete_library_object(connected[1])
-            del _connected[name]
-        _bind(library)
-        handle = ctypes.c_void_p()
-        place = (NAMESPACE.encode(), b"CPU", __file__.encode(), ctypes.c_uint32(0))
-        entry = ctypes.cast(getattr(library, f"dlqc_op_{name}"), ctypes.c_void_p)
-        if torch_cpu.aoti_torch_library_init_impl(*place, ctypes.byref(handle)):
-            return False
-        if torch_cpu.aoti_torch_library_impl(handle, name.encode(), entry):
-            return False
-        _connected[name] = library, handle
+    with _lock:
+        return all(_connect(torch_cpu, library, name) for name in names)
+
+
+def _connect(torch_cpu: ctypes.CDLL, library: ctypes.CDLL, name: str) -> bool:
+    connected = _connected.get(name)
+    if connected is not None:
+        if connected[0] is library:
+            return True
+        torch_cpu.aoti_torch_delete_library_object(connected[1])
+        del _connected[name]
+    _bind(library)
+    handle = ctypes.c_void_p()
+    place = (NAMESPACE.encode(), b"CPU", __file__.encode(), ctypes.c_uint32(0))
+    entry = ctypes.cast(getattr(library, f"dlqc_op_{name}"), ctypes.c_void_p)
+    if torch_cpu.aoti_torch_library_init_impl(*place, ctypes.byref(handle)):
+        return False
+    if torch_cpu.aoti_torch_library_impl(handle, name.encode(), entry):
+        torch_cpu.aoti_torch_delete_library_object(handle)
+        return False
+    _connected[name] = library, handle
     return True
 
 
@@ -142,8 +151,8 @@ def _torch() -> _Torch | None:
     others = [_address(found, name) for name in (*REGISTRATION, *NUMBERS)]
     if None in addresses or None in others:
         return None
-    optional = (_address(found, name) for name in OPTIONAL)
-    return _Torch(*addresses, *optional, *(int(getattr(found, name)()) for name in NUMBERS))
+    further = (_address(found, name) for name in FURTHER)
+    return _Torch(*addresses, *further, *(int(getattr(found, name)()) for name in NUMBERS))
 
 
 def _address(library: ctypes.CDLL, name: str) -> int | None:

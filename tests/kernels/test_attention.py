@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -125,6 +126,14 @@ def test_what_native_code_has_no_way_for_goes_to_torch() -> None:
     torch.testing.assert_close(attention(q, k, v), F.scaled_dot_product_attention(q, k, v))
 
 
+def test_dropout_is_torchs() -> None:
+    q = torch.randn(1, 2, 64, 16)
+    torch.manual_seed(0)
+    y = attention(q, q, q, None, 0.5)
+    torch.manual_seed(0)
+    torch.testing.assert_close(y, F.scaled_dot_product_attention(q, q, q, None, 0.5))
+
+
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rope(dtype: torch.dtype) -> None:
@@ -168,3 +177,8 @@ def test_a_lowered_graph_has_them_and_is_still_understood() -> None:
     cache = cached.new_cache(1, 40)
     step = cached.step(ids, 0, cache)
     torch.testing.assert_close(step, compiled(ids), rtol=1e-4, atol=1e-4)
+    twin = copy.deepcopy(compiled)
+    assert torch.equal(twin(ids), compiled(ids))
+    assert twin.cached.module is twin.module  # made anew, over its own buffers
+    assert torch.equal(twin.cached.step(ids, 0, twin.cached.new_cache(1, 40)), step)
+    assert "cached" not in twin.to(torch.float32).__dict__

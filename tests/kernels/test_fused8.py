@@ -14,15 +14,17 @@ from hypothesis import strategies as st
 
 import dlqc
 from dlqc.backend import LinearSpec
+from dlqc.backends import fusion
 from dlqc.errors import ContractError
 from dlqc.formats.activation import ActFormat
 from dlqc.formats.integer import IntFormat
 from dlqc.formats.packing import pack
-from dlqc.graph import SDPA, args_of, aten, is_call
+from dlqc.graph import RMS_NORM, SDPA, args_of, aten, is_call
 from dlqc.hadamard import hadamard, side
 from dlqc.kernels.cpu import build
-from dlqc.kernels.cpu.fused8 import FUSED8, KINDS
+from dlqc.kernels.cpu.fused8 import FUSED8, KINDS, rms_norm
 from dlqc.kernels.cpu.linear8 import Linear8
+from dlqc.weights import Weights
 
 CaseMaker = Callable[..., Any]
 pytestmark = pytest.mark.skipif(
@@ -211,7 +213,7 @@ def test_blocks_that_do_not_fit_are_refused(block: int, core: torch.Tensor | Non
         *lowered.scalars,
     )
     held = None if core is None else core.to(torch.float32)
-    with pytest.raises(RuntimeError, match=r"no rotation of \[2, 192\] by such blocks"):
+    with pytest.raises(RuntimeError, match=r"no rotation of (\[2, 192\] by such blocks|192 features by blocks)"):
         FUSED8(*given, block, held)
     with pytest.raises(ContractError, match=rf"no rotation of 192 features by blocks of {block}.*Use blocks of k"):
         torch.ops.dlqc_cpu.fused8_in_python(*given, block, held)
@@ -294,6 +296,79 @@ def test_a_wrong_width_is_refused() -> None:
         (RuntimeError, ContractError), match=r"the input is .*\b95\b.* not \[\.\.\., 96\] of a floating dtype"
     ):
         lowered.op(torch.randn(2, 95), *lowered.tensors.values(), *lowered.scalars)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_module_that_was_moved(dtype: torch.dtype) -> None:
+    """Biases, gains and scales in another type are read as what they are."""
+    lowered, _ = weight(50, 96, 4, 32, ActFormat(8))
+    x, gain = torch.randn(3, 96), torch.randn(96)
+    moved = {
+        name: part.to(dtype) if name == "bias" else part for name, part in lowered.tensors.items() if part is not None
+    }
+    if dtype is torch.float64:
+        moved["scales"] = moved["scales"].to(dtype)
+
+    def run(gain: torch.Tensor, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        held = (tensors.get(name) for name in ("codes", "scales", "zeros", "bias"))
+        return FUSED8(KINDS["rms_norm"], x, None, gain, None, 1e-5, None, *held, *lowered.scalars)  # type: ignore[no-any-return]
+
+    wide = {name: part if part.dtype == torch.uint8 else part.float() for name, part in moved.items()}
+    assert torch.equal(run(gain.to(dtype), moved), run(gain.to(dtype).float(), wide))
+    for spread in (torch.randn(192)[::2], torch.randn(1).expand(96), gain.to(dtype)):
+        torch.testing.assert_close(rms_norm(x, spread, 1e-5), F.rms_norm(x, (96,), spread.float(), 1e-5))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"residual": (1, 50)}, r"residual: \[1, 50\], not \[3, 50\]"),
+        ({"other": (1, 96)}, r"other: \[1, 96\], not \[3, 96\]"),
+        ({"gain": (7,)}, r"gain: \[7\], not \[96\]"),
+        ({"kind": 9}, "kind: 9 with a factor"),
+        ({"codes": torch.zeros(5, dtype=torch.uint8)}, "codes: 5 of torch.uint8 on cpu, not 4608 of uint8 on the CPU"),
+        ({"codes": torch.zeros(4608)}, "codes: 4608 of torch.float32 on cpu, not 4608 of uint8 on the CPU"),
+        ({"bias": (3,)}, "bias: 3 of torch.float32 on cpu, not 50 of a floating dtype on the CPU"),
+    ],
+)
+def test_what_does_not_belong_together_is_refused(change: dict[str, Any], said: str) -> None:
+    """And nothing is read past its end: the message is that of the twin in Python."""
+    lowered, _ = weight(50, 96, 4, 32, ActFormat(8))
+    shapes = {name: torch.zeros(size) if isinstance(size, tuple) else size for name, size in change.items()}
+    given = {"kind": KINDS["silu_times"], "x": torch.randn(3, 96), "other": torch.randn(3, 96), "gain": None} | {
+        **{"shift": None, "eps": 0.0, "residual": None},
+        **lowered.tensors,
+    }
+    for op in (FUSED8, torch.ops.dlqc_cpu.fused8_in_python):
+        with pytest.raises((RuntimeError, ContractError), match=said):
+            op(*(given | shapes).values(), *lowered.scalars)
+
+
+def test_nine_dimensions_and_no_dimension() -> None:
+    lowered, _ = weight(50, 96, 4, 32, ActFormat(8))
+    x = torch.randn(3, 5, 96)
+    y = lowered.op(x.reshape(3, 1, 1, 1, 1, 1, 5, 1, 96), *lowered.tensors.values(), *lowered.scalars)
+    assert torch.equal(y.reshape(3, 5, 50), lowered.op(x, *lowered.tensors.values(), *lowered.scalars))
+    assert rms_norm(x.reshape(3, 1, 1, 1, 1, 1, 5, 1, 96), None, 1e-5).dim() == 9
+
+
+def test_a_default_device_elsewhere() -> None:
+    """Weights are arranged where they are."""
+    with torch.device("meta"):
+        arranged = build.arrange(torch.ones(50, 96, dtype=torch.uint8, device="cpu"), 4)
+        panels = build.in_panels(torch.ones(50, 3, device="cpu"))
+    assert arranged.device.type == panels.device.type == "cpu"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_eps_of_a_norm_that_names_none(dtype: torch.dtype) -> None:
+    """torch takes that of float32 for bfloat16, too."""
+    graph = torch.fx.Graph()
+    node = graph.call_function(RMS_NORM, (graph.placeholder("x"), [64]))
+    x = (torch.randn(4, 64) * 1e-3).to(dtype)
+    node.meta["val"] = x
+    _, _, eps = fusion.norm(node, graph, Weights(), node)
+    torch.testing.assert_close(rms_norm(x, None, eps), F.rms_norm(x, (64,)))
 
 
 def test_odd_rows() -> None:

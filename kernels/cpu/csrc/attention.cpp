@@ -367,10 +367,11 @@ void dlqc_op_attention(uint64_t* stack, uint64_t, uint64_t) {
     const bool causal = args.boolean();
     const double scale = args.optional_real(std::numeric_limits<double>::quiet_NaN());
     const bool grouped = args.boolean();
-    if (Tensor y = attend(q, k, v, mask, causal, scale, grouped)) {
-        *stack = word(y.release());
-        return;
-    }
+    if (dropout == 0)
+        if (Tensor y = attend(q, k, v, mask, causal, scale, grouped)) {
+            *stack = word(y.release());
+            return;
+        }
     Refill words(stack);
     (words << q << k << v).optional(mask) << dropout << static_cast<int64_t>(causal);
     words.optional_real(scale) << static_cast<int64_t>(grouped);

@@ -230,16 +230,28 @@ struct Site {
         return words.optional(zeros).optional(bias) << k << n << bits << group << act_bits << act_group;
     }
 
+    // Whether the tensors are those of the weight that the numbers tell of: a module may have been moved to another type.
+    bool fits() const {
+        const int64_t size = group ? group : k;
+        if (k <= 0 || n <= 0 || size <= 0 || (bits != 2 && bits != 3 && bits != 4 && bits != 8)) return false;
+        const int64_t panels = (n + kPanel - 1) / kPanel, blocks = (k + kBlock - 1) / kBlock;
+        const int64_t count = panels * ((k + size - 1) / size) * kPanel;
+        return codes.holds(torch.uint8, panels * blocks * kStrips * bits * 64) &&
+               (scales.holds(torch.float32, count) || scales.holds(torch.bfloat16, count)) &&
+               (!zeros || zeros.holds(torch.uint8, count)) && (!bias || bias.holds(torch.float32, n));
+    }
+
     // Null where the tensors do not fit together in a way that native code takes; what is not [..., K] is refused.
     Tensor run(const Tensor& x, const Before* before, const Tensor* other, const Tensor* added) const {
         if (!x.dim || x.size(-1) != k)
             throw std::runtime_error("the input is " + x.shape() + ", not [..., " + std::to_string(k) + "] of a floating dtype");
-        int64_t count, pitch, other_count = 0, other_pitch = 0, added_count = 0, added_pitch = 0;
-        if (!x.rows(k, &count, &pitch)) return Tensor();
-        if (other && (!other->rows(k, &other_count, &other_pitch) || other_count != count || other->dtype != x.dtype))
-            return Tensor();
-        if (added && (!added->rows(n, &added_count, &added_pitch) || added_count != count || added->dtype != x.dtype))
-            return Tensor();
+        int64_t count, pitch, other_pitch = 0, added_pitch = 0;
+        if (!x.rows(k, &count, &pitch) || !fits()) return Tensor();
+        const auto along = [&](const Tensor* with, int64_t width, int64_t* its_pitch) {
+            int64_t its_count;
+            return !with || (with->rows(width, &its_count, its_pitch) && with->dtype == x.dtype && with->leads_as(x));
+        };
+        if (!along(other, k, &other_pitch) || !along(added, n, &added_pitch)) return Tensor();
         Weight weight{};
         weight.n = n, weight.k = k, weight.group = group ? group : k, weight.bits = static_cast<int32_t>(bits);
         weight.codes = codes.as<uint8_t>(), weight.scales = scales.data, weight.half_scales = scales.dtype == torch.bfloat16;
@@ -282,15 +294,17 @@ void dlqc_op_fused8(uint64_t* stack, uint64_t, uint64_t) {
     Site site(args);
     const int64_t block = args.integer();
     Tensor core = args.optional();
-    const bool square = core && core.dim == 2 && core.size(0) == core.size(1) && core.type() == kFloat32 &&
-                        core.stride(0) == core.size(0) && core.stride(1) == 1;
+    const bool square = core && core.dim == 2 && core.size(0) == core.size(1) &&
+                        core.holds(torch.float32, core.size(0) * core.size(0));
     const Rotation rotation{block, !core ? 1 : square ? core.size(0) : 0, core.as<float>()};
     const Before before{static_cast<int32_t>(kind), static_cast<float>(eps), gain.as<float>(), shift.as<float>(), nullptr, 0,
                         rotation};
-    if (Tensor y = site.run(x, &before, other ? &other : nullptr, added ? &added : nullptr)) {
-        *stack = word(y.release());
-        return;
-    }
+    const bool known = kind >= kAsIs && kind <= kSiluTimes && (kind == kSiluTimes) == static_cast<bool>(other);
+    if (known && (!core || square) && (!gain || gain.holds(torch.float32, site.k)) && (!shift || shift.holds(torch.float32, site.k)))
+        if (Tensor y = site.run(x, &before, other ? &other : nullptr, added ? &added : nullptr)) {
+            *stack = word(y.release());
+            return;
+        }
     Refill words(stack);
     (words << kind << x).optional(other).optional(gain).optional(shift) << eps;
     (site.put(words.optional(added)) << block).optional(core).call("dlqc_cpu::fused8_in_python");
@@ -303,7 +317,7 @@ void dlqc_op_rms_norm(uint64_t* stack, uint64_t, uint64_t) {
     const double eps = args.real();
     int64_t count, pitch;
     const int64_t k = x.dim ? x.size(-1) : 0;
-    if (!x.rows(k, &count, &pitch)) {
+    if (!x.rows(k, &count, &pitch) || (gain && !gain.holds(torch.float32, k))) {
         Refill words(stack);
         (words << x).optional(gain) << eps;
         return words.call("dlqc_cpu::rms_norm_in_python");

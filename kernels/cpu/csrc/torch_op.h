@@ -19,6 +19,8 @@ namespace {
 
 using Handle = void*;
 
+constexpr int64_t kMostDims = 8;  // of what has rows; others go to the twin in Python
+
 // In the order of `FUNCTIONS` in native_op.py.
 struct Torch {
     int32_t (*data)(Handle, void**);
@@ -30,8 +32,8 @@ struct Torch {
     int32_t (*drop)(Handle);
     int32_t (*call)(const char*, const char*, uint64_t*);
     int32_t (*threads)(uint32_t*);
-    const char* (*what)();  // of the last error, or null: torch has that from 2.13 on
-    int32_t float32, bfloat16, boolean, cpu;
+    const char* (*said)();  // what the last error was; null where torch does not tell
+    int32_t float32, bfloat16, boolean, uint8, cpu;
 };
 
 Torch torch;
@@ -66,9 +68,20 @@ struct Tensor {
         return reinterpret_cast<T*>(data);
     }
 
+    // Whether it is `count` numbers of a type, one after the other.
+    bool holds(int32_t type, int64_t count) const {
+        int64_t step = 1;
+        for (int64_t i = dim - 1; i >= 0; step *= sizes[i--])
+            if (sizes[i] != 1 && strides[i] != step) return false;
+        return dtype == type && step == count;
+    }
+
+    // Whether all sizes but the last are those of another one.
+    bool leads_as(const Tensor& other) const { return dim == other.dim && std::equal(sizes, sizes + dim - 1, other.sizes); }
+
     // Rows of `width` elements that lie together, one pitch apart; false where they do not, or are neither type.
     bool rows(int64_t width, int64_t* count, int64_t* pitch) const {
-        if (!dim || size(-1) != width || type() < 0 || (width > 1 && stride(-1) != 1)) return false;
+        if (!dim || dim > kMostDims || size(-1) != width || type() < 0 || (width > 1 && stride(-1) != 1)) return false;
         *count = 1, *pitch = width;
         bool first = true;
         int64_t next = 0;
@@ -103,10 +116,9 @@ struct Tensor {
         return Tensor(made);
     }
 
-    // As this one, with another last size, contiguous.
+    // As this one, which has rows, with another last size, contiguous.
     Tensor like(int64_t width) const {
-        int64_t shape[8], steps[8], step = 1;
-        if (dim > 8) throw std::runtime_error("a native op takes up to 8 dimensions");
+        int64_t shape[kMostDims], steps[kMostDims], step = 1;
         for (int64_t i = dim - 1; i >= 0; --i) {
             shape[i] = i == dim - 1 ? width : sizes[i];
             steps[i] = step, step *= shape[i] ? shape[i] : 1;
@@ -186,7 +198,8 @@ class Refill {
     }
     void call(const char* name) {
         if (!torch.call(name, "", stack_)) return;
-        throw std::runtime_error(torch.what ? torch.what() : std::string(name) + " failed");
+        const char* const said = torch.said ? torch.said() : nullptr;
+        throw std::runtime_error(said && *said ? said : std::string(name) + " failed");
     }
 
   private:
