@@ -37,7 +37,7 @@ types: install
 	cd build/wheel/site && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml -p dlqc
 
 unit: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 doctest: install
 	$(BIN)/python -m pytest -q --doctest-modules dlqc/passes dlqc/contract.py dlqc/recipe.py dlqc/errors.py dlqc/formats

@@ -25,6 +25,19 @@ from dlqc.models.llada import LLaDAConfig, LLaDAModelLM
 
 VOCAB, MASK = 61, 60
 
+#: Files that take longest, first: the last file of a run has the other workers wait for it.
+_LONGEST = (
+    "test_artifact", "test_tiny_llada", "test_coded", "test_capture", "test_native", "test_cli", "test_triton_kernels",
+    "test_compressed_tensors", "test_regions", "test_adapt_precision", "test_coded16", "test_all", "test_linear8",
+    "test_sanitizers", "test_attention", "test_finetune", "test_compile", "test_quantize_kv", "test_siblings",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first; within them, and among the others, the order stays."""
+    place = {name: i for i, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
     """Random weights of an ordinary size, gains around one, biases that matter."""
