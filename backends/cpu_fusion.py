@@ -15,8 +15,21 @@ from torch import Tensor, fx
 from dlqc import hadamard
 from dlqc.backends import fusion
 from dlqc.backends.fusion import Call, Found, Joint
-from dlqc.graph import RMS_NORM, SDPA, arg, args_of, call_before, constant_name, is_call, replace, stands_for, sweep
-from dlqc.kernels.cpu import attention, build
+from dlqc.graph import (
+    CHOOSER,
+    LINEAR,
+    RMS_NORM,
+    SDPA,
+    arg,
+    args_of,
+    call_before,
+    constant_name,
+    is_call,
+    replace,
+    stands_for,
+    sweep,
+)
+from dlqc.kernels.cpu import attention, build, head
 from dlqc.kernels.cpu.fused8 import FUSED8, KINDS, LANES, rms_norm
 from dlqc.kernels.cpu.linear8 import linear8
 from dlqc.ops import ROPE
@@ -45,10 +58,22 @@ def fuse(graph: fx.Graph, weights: Weights) -> dict[str, int]:
 
     What becomes a native op of its own is counted as "native_...".
     """
-    counts = _attentions(graph) | fusion.fuse(graph, weights, LINEAR8)
+    counts = _attentions(graph) | _head(graph) | fusion.fuse(graph, weights, LINEAR8)
     _norms(graph, weights, counts)
     sweep(graph, weights)
     return counts
+
+
+def _head(graph: fx.Graph) -> dict[str, int]:
+    """Leave the op for token and confidence at a head that is not quantized (`dlqc.proposal`)."""
+    node = next(n for n in graph.nodes if n.op == "output").args[0]
+    if not is_call(node, LINEAR) or node.kwargs or any(part and not constant_name(part) for part in args_of(node)[1:]):
+        return {}
+    kinds = [part.meta["val"].dtype for part in node.all_input_nodes]
+    if any(kind not in build.TYPES for kind in kinds) or head.unavailable() is not None:
+        return {}
+    node.meta[CHOOSER] = head.head_argmax
+    return {"native_head": 1}
 
 
 def _norms(graph: fx.Graph, weights: Weights, counts: dict[str, int]) -> None:

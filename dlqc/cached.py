@@ -40,6 +40,7 @@ from dlqc.execute import mask_buckets, placeholder
 from dlqc.graph import SDPA, arg, args_of, aten, is_call
 from dlqc.kv_cache import KeyValueCache, Stored, correction, decode, exchange
 from dlqc.ops import CACHED, MASK_BUCKET, ROPE
+from dlqc.proposal import Proposals, Proposing
 from dlqc.tables import Tables
 
 #: Deviation (root mean square, relative) up to which a node of the step counts as that of the full forward. Rounding differs
@@ -70,12 +71,23 @@ class CachedModel:
         self._tables = Tables(module, block_step(module.graph), "total")
         self._step = fx.GraphModule(module, self._tables.rest, class_name="BlockStep")
         self._padded: fx.GraphModule | None = None
+        self._proposing: dict[fx.GraphModule, Proposing] = {}
         _compare(self)
 
     def __call__(self, ids: Tensor, mask_ratio: Tensor | None = None) -> Tensor:
         """The full forward."""
         logits: Tensor = self.module(ids, *self._told(mask_ratio))
         return logits
+
+    def propose(self, rows: Tensor, ids: Tensor, mask_ratio: Tensor | None = None) -> Proposals | None:
+        """As `Compiled.propose`: of the full forward."""
+        proposing = self._variant(self.module)
+        return proposing(rows, ids, *self._told(mask_ratio)) if proposing else None
+
+    def _variant(self, module: fx.GraphModule) -> Proposing:
+        if module not in self._proposing:
+            self._proposing[module] = Proposing(module, self.spec.mask_id)
+        return self._proposing[module]
 
     def _told(self, mask_ratio: Tensor | None) -> tuple[Tensor | None, ...]:
         return (mask_ratio,) if self.counts_masks else ()
@@ -117,6 +129,41 @@ class CachedModel:
             visible: bool [B, L], False where a position is padding; None: none is.
             mask_ratio: float64 [B], which the window does not tell, where the graph goes by it; None: as if the window were all.
         """
+        module, inputs = self._begin(ids, start, cache, total, visible, mask_ratio)
+        logits: Tensor = module(*inputs)
+        return logits
+
+    @torch.no_grad()
+    def propose_step(
+        self,
+        rows: Tensor,
+        ids: Tensor,
+        start: int,
+        cache: KeyValueCache,
+        *,
+        total: int | None = None,
+        visible: Tensor | None = None,
+        mask_ratio: Tensor | None = None,
+    ) -> Proposals | None:
+        """Token and confidence of rows int64 [M] of the window's B·S, without logits; else as `step`.
+
+        None, with the cache as it was, where the backend has no op for it.
+        """
+        if not self._variant(self.module):
+            return None
+        module, inputs = self._begin(ids, start, cache, total, visible, mask_ratio)
+        return self._variant(module)(rows, *inputs)
+
+    def _begin(
+        self,
+        ids: Tensor,
+        start: int,
+        cache: KeyValueCache,
+        total: int | None,
+        visible: Tensor | None,
+        mask_ratio: Tensor | None,
+    ) -> tuple[fx.GraphModule, tuple[Any, ...]]:
+        """The graph of a step and its inputs; the cache knows from then on what it is about to take."""
         total = cache.length if total is None else total
         if not 0 <= start < start + ids.shape[1] <= total <= cache.length:
             raise FeasibilityError(
@@ -129,15 +176,13 @@ class CachedModel:
         pairs = [part for pair in zip(cache.keys, cache.values, strict=True) for part in pair]
         told = self._told(mask_ratio)
         if visible is None:
-            logits: Tensor = self._step(ids, start, total, *told, *pairs, *self._tables(total))
-            return logits
+            return self._step, (ids, start, total, *told, *pairs, *self._tables(total))
         if self.pads is not None:
             raise FeasibilityError(self.pads, where="visible", remedy="Run rows of one length together")
         if self._padded is None:
             graph = block_step(self.module.graph, padded=True)
             self._padded = fx.GraphModule(self.module, graph, class_name="PaddedStep")
-        padded: Tensor = self._padded(ids, start, total, *told, visible, *pairs)
-        return padded
+        return self._padded, (ids, start, total, *told, visible, *pairs)
 
     def padded(self, ids: Tensor, visible: Tensor, mask_ratio: Tensor | None = None) -> Tensor:
         """The full forward [B, L] -> [B, L, V] for rows that are padded on the left (`visible` False)."""

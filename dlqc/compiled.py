@@ -17,12 +17,16 @@ from dlqc.diffusion.spec import DiffusionSpec
 from dlqc.execute import compute_dtype, mask_buckets, placeholder
 from dlqc.graph import args_of, copy_graph
 from dlqc.precision import PrecisionSchedule
+from dlqc.proposal import Proposals, Proposing
 from dlqc.recipe import Recipe
 from dlqc.report import Report
 from dlqc.weights import Weights
 
 if TYPE_CHECKING:
     from dlqc.artifact import Saved
+
+#: Attributes of a `Compiled` that are made from its module when they are first asked for.
+_VARIANTS = ("cached", "_proposing")
 
 
 class Compiled(nn.Module):
@@ -84,13 +88,34 @@ class Compiled(nn.Module):
         """
         return CachedModel(self.module, self.spec)
 
+    def propose(
+        self, rows: torch.Tensor, input_ids: torch.Tensor, mask_ratio: torch.Tensor | None = None
+    ) -> Proposals | None:
+        """Token and confidence of some rows, without logits; None where the backend has no op for it.
+
+        Args:
+            rows: int64 [M], numbers of the B·L rows of the logits; row i of them is that of `forward`, whatever it predicts.
+            input_ids, mask_ratio: as of `forward`.
+        """
+        if not self._proposing:
+            return None
+        return self._proposing(rows, input_ids, *([mask_ratio] if self.counts_masks else []))
+
+    @cached_property
+    def _proposing(self) -> Proposing:
+        return Proposing(self.module, self.spec.mask_id)
+
     def __getstate__(self) -> dict[str, Any]:
-        """Without the block step, which is made again: what it knows of the graph cannot be copied."""
-        return {name: part for name, part in self.__dict__.items() if name != "cached"}
+        """Without the other variants of the module, which are made again: what they know of the graph cannot be copied."""
+        return {name: part for name, part in self.__dict__.items() if name not in _VARIANTS}
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        self.__dict__.pop("cached", None)  # it reads the buffers as they were
+        self._forget()  # they read the buffers as they were
         return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call, no-any-return]
+
+    def _forget(self) -> None:
+        for name in _VARIANTS:
+            self.__dict__.pop(name, None)
 
     @property
     def schedule(self) -> PrecisionSchedule | None:
@@ -106,7 +131,7 @@ class Compiled(nn.Module):
         """
         other = copy.copy(self)
         other._modules = dict(self._modules)
-        other.__dict__.pop("cached", None)
+        other._forget()
         other.graph, other.lowered = schedule.written(self.graph), schedule.written(self.lowered)
         other.module = fx.GraphModule(self.module, schedule.written(self.module.graph), class_name="DlqcModule")
         now = other.schedule

@@ -66,6 +66,11 @@ def stands_for(op: object, original: object) -> None:
     _STAND_INS[op] = original
 
 
+#: Where a backend leaves, in the `meta` of the head's linear, the op that gives token and confidence of its rows without their
+#: logits: op(x [M, K], *the linear's constants, excluded token) → int64 [M], float64 [M]. See `dlqc.proposal`.
+CHOOSER = "chooser"
+
+
 def is_call(node: object, *targets: object) -> TypeGuard[fx.Node]:
     """Whether a node (or anything else) is a call of one of the targets, or of what stands for it."""
     if not isinstance(node, fx.Node) or node.op != "call_function":

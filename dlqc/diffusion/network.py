@@ -19,6 +19,7 @@ from dlqc.errors import FeasibilityError
 if TYPE_CHECKING:
     from dlqc.cached import CachedModel
     from dlqc.kv_cache import KeyValueCache
+    from dlqc.proposal import Proposals
 
 
 class Network:
@@ -83,6 +84,60 @@ class Network:
         if not self._spec.shift:
             return rows
         return rows[:, :-1] if first < start else torch.cat([rows[:, :1], rows[:, :-1]], dim=1)
+
+    def propose(
+        self,
+        canvas: Tensor,
+        wanted: Tensor,
+        start: int,
+        stop: int,
+        *,
+        window: tuple[int, int] | None = None,
+        total: int | None = None,
+    ) -> tuple[Tensor, Tensor] | None:
+        """What a greedy step reads: argmax (never [MASK]) and its softmax, without logits, for the rows that are wanted alone.
+
+        The same forward as `window` (positions first .. last computed, all others from the cache) or, where that is None, as
+        `full` (up to `total`). None where the model gives logits only, and where a confidence is not finite: logits tell more.
+        Logits of -inf, which `check` refuses, weigh nothing here, and other rows are not looked at.
+
+        Args:
+            wanted: bool [B, stop - start].
+
+        Returns:
+            tokens int64 [B, stop - start], 0 where none is wanted; certainty float64, -inf there.
+        """
+        first, last = window or (0, canvas.shape[1] if total is None else total)
+        first = first - 1 if self._spec.shift and first else first
+        row, column = wanted.nonzero().unbind(1)
+        rows = row * (last - first) + (start + column - int(self._spec.shift)).clamp(min=0) - first
+        found = self._proposals(rows, canvas, first, last, window is not None, total)
+        if found is None or not bool(torch.isfinite(found[1]).all()):
+            return None
+        self._count(last - first, 1)
+        tokens = torch.zeros_like(wanted, dtype=torch.int64)
+        certainty = torch.full_like(wanted, -torch.inf, dtype=torch.float64)
+        tokens[wanted], certainty[wanted] = found
+        return tokens, certainty
+
+    def _proposals(
+        self, rows: Tensor, canvas: Tensor, first: int, last: int, cached: bool, total: int | None
+    ) -> Proposals | None:
+        from dlqc.cached import CachedModel
+        from dlqc.compiled import Compiled
+
+        seen, ratio = canvas[:, first:last], self._ratio(canvas)
+        if not cached and self._visible is None:
+            model = self._model
+            return model.propose(rows, seen, ratio) if isinstance(model, CachedModel | Compiled) else None
+        assert self._graph is not None
+        cache = self._cache if cached else self._graph.new_cache(*seen.shape, plain=True)
+        assert cache is not None
+        told = {"visible": self._visible, "mask_ratio": ratio}
+        found = self._graph.propose_step(rows, seen, first, cache, total=total, **told)
+        if cached:
+            self.cache_bytes = max(self.cache_bytes, cache.nbytes)
+        return found
 
     def check(self, logits: Tensor, step: int, canvas: Tensor) -> None:
         """Refuse logits that are not finite; names the step, and the layer where a second run finds it."""

@@ -148,17 +148,22 @@ class BlockDiffusionSampler(Sampler):
                     open_rows = going & (canvas[:, start:stop] == spec.mask_id).any(1)
                 if not bool(open_rows.any()):
                     break
-                if self.cache:
-                    logits = net.window(canvas, start, stop, total=stop)
-                else:
-                    logits = net.full(canvas, stop=stop)[:, start:stop]
                 index, masked = number * most + local, canvas == spec.mask_id
-                net.check(logits, index, canvas)
-                tokens, p = draw_filtered(
-                    logits.double(), self.temperature, self.top_p, self.top_k, spec.mask_id, noise, number, local
-                )
-                here = masked[:, start:stop]
-                certainty = p.gather(-1, tokens[..., None])[..., 0]
+                here, p, window = masked[:, start:stop], None, (start, stop) if self.cache else None
+                wanted = torch.ones_like(here) if joint else here
+                greedy = self._greedy()
+                found = net.propose(canvas, wanted, start, stop, window=window, total=stop) if greedy else None
+                if found is None:
+                    if self.cache:
+                        logits = net.window(canvas, start, stop, total=stop)
+                    else:
+                        logits = net.full(canvas, stop=stop)[:, start:stop]
+                    net.check(logits, index, canvas)
+                    tokens, p = draw_filtered(
+                        logits.double(), self.temperature, self.top_p, self.top_k, spec.mask_id, noise, number, local
+                    )
+                    found = tokens, p.gather(-1, tokens[..., None])[..., 0]
+                tokens, certainty = found
                 picked = self._choose(certainty, p, here, local) & open_rows[:, None]
                 if joint:
                     edits += (~here.any(1) & open_rows).long()
@@ -179,8 +184,13 @@ class BlockDiffusionSampler(Sampler):
                 books.charge(going)
         return books.close(canvas[:, : prompt + self.gen_length], prompt, net)
 
-    def _choose(self, certainty: Tensor, p: Tensor, masked: Tensor, local: int) -> Tensor:
-        """Masked positions to commit: certainty float64 [B, S], p [B, S, V] -> bool [B, S]."""
+    def _greedy(self) -> bool:
+        """Whether all that a step reads of its logits is the argmax and its probability (`Network.propose`)."""
+        unfiltered = (self.top_p is None or self.top_p >= 1) and self.top_k is None
+        return not self.temperature and unfiltered and self.strategy != "entropy_bounded"
+
+    def _choose(self, certainty: Tensor, p: Tensor | None, masked: Tensor, local: int) -> Tensor:
+        """Masked positions to commit: certainty float64 [B, S], p [B, S, V] (for an entropy alone) -> bool [B, S]."""
         steps = self.steps or self.block_length
         planned = int(quota(torch.tensor([self.block_length]), steps)[0, min(local, steps - 1)])
         count = masked.sum(1).clamp(max=planned)
@@ -196,6 +206,7 @@ class BlockDiffusionSampler(Sampler):
             return torch.where((sure.sum(1) >= planned)[:, None], sure, most_certain(ranking, count))
         if self.strategy == "joint_threshold":
             return most_certain(ranking, sure.sum(1).clamp(min=1)) & masked
+        assert p is not None
         entropy = torch.special.entr(p).sum(-1).masked_fill(~masked, torch.inf)
         within = (entropy.sort(dim=1, stable=True).values.cumsum(1) < self.entropy_bound).sum(1).clamp(min=1)
         return most_certain(-entropy, within) & masked

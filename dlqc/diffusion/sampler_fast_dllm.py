@@ -50,7 +50,7 @@ from dlqc.diffusion.denoising import (
 )
 from dlqc.diffusion.masking import LogitsFn
 from dlqc.diffusion.network import Network
-from dlqc.diffusion.sampler_llada import REMASKING, propose
+from dlqc.diffusion.sampler_llada import REMASKING, is_greedy, propose
 from dlqc.diffusion.spec import DiffusionSpec
 from dlqc.errors import FeasibilityError
 
@@ -125,11 +125,18 @@ class FastDLLMSampler(Sampler):
                     break
                 if self._by_quota() and not bool(quotas[:, local].any()):
                     continue
-                logits = self._logits(net, canvas, start, stop, local)
-                net.check(logits, number * per_block + local, canvas)
-                tokens, certainty = propose(
-                    logits.double(), self.temperature, self.remasking, spec.mask_id, noise, number, local
-                )
+                window = self._window(length, start, stop, local)
+                greedy = is_greedy(self.temperature, self.remasking)
+                found = net.propose(canvas, here, start, stop, window=window) if greedy else None
+                if found is None:
+                    logits = net.full(canvas) if window is None else net.window(canvas, *window)
+                    first = 0 if window is None else window[0]
+                    logits = logits[:, start - first : stop - first]
+                    net.check(logits, number * per_block + local, canvas)
+                    found = propose(
+                        logits.double(), self.temperature, self.remasking, spec.mask_id, noise, number, local
+                    )
+                tokens, certainty = found
                 certainty = certainty.masked_fill(~here, -torch.inf)
                 chosen = spread(self._choose(certainty, quotas[:, local]) & here, canvas, start, False)
                 ranking = spread(certainty, canvas, start, -torch.inf)
@@ -139,14 +146,13 @@ class FastDLLMSampler(Sampler):
                 yield Step(index, total, number, batch.prompt, seen, masked, ranking, chosen, canvas)
         return books.close(canvas, batch.prompt, net)
 
-    def _logits(self, net: Network, canvas: Tensor, start: int, stop: int, local: int) -> Tensor:
-        """Logits [B, stop - start, V] of the block, by a refresh or from the cache."""
+    def _window(self, length: int, start: int, stop: int, local: int) -> tuple[int, int] | None:
+        """The positions that a step computes, all others coming from the cache: at a refresh all; None without a cache."""
         if self.cache == "none":
-            return net.full(canvas)[:, start:stop]
+            return None
         if local == 0 or (self.refresh is not None and local % self.refresh == 0):
-            return net.window(canvas, 0, canvas.shape[1])[:, start:stop]
-        end = canvas.shape[1] if self.cache == "prefix" else stop
-        return net.window(canvas, start, end)[:, : stop - start]
+            return 0, length
+        return start, length if self.cache == "prefix" else stop
 
     def _choose(self, certainty: Tensor, quotas: Tensor) -> Tensor:
         """Positions to commit: certainty float64 [B, S], -inf where there is no mask -> bool [B, S]."""

@@ -108,11 +108,15 @@ class LLaDASampler(Sampler):
             for local in quotas.any(0).nonzero().flatten().tolist():
                 step = number * per_block + local
                 masked = canvas == spec.mask_id
-                logits = net.full(canvas, given=given, scale=self.cfg_scale)[:, span]
-                net.check(logits, step, canvas)
-                tokens, certainty = propose(
-                    logits.double(), self.temperature, self.remasking, spec.mask_id, noise, number, local
-                )
+                greedy = is_greedy(self.temperature, self.remasking) and not self.cfg_scale
+                found = net.propose(canvas, masked[:, span], span.start, span.stop) if greedy else None
+                if found is None:
+                    logits = net.full(canvas, given=given, scale=self.cfg_scale)[:, span]
+                    net.check(logits, step, canvas)
+                    found = propose(
+                        logits.double(), self.temperature, self.remasking, spec.mask_id, noise, number, local
+                    )
+                tokens, certainty = found
                 certainty = certainty.masked_fill(~masked[:, span], -torch.inf)
                 ranking = spread(certainty, canvas, span.start, -torch.inf)
                 chosen = most_certain(ranking, quotas[:, local]) & masked
@@ -120,6 +124,11 @@ class LLaDASampler(Sampler):
                 books.enter(step, masked, chosen, 2 if self.cfg_scale else 1)
                 yield Step(step, steps, number, batch.prompt, seen, masked, ranking, chosen, canvas)
         return books.close(canvas, batch.prompt, net)
+
+
+def is_greedy(temperature: float, remasking: str) -> bool:
+    """Whether all that a step reads of its logits is the argmax and its probability (`Network.propose`)."""
+    return not temperature and remasking == "low_confidence"
 
 
 def propose(

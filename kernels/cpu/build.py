@@ -32,7 +32,12 @@ ISAS = ("portable", "avx2", "avx512vnni")
 PANEL = 48  # columns that lie together, as csrc/weights.h says
 BLOCK = 32  # input features likewise
 #: By the library that has their kernels.
-OPS = {"linear8": ("linear8", "fused8", "rms_norm"), "attention": ("attention", "rope")}
+OPS = {
+    "linear8": ("linear8", "fused8", "rms_norm"),
+    "attention": ("attention", "rope"),
+    "head": ("head_argmax",),
+    "cache": ("quantize_cache", "dequantize_cache"),
+}
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 COMMON = ("-ffp-contract=fast", "-Wno-psabi")
@@ -73,7 +78,7 @@ def options() -> tuple[str, ...]:
 @cache
 def begin(chosen: tuple[str, ...]) -> None:
     """Build all libraries at once, in the background, with these options: one after the other they would take twice as long."""
-    for name in ("linear8", "attention", "linear16"):
+    for name in ("linear8", "attention", "linear16", "head"):
         thread = threading.Thread(target=native.library, args=(name, SOURCES, chosen), name=f"dlqc builds {name}")
         try:
             thread.start()

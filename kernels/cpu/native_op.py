@@ -40,7 +40,7 @@ REGISTRATION = (
 )  # fmt: skip
 NUMBERS = (
     "aoti_torch_dtype_float32", "aoti_torch_dtype_bfloat16", "aoti_torch_dtype_bool", "aoti_torch_dtype_uint8",
-    "aoti_torch_device_type_cpu",
+    "aoti_torch_device_type_cpu", "aoti_torch_dtype_int64", "aoti_torch_dtype_float64", "aoti_torch_dtype_float16",
 )  # fmt: skip
 
 #: By name: whose kernel it is, and torch's handle of the registration.
@@ -73,7 +73,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def native_op(definition: Callable[..., torch.Tensor]) -> torch._ops.OpOverload:
+def native_op(definition: Callable[..., Any]) -> torch._ops.OpOverload:
     """An op by its definition in Python, whose kernel on the CPU can be replaced."""
     schema = torch.library.infer_schema(definition, mutates_args=())
     name = definition.__name__
@@ -84,8 +84,8 @@ def native_op(definition: Callable[..., torch.Tensor]) -> torch._ops.OpOverload:
     return op
 
 
-def register_fake(op: torch._ops.OpOverload, fake: Callable[..., torch.Tensor]) -> None:
-    """What shape and dtype the op gives."""
+def register_fake(op: torch._ops.OpOverload, fake: Callable[..., Any]) -> None:
+    """What shapes and dtypes the op gives."""
     for said in (op._schema.name, f"{op._schema.name}_in_python"):
         torch.library.register_fake(said, fake, lib=LIBRARY)
 

@@ -61,23 +61,6 @@ DLQC_INLINE const X* row_of(const Heads& heads, int64_t batch, int64_t head, int
     return static_cast<const X*>(heads.at) + batch * heads.batch + head * heads.head + row * heads.row;
 }
 
-// Sixteen rows become sixteen columns: blocks off the diagonal change places, 8 lanes wide, then 4, 2, 1.
-template <int kStepOf>
-DLQC_INLINE void exchange(Floats (&v)[kLanes]) {
-    Ints low, high;
-    for (int lane = 0; lane < kLanes; ++lane) {
-        low[lane] = lane & kStepOf ? lane - kStepOf + kLanes : lane;
-        high[lane] = lane & kStepOf ? lane + kLanes : lane + kStepOf;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) {
-        if (i & kStepOf) continue;
-        const Floats a = v[i], b = v[i + kStepOf];
-        v[i] = __builtin_shuffle(a, b, low);
-        v[i + kStepOf] = __builtin_shuffle(a, b, high);
-    }
-}
-
 // Keys from..to as [panel][feature][48]; zeros past `to`.
 template <class X>
 void lay_out(const Attention& a, const Task& task, int64_t from, int64_t to, float* out) {
@@ -87,7 +70,7 @@ void lay_out(const Attention& a, const Task& task, int64_t from, int64_t to, flo
                 Floats v[kLanes]{};
                 for (int64_t i = 0; i < std::min<int64_t>(kLanes, to - key - s); ++i)
                     v[i] = values(row_of<X>(a.k, task.batch, task.key_head, key + s + i) + d, 0, kLanes);
-                exchange<8>(v), exchange<4>(v), exchange<2>(v), exchange<1>(v);
+                transpose(v);
 #pragma GCC unroll 16
                 for (int i = 0; i < kLanes; ++i) store(out + (d + i) * kPanel + s, v[i]);
             }

@@ -33,7 +33,7 @@ struct Torch {
     int32_t (*call)(const char*, const char*, uint64_t*);
     int32_t (*threads)(uint32_t*);
     const char* (*said)();  // what the last error was; null where torch does not tell
-    int32_t float32, bfloat16, boolean, uint8, cpu;
+    int32_t float32, bfloat16, boolean, uint8, cpu, int64, float64, float16;
 };
 
 Torch torch;
@@ -55,6 +55,11 @@ struct Tensor {
     Tensor(const Tensor&) = delete;
     Tensor(Tensor&& other) noexcept { std::memcpy(static_cast<void*>(this), &other, sizeof other), other.handle = nullptr; }
     Tensor& operator=(const Tensor&) = delete;
+    Tensor& operator=(Tensor&& other) noexcept {
+        if (handle) torch.drop(handle);
+        std::memcpy(static_cast<void*>(this), &other, sizeof other), other.handle = nullptr;
+        return *this;
+    }
     ~Tensor() {
         if (handle) torch.drop(handle);
     }
@@ -124,6 +129,13 @@ struct Tensor {
             steps[i] = step, step *= shape[i] ? shape[i] : 1;
         }
         return empty(dim, shape, steps, dtype);
+    }
+
+    // One number of a type for each row of this one.
+    Tensor leading(int32_t type) const {
+        int64_t steps[kMostDims], step = 1;
+        for (int64_t i = dim - 2; i >= 0; --i) steps[i] = step, step *= sizes[i] ? sizes[i] : 1;
+        return empty(dim - 1, sizes, steps, type);
     }
 
   private:

@@ -90,6 +90,26 @@ DLQC_INLINE int32_t total(const Ints& value) {
 #endif
 }
 
+// Blocks of `kStepOf` lanes off the diagonal change places.
+template <int kStepOf>
+DLQC_INLINE void exchange(Floats (&v)[kLanes]) {
+    Ints low, high;
+    for (int lane = 0; lane < kLanes; ++lane) {
+        low[lane] = lane & kStepOf ? lane - kStepOf + kLanes : lane;
+        high[lane] = lane & kStepOf ? lane + kLanes : lane + kStepOf;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+        if (i & kStepOf) continue;
+        const Floats a = v[i], b = v[i + kStepOf];
+        v[i] = __builtin_shuffle(a, b, low);
+        v[i + kStepOf] = __builtin_shuffle(a, b, high);
+    }
+}
+
+// Sixteen rows become sixteen columns.
+DLQC_INLINE void transpose(Floats (&v)[kLanes]) { exchange<8>(v), exchange<4>(v), exchange<2>(v), exchange<1>(v); }
+
 inline float from_bfloat16(uint16_t bits) {
     const uint32_t wide = static_cast<uint32_t>(bits) << 16;
     float value;

@@ -1,0 +1,318 @@
+"""Token and confidence by the native head: by their definition in float64, and in the place of logits in samplers."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from guarded import at_the_end
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import dlqc
+from dlqc.compiled import Compiled
+from dlqc.diffusion.denoising import Sampler, Step
+from dlqc.diffusion.network import Network
+from dlqc.diffusion.sampler_fast_dllm import FastDLLMSampler
+from dlqc.diffusion.sampler_llada import LLaDASampler
+from dlqc.errors import ContractError, ModelError
+from dlqc.graph import CHOOSER
+from dlqc.kernels.cpu import build
+from dlqc.kernels.cpu.head import head_argmax, unavailable
+
+pytestmark = pytest.mark.skipif(unavailable() is not None, reason=f"no native code: {unavailable()}")
+
+IN_PYTHON = torch.ops.dlqc_cpu.head_argmax_in_python.default
+
+
+@pytest.fixture(params=build.ISAS)
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each path in turn, on a machine that can run it."""
+    monkeypatch.setenv("DLQC_CPU_ISA", request.param)
+    if unavailable() is not None:
+        pytest.skip(str(unavailable()))
+    return str(request.param)
+
+
+def by_definition(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, excluded: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Argmax and its softmax, in float64."""
+    logits = x.double() @ weight.double().T
+    logits = logits if bias is None else logits + bias.double()
+    p = logits.softmax(-1)
+    if excluded >= 0:
+        logits[..., excluded] = -math.inf
+    token = logits.argmax(-1)
+    return token, p.gather(-1, token[..., None])[..., 0]
+
+
+@pytest.mark.usefixtures("isa")
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    sizes=st.tuples(st.integers(1, 20), st.sampled_from([2, 16, 47, 48, 49, 100, 1000]), st.integers(1, 150)),
+    long=st.sampled_from([0, 0, 0, 250]),
+    dtypes=st.tuples(*[st.sampled_from([torch.float32, torch.bfloat16])] * 2),
+    layout=st.sampled_from(["plain", "rows apart", "features apart", "three sizes"]),
+    biased=st.booleans(),
+    excluded=st.sampled_from([-1, 0, 1]),
+    seed=st.integers(0, 99),
+)
+def test_head_argmax(
+    sizes: tuple[int, int, int],
+    long: int,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    layout: str,
+    biased: bool,
+    excluded: int,
+    seed: int,
+) -> None:
+    """Sums of products of small whole numbers are exact, so tokens have to agree wherever logits are equal."""
+    g = torch.Generator().manual_seed(seed)
+    m, v, k = sizes
+    m += long
+    x, weight = (torch.randint(-2, 3, (n, k + 1), generator=g).to(t) for n, t in zip((m, v), dtypes, strict=True))
+    x, weight = x[:, :k], weight[:, :k]  # rows lie apart
+    if layout == "plain":
+        x, weight = x.contiguous(), weight.contiguous()
+    elif layout == "features apart":
+        x = x.T.contiguous().T
+    elif layout == "three sizes":
+        x = x.contiguous().reshape(1, m, k)
+    bias = torch.randint(-3, 4, (v,), generator=g).float() if biased else None
+    expected = by_definition(x, weight, bias, excluded)
+    for op in (head_argmax, IN_PYTHON):
+        token, confidence = op(x, weight, bias, excluded)
+        assert token.dtype is torch.int64
+        assert confidence.dtype is torch.float64
+        assert torch.equal(token, expected[0])
+        torch.testing.assert_close(confidence, expected[1], rtol=1e-6, atol=0)
+
+
+@pytest.mark.usefixtures("isa")
+def test_of_equal_ones_the_first_counts() -> None:
+    """In a strip, a panel, a part of the vocabulary, and over them."""
+    weight = torch.zeros(48 * 300 + 5, 4)
+    for places in ([3, 17, 47], [47, 48], [48 * 299, 48 * 300 + 4], [5, 48 * 150, 48 * 300]):
+        weight.zero_()[places, 2] = 1.0
+        x = torch.tensor([[0.0, 0.0, 2.0, 0.0]]).expand(9, 4)
+        assert head_argmax(x, weight)[0].tolist() == [places[0]] * 9
+        assert head_argmax(x, weight, None, places[0])[0].tolist() == [places[1]] * 9
+    assert head_argmax(torch.zeros(2, 4), weight)[0].tolist() == [0, 0]
+
+
+@pytest.mark.usefixtures("isa")
+def test_confidence_near_one_keeps_what_is_missing() -> None:
+    """Positions are ranked by it: in float32 all of these would be 1."""
+    gaps = torch.arange(18.0, 30.0)
+    weight = torch.zeros(100, 1)
+    weight[60] = 1.0
+    _, confidence = head_argmax(gaps[:, None], weight)
+    missing = 99 * (-gaps.double()).exp()
+    torch.testing.assert_close(1 - confidence, missing / (1 + missing), rtol=1e-4, atol=2e-16)
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("op", [head_argmax, IN_PYTHON], ids=["native", "python"])
+def test_logits_that_are_no_numbers(op: Any) -> None:
+    """As softmax and argmax of torch: -inf weighs nothing, anything else makes the confidence NaN."""
+    x, weight = torch.ones(1, 1), torch.zeros(200, 1)
+    inf, nan = math.inf, math.nan
+    bias = torch.zeros(200)
+    bias[50:] = -inf
+    token, confidence = op(x, weight, bias)
+    assert int(token) == 0
+    torch.testing.assert_close(confidence, torch.tensor([1 / 50], dtype=torch.float64))
+    for where, excluded, expected in (
+        ({7: inf, 120: inf}, -1, 7),
+        ({130: nan, 7: inf, 199: nan}, -1, 130),
+        ({130: nan}, 130, 0),
+        ({130: inf, 3: 1.0}, 130, 3),
+        (dict.fromkeys(range(200), -inf), -1, 0),
+    ):
+        bias = torch.zeros(200)
+        for at, value in where.items():
+            bias[at] = value
+        token, confidence = op(x, weight, bias, excluded)
+        assert int(token) == expected
+        assert bool(confidence.isnan().all())
+
+
+def test_empty_and_refused() -> None:
+    x, weight = torch.randn(2, 8), torch.randn(50, 8)
+    for shape in ((0, 8), (3, 0, 8)):
+        token, confidence = head_argmax(torch.zeros(shape), weight)
+        assert token.shape == confidence.shape == shape[:-1]
+    assert head_argmax(x[0], weight)[0].shape == ()
+    cases = (
+        ((x[:, :7], weight), "not \\[..., 8\\]"),
+        ((x, weight[:0]), "head_argmax: the weight is \\[0, 8\\], not \\[V, K\\]"),
+        ((x, weight, torch.zeros(49)), "head_argmax: the bias is \\[49\\], not \\[50\\]"),
+        ((x, weight, None, 50), "excluded: 50 is none of 50 tokens. Use -1 for none"),
+    )
+    for arguments, message in cases:
+        with pytest.raises(ContractError, match=message):
+            IN_PYTHON(*arguments)
+        with pytest.raises((ContractError, RuntimeError), match=message):
+            head_argmax(*arguments)
+
+
+def test_other_dtypes_take_the_definition() -> None:
+    g = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(shape, generator=g) for shape in ((5, 40), (90, 40), (90,)))
+    for kinds in ((torch.float64,) * 3, (torch.float16, torch.float32, None), (torch.float32,) * 2 + (torch.bfloat16,)):
+        arguments = [part.to(kind) for part, kind in zip((x, weight, bias), kinds, strict=True) if kind is not None]
+        token, confidence = head_argmax(*arguments)
+        expected = by_definition(*arguments, *[None] * (3 - len(arguments)), -1)
+        assert torch.equal(token, expected[0])
+        torch.testing.assert_close(confidence, expected[1], rtol=1e-5, atol=0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no limit of memory to set")
+@pytest.mark.parametrize("op", [head_argmax, IN_PYTHON], ids=["native", "python"])
+def test_no_logits_in_memory(op: Any) -> None:
+    import resource
+
+    x, weight = torch.randn(1024, 8), torch.randn(100_000, 8)  # logits: 400 MB
+    op(x[:1], weight)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (150 << 20), limits[1]))
+    try:
+        op(x, weight)
+        with pytest.raises(RuntimeError, match="memory"):
+            x @ weight.T
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_threads_change_nothing(threads: int) -> None:
+    g = torch.Generator().manual_seed(1)
+    x, weight = torch.randn(270, 64, generator=g), torch.randn(3000, 64, generator=g)
+    expected = head_argmax(x, weight)
+    alone = head_argmax(x[7], weight)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = head_argmax(x, weight)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    assert (found[0][7], found[1][7]) == alone  # a row does not know its batch
+
+
+def test_opcheck() -> None:
+    x, weight = torch.randn(2, 5, 32), torch.randn(70, 32)
+    torch.library.opcheck(head_argmax, (x, weight, torch.randn(70), 3))
+
+
+def test_nothing_is_read_or_written_outside() -> None:
+    for kind in (torch.float32, torch.bfloat16):
+        x, weight, bias = (at_the_end(torch.randn(shape).to(kind)) for shape in ((9, 37), (131, 37), (131,)))
+        token, _ = head_argmax(x, weight, bias.float())
+        assert torch.equal(token, by_definition(x, weight, bias, -1)[0])
+
+
+# --- samplers ---
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Compiled:
+    return dlqc.compile(dlqc.load_model("tiny-llada"), "w8a8-rtn", backend="cpu", progress=False)
+
+
+class Spy:
+    """Counts what `Network.propose` answers, or takes its answers away."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, answers: bool) -> None:
+        self.answered = 0
+        own = Network.propose
+
+        def propose(net: Network, *args: Any, **options: Any) -> Any:
+            found = own(net, *args, **options) if answers else None
+            self.answered += found is not None
+            return found
+
+        monkeypatch.setattr(Network, "propose", propose)
+
+
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        LLaDASampler(gen_length=12, block_length=6, steps=6),
+        FastDLLMSampler(gen_length=12, block_length=6, cache="none", threshold=0.5),
+        FastDLLMSampler(gen_length=12, block_length=6, cache="prefix", factor=1.0),
+        FastDLLMSampler(gen_length=12, block_length=6, cache="dual", threshold=0.5, refresh=2),
+    ],
+    ids=["llada", "none", "prefix", "dual"],
+)
+def test_samplers_do_without_logits(
+    compiled: Compiled, sampler: Sampler, shift: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same tokens at the same steps, whatever the logits are rounded to; prompts of two lengths, so one is padded."""
+    model, spec = compiled, dataclasses.replace(compiled.spec, shift=shift)
+    if shift:
+        model = copy.deepcopy(compiled)
+        model.spec = spec
+    g = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(0, 100, (n,), generator=g) for n in (9, 4)]
+    runs: list[tuple[Any, list[Step]]] = []
+    for answers in (True, False):
+        steps: list[Step] = []
+        with monkeypatch.context() as patch:
+            spy = Spy(patch, answers)
+            runs.append((sampler.run(model, prompts, spec, on_step=steps.append), steps))
+        assert spy.answered == (len(steps) if answers else 0)
+    (found, steps), (expected, others) = runs
+    assert torch.equal(found.ids, expected.ids)
+    assert torch.equal(found.committed_at, expected.committed_at)
+    assert (found.nfe, found.computed, found.cache_bytes) == (expected.nfe, expected.computed, expected.cache_bytes)
+    for step, other in zip(steps, others, strict=True):
+        torch.testing.assert_close(step.confidence, other.confidence, rtol=1e-4, atol=1e-12)
+
+
+def test_rules_that_read_more_get_logits(compiled: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = torch.zeros(1, 4, dtype=torch.int64)
+    for options in ({"temperature": 0.5}, {"remasking": "random"}, {"cfg_scale": 0.5}):
+        with monkeypatch.context() as patch:
+            spy = Spy(patch, True)
+            LLaDASampler(gen_length=4, steps=2, **options).run(compiled, prompt, compiled.spec)  # type: ignore[arg-type]
+        assert spy.answered == 0
+
+
+def test_where_it_comes_from(compiled: Compiled, tmp_path: Path) -> None:
+    """The CPU backend leaves the op; copies, artifacts and the block step have it; the reference backend has none."""
+    assert sum(CHOOSER in node.meta for node in compiled.lowered.nodes) == 1
+    ids, rows = torch.arange(20).reshape(2, 10), torch.tensor([13, 0, 13])
+    found = compiled.propose(rows, ids)
+    assert found is not None
+    logits = compiled(ids).double().flatten(0, 1)[rows]
+    logits[:, compiled.spec.mask_id] = -math.inf
+    assert torch.equal(found[0], logits.argmax(-1))
+    compiled.save(tmp_path / "artifact")
+    loaded = dlqc.load(tmp_path / "artifact", backend="cpu")
+    for other in (copy.deepcopy(compiled), compiled.cached, loaded):
+        again = other.propose(rows, ids)
+        assert again is not None
+        assert torch.equal(again[0], found[0])
+        assert torch.equal(again[1], found[1])
+    plain = dlqc.load(tmp_path / "artifact", backend="reference")
+    assert plain.propose(rows, ids) is plain.cached.propose(rows, ids) is None
+    assert not any(CHOOSER in node.meta for node in plain.lowered.nodes)
+
+
+def test_what_is_not_finite_is_refused_as_before(compiled: Compiled) -> None:
+    broken = copy.deepcopy(compiled)
+    head = next(n for n in broken.module.graph.nodes if n.op == "output").args[0]
+    broken.module.get_buffer(head.args[1].target)[5, 0] = math.nan
+    with pytest.raises(ModelError, match="step 0: the logits of 4 of 4 positions are not finite, .* come out of"):
+        LLaDASampler(gen_length=4, steps=2).run(broken, torch.zeros(1, 4, dtype=torch.int64), broken.spec)
