@@ -17,6 +17,7 @@ from dlqc.backends import fusion
 from dlqc.backends.fusion import Call, Found, Joint
 from dlqc.graph import (
     CHOOSER,
+    CODER,
     LINEAR,
     RMS_NORM,
     SDPA,
@@ -29,10 +30,10 @@ from dlqc.graph import (
     stands_for,
     sweep,
 )
-from dlqc.kernels.cpu import attention, build, head
+from dlqc.kernels.cpu import attention, build, cache, head
 from dlqc.kernels.cpu.fused8 import FUSED8, KINDS, LANES, rms_norm
 from dlqc.kernels.cpu.linear8 import linear8
-from dlqc.ops import ROPE
+from dlqc.ops import CACHED, ROPE
 from dlqc.weights import Weights
 
 stands_for(attention.attention, SDPA)
@@ -58,7 +59,7 @@ def fuse(graph: fx.Graph, weights: Weights) -> dict[str, int]:
 
     What becomes a native op of its own is counted as "native_...".
     """
-    counts = _attentions(graph) | _head(graph) | fusion.fuse(graph, weights, LINEAR8)
+    counts = _attentions(graph) | _head(graph) | _caches(graph) | fusion.fuse(graph, weights, LINEAR8)
     _norms(graph, weights, counts)
     sweep(graph, weights)
     return counts
@@ -74,6 +75,16 @@ def _head(graph: fx.Graph) -> dict[str, int]:
         return {}
     node.meta[CHOOSER] = head.head_argmax
     return {"native_head": 1}
+
+
+def _caches(graph: fx.Graph) -> dict[str, int]:
+    """Leave the coder at every mark of keys or values that are stored in few bits."""
+    marks = [n for n in graph.nodes if is_call(n, CACHED) and n.meta["val"].dtype in build.TYPES]
+    if not marks or cache.unavailable() is not None:
+        return {}
+    for node in marks:
+        node.meta[CODER] = cache.CODER
+    return {"native_cache": len(marks)}
 
 
 def _norms(graph: fx.Graph, weights: Weights, counts: dict[str, int]) -> None:

@@ -37,8 +37,8 @@ from dlqc.diffusion.masking import generator
 from dlqc.diffusion.spec import DiffusionSpec
 from dlqc.errors import FeasibilityError
 from dlqc.execute import mask_buckets, placeholder
-from dlqc.graph import SDPA, arg, args_of, aten, is_call
-from dlqc.kv_cache import KeyValueCache, Stored, correction, decode, exchange
+from dlqc.graph import CODER, SDPA, arg, args_of, aten, is_call
+from dlqc.kv_cache import Coder, KeyValueCache, Stored, correction, decode, exchange
 from dlqc.ops import CACHED, MASK_BUCKET, ROPE
 from dlqc.proposal import Proposals, Proposing
 from dlqc.tables import Tables
@@ -102,7 +102,8 @@ class CachedModel:
                 value = source.meta["val"]
                 size = (batch, int(value.shape[1]), length, int(value.shape[3]))
                 if is_call(source, CACHED) and not plain:
-                    pair.append(Stored(decode(args_of(source)[2]), size, value.dtype, device))
+                    fmt, coder = decode(args_of(source)[2]), source.meta.get(CODER, Coder())
+                    pair.append(Stored(fmt, size, value.dtype, device, coder=coder))
                 else:
                     pair.append(torch.zeros(size, dtype=value.dtype, device=device))
             made.append(pair)

@@ -69,6 +69,8 @@ def stands_for(op: object, original: object) -> None:
 #: Where a backend leaves, in the `meta` of the head's linear, the op that gives token and confidence of its rows without their
 #: logits: op(x [M, K], *the linear's constants, excluded token) → int64 [M], float64 [M]. See `dlqc.proposal`.
 CHOOSER = "chooser"
+#: Likewise at a mark of `quantize_kv`, the `dlqc.kv_cache.Coder` that a cache made from it works with.
+CODER = "coder"
 
 
 def is_call(node: object, *targets: object) -> TypeGuard[fx.Node]:

@@ -28,7 +28,7 @@ Shapes: B batch, H key heads, S positions of a window, L all positions, D width 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -188,6 +188,59 @@ class Bins:
         return self.codes.nbytes + self.steps.nbytes + self.centers.nbytes
 
 
+def quantize(
+    numbers: Tensor, centers: Tensor | None, bits: int, group: int, keys: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, steps and centers (see `Bins`) of numbers [B, H, S, D].
+
+    Args:
+        centers: float16 [B·H·D, 1] of keys; None: each group has its middle.
+        group: tokens that share a step of a key; values have one group a row.
+    """
+    wide = _wide(numbers)
+    if not keys:
+        found = Bins.of(wide.flatten(0, 2), 1, bits)
+    else:
+        rows, group = wide.transpose(2, 3).flatten(0, 2), min(group, numbers.shape[2])
+        # A last group that is not full repeats its last token, which changes no range.
+        lacking = -rows.shape[1] % group
+        rows = torch.cat([rows, rows[:, -1:].expand(-1, lacking)], dim=1) if lacking else rows
+        found = Bins.of(rows, rows.shape[1] // group, bits, centers)
+    return found.codes, found.steps, found.centers
+
+
+def dequantize(
+    codes: Tensor,
+    steps: Tensor,
+    centers: Tensor,
+    heads: int,
+    length: int,
+    width: int,
+    bits: int,
+    group: int,
+    keys: bool,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The numbers [B, heads, length, width] that the results of `quantize` stand for."""
+    count = steps.shape[1] * min(group, length) if keys else width
+    rows = Bins(codes, count, bits, steps, centers).numbers(dtype)
+    if not keys:
+        return rows.reshape(-1, heads, length, width)
+    return rows.reshape(-1, heads, width, count)[..., :length].transpose(2, 3)
+
+
+def _wide(numbers: Tensor) -> Tensor:
+    return numbers if numbers.dtype is torch.float64 else numbers.float()
+
+
+@dataclass(frozen=True)
+class Coder:
+    """How numbers become codes and numbers again: `quantize` and `dequantize` of this module, or what computes the same bits."""
+
+    quantize: Callable[[Tensor, Tensor | None, int, int, bool], tuple[Tensor, Tensor, Tensor]] = quantize
+    dequantize: Callable[..., Tensor] = dequantize
+
+
 @dataclass(frozen=True)
 class Segment:
     """What one write stored of positions [start, stop).
@@ -210,6 +263,7 @@ class Stored:
     Attributes:
         kind: "keys" or "values", as the format says. size: (B, H, L, D). dtype: of the numbers that come in and go out.
         first_masked: positions from here on were [MASK] at the write that is under way.
+        coder: of numbers in float32 and bfloat16; float64 has its own.
     """
 
     format: Format
@@ -218,6 +272,7 @@ class Stored:
     device: torch.device
     first_masked: int = 0
     segments: list[Segment] = field(default_factory=list)
+    coder: Coder = Coder()
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -246,16 +301,16 @@ class Stored:
     def _segment(self, start: int, stop: int, part: Tensor, bits: int) -> Segment:
         if bits == PLAIN:
             return Segment(start, stop, part.clone())
-        wide = part if part.dtype is torch.float64 else part.float()
-        if isinstance(self.format, ValueFormat):
-            return Segment(start, stop, Bins.of(wide.flatten(0, 2), 1, bits))
-        group = min(self.format.group_size, stop - start)
-        rows = wide.transpose(2, 3).flatten(0, 2)
-        centers = rows.mean(dim=1, keepdim=True).to(torch.float16) if self.format.symmetric else None
-        # A last group that is not full repeats its last token, which changes no range.
-        lacking = -rows.shape[1] % group
-        rows = torch.cat([rows, rows[:, -1:].expand(-1, lacking)], dim=1) if lacking else rows
-        return Segment(start, stop, Bins.of(rows, rows.shape[1] // group, bits, centers), group)
+        keys, group, centers = self.kind == "keys", 1, None
+        if isinstance(self.format, KeyFormat):
+            group = min(self.format.group_size, stop - start)
+            if self.format.symmetric:
+                channels = _wide(part).transpose(2, 3).flatten(0, 2)
+                centers = channels.mean(dim=1, keepdim=True).to(torch.float16)
+        quantize_ = quantize if part.dtype is torch.float64 else self.coder.quantize
+        codes, steps, centers = quantize_(part, centers, bits, group, keys)
+        count = steps.shape[1] * group if keys else part.shape[3]
+        return Segment(start, stop, Bins(codes, count, bits, steps, centers), group)
 
     def read(self, total: int, offset: Tensor | None = None) -> Tensor:
         """The first `total` positions as they are stored, [B, H, total, D]; 0 where nothing was written."""
@@ -276,12 +331,12 @@ class Stored:
     def _numbers(self, segment: Segment) -> Tensor:
         if isinstance(segment.held, Tensor):
             return segment.held
-        batch, heads, _, width = self.size
-        wide = torch.float64 if self.dtype is torch.float64 else torch.float32
-        rows = segment.held.numbers(wide)
-        if self.kind == "values":
-            return rows.reshape(batch, heads, -1, width)
-        return rows.reshape(batch, heads, width, -1)[..., : segment.stop - segment.start].transpose(2, 3)
+        (_, heads, _, width), held = self.size, segment.held
+        length, keys = segment.stop - segment.start, self.kind == "keys"
+        sizes = (heads, length, width, held.bits, segment.group, keys)
+        if self.dtype is torch.float64:
+            return dequantize(held.codes, held.steps, held.centers, *sizes, dtype=torch.float64)
+        return self.coder.dequantize(held.codes, held.steps, held.centers, *sizes)
 
     def squared_steps(self, total: int, fresh: slice) -> Tensor:
         """s² of each key and channel as an attention reads it, [B, H, total, D]; 0 at positions that are not rounded."""
