@@ -7,7 +7,8 @@
 Shapes:  numbers [B, H, S, D]; a row is a channel of a head (keys: [B·H·D, S]) or a token of a head (values: [B·H·S, D]);
          codes uint8 [R, 4·⌈N·bits/32⌉], N the row's length in whole groups; steps float16 [R, G]; centers float16 [R, 1 or G].
 Dtypes:  numbers in float32 or bfloat16, float32 in between; codes, steps, centers and what they stand for are those of
-         `kv_cache.quantize` and `kv_cache.dequantize` to the last bit. Means of channels are given: the order of their sums is torch's.
+         `kv_cache.quantize` and `kv_cache.dequantize` to the last bit. Means of channels are given: the order of such
+         a sum is torch's.
 Requires: 2, 3, 4 or 8 bits; groups of tokens that 32 divides, or one group. All else takes the definition.
 
 Nothing checks here that scales fit float16: where they do not, or numbers are no numbers, scales are not finite. `CODER`, which

@@ -19,6 +19,7 @@ import dlqc
 from dlqc.compiled import Compiled
 from dlqc.diffusion.denoising import Sampler, Step
 from dlqc.diffusion.network import Network
+from dlqc.diffusion.sampler_block import BlockDiffusionSampler
 from dlqc.diffusion.sampler_fast_dllm import FastDLLMSampler
 from dlqc.diffusion.sampler_llada import LLaDASampler
 from dlqc.errors import ContractError, ModelError
@@ -252,8 +253,13 @@ class Spy:
         FastDLLMSampler(gen_length=12, block_length=6, cache="none", threshold=0.5),
         FastDLLMSampler(gen_length=12, block_length=6, cache="prefix", factor=1.0),
         FastDLLMSampler(gen_length=12, block_length=6, cache="dual", threshold=0.5, refresh=2),
+        BlockDiffusionSampler(gen_length=12, block_length=4, threshold=0.5),
+        BlockDiffusionSampler(gen_length=12, block_length=4, strategy="sequential", cache=False),
+        BlockDiffusionSampler(
+            gen_length=12, block_length=4, strategy="joint_threshold", threshold=0.1, edit_threshold=0.0
+        ),
     ],
-    ids=["llada", "none", "prefix", "dual"],
+    ids=["llada", "none", "prefix", "dual", "blocks", "blocks without a cache", "edits"],
 )
 def test_samplers_do_without_logits(
     compiled: Compiled, sampler: Sampler, shift: bool, monkeypatch: pytest.MonkeyPatch
@@ -263,6 +269,8 @@ def test_samplers_do_without_logits(
     if shift:
         model = copy.deepcopy(compiled)
         model.spec = spec
+    # Neither way knows what the model's attention is: what holds of blocks has to hold here.
+    monkeypatch.setattr(BlockDiffusionSampler, "_refuse", lambda *_: None)
     g = torch.Generator().manual_seed(3)
     prompts = [torch.randint(0, 100, (n,), generator=g) for n in (9, 4)]
     runs: list[tuple[Any, list[Step]]] = []
@@ -275,6 +283,7 @@ def test_samplers_do_without_logits(
     (found, steps), (expected, others) = runs
     assert torch.equal(found.ids, expected.ids)
     assert torch.equal(found.committed_at, expected.committed_at)
+    assert torch.equal(found.edits, expected.edits)
     assert (found.nfe, found.computed, found.cache_bytes) == (expected.nfe, expected.computed, expected.cache_bytes)
     for step, other in zip(steps, others, strict=True):
         torch.testing.assert_close(step.confidence, other.confidence, rtol=1e-4, atol=1e-12)
@@ -282,11 +291,25 @@ def test_samplers_do_without_logits(
 
 def test_rules_that_read_more_get_logits(compiled: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = torch.zeros(1, 4, dtype=torch.int64)
-    for options in ({"temperature": 0.5}, {"remasking": "random"}, {"cfg_scale": 0.5}):
-        with monkeypatch.context() as patch:
-            spy = Spy(patch, True)
-            LLaDASampler(gen_length=4, steps=2, **options).run(compiled, prompt, compiled.spec)  # type: ignore[arg-type]
-        assert spy.answered == 0
+    monkeypatch.setattr(BlockDiffusionSampler, "_refuse", lambda *_: None)
+    samplers: list[Sampler] = [
+        *(LLaDASampler(gen_length=4, steps=2, **{name: 0.5}) for name in ("temperature", "cfg_scale")),
+        *(
+            kind(gen_length=4, block_length=4, **options)
+            for kind, options in (
+                (LLaDASampler, {"remasking": "random"}),
+                (FastDLLMSampler, {"temperature": 0.5}),
+                (BlockDiffusionSampler, {"strategy": "entropy_bounded"}),
+                (BlockDiffusionSampler, {"top_p": 0.9}),
+                (BlockDiffusionSampler, {"top_k": 5}),
+                (BlockDiffusionSampler, {"temperature": 0.5}),
+            )
+        ),
+    ]
+    spy = Spy(monkeypatch, True)
+    for sampler in samplers:
+        sampler.run(compiled, prompt, compiled.spec)
+    assert spy.answered == 0
 
 
 def test_where_it_comes_from(compiled: Compiled, tmp_path: Path) -> None:
