@@ -86,12 +86,6 @@ def test_the_bits_of_the_definition(
     y = dequantize_cache(*found, *sizes)
     assert y.shape == x.shape
     assert torch.equal(y, kv_cache.dequantize(*expected, *sizes))
-    # And what the module promises: half a step.
-    size = min(group, length)
-    steps = found[1].float().reshape(batch, heads, -1, found[1].shape[1])
-    wide = steps.repeat_interleave(size, 3)[..., :length].transpose(2, 3) if keys else steps
-    slack = 2.0**-22 * (x.float().abs() + y.abs())
-    assert bool(((x.float() - y).abs() <= wide / 2 + slack).all())
 
 
 @pytest.mark.usefixtures("isa")
@@ -100,6 +94,14 @@ def test_every_scale_of_float16() -> None:
     sizes = torch.logspace(-10, 4.6, 4001).repeat(4, 1) * torch.tensor([[1.0], [-1.0], [3.0], [0.999]])
     ends = torch.stack([sizes * 0, sizes, sizes * 0.3]).flatten(1)[None, None]  # one channel each, three tokens
     found, expected = quantize_cache(ends, None, 2, 32, True), kv_cache.quantize(ends, None, 2, 32, True)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    # Steps that fall between two numbers of float16, but for the last bits: there a product that is not rounded shows.
+    places = torch.arange(0x7800, dtype=torch.int16).view(torch.float16).float()
+    between = (places[1:] + places[:-1]) / 2
+    ends = 2 * (between - 2**-24).clamp(min=0) / (1 + 2**-10)
+    near = torch.cat([(ends.view(torch.int32) + i).clamp(min=0).view(torch.float32) for i in range(-2, 3)])
+    x, zero = near[None, None, None], torch.zeros(near.shape[0], 1, dtype=torch.float16)
+    found, expected = quantize_cache(x, zero, 2, 32, True), kv_cache.quantize(x, zero, 2, 32, True)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     given = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.float16)
     given = given[torch.isfinite(given)][:, None]
@@ -128,6 +130,15 @@ def test_scales_that_do_not_fit_are_refused(fmt: kv_cache.Format, bad: float) ->
         said.append(str(error.value))
         assert not store.segments
     assert said[0] == said[1]
+
+
+def test_a_number_that_is_none_makes_its_scale_none() -> None:
+    """Whatever the center that is given, and wherever in the group it stands."""
+    for at in (0, 7, 31, 32):
+        x = torch.zeros(1, 1, 40, 3)
+        x[0, 0, at, 1] = math.nan
+        _, steps, _ = quantize_cache(x, torch.zeros(3, 1, dtype=torch.float16), 4, 32, True)
+        assert steps.isnan().tolist() == [[False] * 2, [at < 32, at >= 32], [False] * 2]
 
 
 def test_what_is_not_stored_is_refused() -> None:
