@@ -9,6 +9,7 @@ import torch
 from guarded import at_the_end
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from small_llada import small_llada
 
 import dlqc
 from dlqc import kv_cache
@@ -176,8 +177,8 @@ def test_nothing_is_read_or_written_outside() -> None:
 
 def test_the_runtime_works_with_it() -> None:
     """A cache made from a lowered graph has the native coder, and holds what the definition would hold."""
-    recipe = "quantize_weights(bits=8, method=rtn), quantize_kv(keys=3, values=2), pack, lower"
-    compiled = dlqc.compile(dlqc.load_model("tiny-llada"), recipe, backend="cpu", progress=False)
+    recipe = "quantize_weights(bits=8, method=rtn), quantize_kv(keys=3, values=4), pack, lower"
+    compiled = dlqc.compile(small_llada(101), recipe, backend="cpu", progress=False)
     marks = [n for n in compiled.lowered.nodes if n.op == "call_function" and n.target is CACHED]
     assert marks
     assert all(n.meta[CODER] is NATIVE for n in marks)

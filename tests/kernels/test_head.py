@@ -14,6 +14,7 @@ import torch
 from guarded import at_the_end
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from small_llada import small_llada
 
 import dlqc
 from dlqc.compiled import Compiled
@@ -227,7 +228,7 @@ def test_nothing_is_read_or_written_outside() -> None:
 
 @pytest.fixture(scope="module")
 def compiled() -> Compiled:
-    return dlqc.compile(dlqc.load_model("tiny-llada"), "w8a8-rtn", backend="cpu", progress=False)
+    return dlqc.compile(small_llada(101), "w8a8-rtn", backend="cpu", progress=False)
 
 
 class Spy:
