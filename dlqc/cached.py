@@ -26,7 +26,7 @@ Shapes: B batch, L all positions, S positions of the window, H key heads, D widt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,11 +41,9 @@ from dlqc.graph import CODER, SDPA, arg, args_of, aten, is_call
 from dlqc.kv_cache import Coder, KeyValueCache, Stored, correction, decode, exchange
 from dlqc.ops import CACHED, MASK_BUCKET, ROPE
 from dlqc.proposal import Proposals, Proposing
+from dlqc.same_rows import Recorder, check_same
 from dlqc.tables import Tables
 
-#: Deviation (root mean square, relative) up to which a node of the step counts as that of the full forward. Rounding differs
-#: with the number of rows; where activations are quantized, a different rounding moves whole codes.
-_SAME, _SAME_QUANTIZED = 1e-3, 5e-2
 _REMEDY = "Decode without a cache: cache='none'"
 
 
@@ -458,20 +456,6 @@ def _value(run: fx.Interpreter, wanted: fx.Node, ids: Tensor) -> Tensor:
     return found
 
 
-class _Recorder(fx.Interpreter):
-    """Runs a module and keeps the value of every tensor, by the name of its node in the full graph."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.values: dict[str, Tensor] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if isinstance(value, Tensor) and n.op == "call_function":
-            self.values[n.meta.get("full", n.name)] = value
-        return value
-
-
 def _compare(model: CachedModel) -> None:
     """Refuse a graph in which a node of the step differs from that of the full forward on the same tokens."""
     length = min(12, model.spec.max_length)
@@ -481,38 +465,10 @@ def _compare(model: CachedModel) -> None:
     cache = model.new_cache(2, length, plain=True)
     model.step(ids, 0, cache)
     pairs = [tensor for pair in zip(cache.keys, cache.values, strict=True) for tensor in pair]
-    full, step = _Recorder(model.module), _Recorder(model._step)
+    full, step = Recorder(model.module), Recorder(model._step)
     with torch.no_grad():
         full.run(ids)
         ratio, held = (ids == model.spec.mask_id).double().mean(1), model._tables(length)
         step.run(ids[:, start:stop], start, length, *model._told(ratio), *pairs, *held)
-    quantized = any("act" in str(node.target) or "int8" in str(node.target) for node in model.module.graph.nodes)
-    for node, expected, found in _both(model.module.graph, full.values, step.values):
-        expected = expected.narrow(_position_dim(node), start, stop - start).double()
-        scale = expected.square().mean().sqrt().clamp_min(1e-30)
-        if not bool(torch.isfinite(scale)):
-            return  # the model itself fails; samplers say where
-        deviation = float((found.double() - expected).square().mean().sqrt() / scale)
-        if not deviation <= (_SAME_QUANTIZED if quantized else _SAME):
-            raise FeasibilityError(
-                f"{node.target} gives other values for a window than for all positions (by {deviation:.2g})",
-                where=node.name,
-                remedy=_REMEDY,
-            )
-
-
-def _both(
-    graph: fx.Graph, full: dict[str, Tensor], step: dict[str, Tensor]
-) -> Iterator[tuple[fx.Node, Tensor, Tensor]]:
-    tokens = reads_tokens(graph, placeholder(graph))
-    for node in graph.nodes:
-        if node in tokens and node.name in full and node.name in step and full[node.name].is_floating_point():
-            if _position_dim(node) >= 0:
-                yield node, full[node.name], step[node.name]
-
-
-def _position_dim(node: fx.Node) -> int:
-    """The dimension whose size is the length, or -1 (where batch and length are one dimension)."""
-    length = placeholder(node.graph).meta["val"].shape[1]
-    sizes = node.meta["val"].shape
-    return next((i for i, s in enumerate(sizes) if isinstance(s, torch.SymInt) and s.node.expr == length.node.expr), -1)
+    tokens = reads_tokens(model.module.graph, placeholder(model.module.graph))
+    check_same(model.module.graph, tokens, full.values, step.values, slice(start, stop), _REMEDY)

@@ -20,10 +20,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dlqc import kv_cache
 from dlqc.errors import ContractError
 from dlqc.kernels.cpu import build
 from dlqc.kernels.cpu.native_op import native_op, register_fake
+from dlqc.kv_cache import WIDTHS, WORD, Coder, dequantize, quantize
 
 
 @native_op
@@ -41,7 +41,7 @@ def quantize_cache(
     """
     _rows(numbers.shape, bits, group, keys)
     given = None if centers is None else centers.clone()  # what an op gives is its own
-    return kv_cache.quantize(numbers, given, bits, group, keys)
+    return quantize(numbers, given, bits, group, keys)
 
 
 def _fake_quantize(
@@ -67,7 +67,7 @@ def dequantize_cache(
 ) -> Tensor:
     """Numbers float32 [B, `heads`, `length`, `width`]; the other arguments are those of `quantize_cache`, and what it gives."""
     _rows((1, heads, length, width), bits, group, keys)
-    return kv_cache.dequantize(codes, steps, centers, heads, length, width, bits, group, keys)
+    return dequantize(codes, steps, centers, heads, length, width, bits, group, keys)
 
 
 def _fake_dequantize(
@@ -89,8 +89,8 @@ def _rows(shape: tuple[int, ...], bits: int, group: int, keys: bool) -> tuple[in
     """Rows, the length of a row in whole groups, and groups."""
     batch, heads, length, width = shape
     size = min(group, length) if keys else width
-    if bits not in kv_cache.WIDTHS or size < 1 or (keys and size % kv_cache.WORD and size < length):
-        remedy = f"Use {', '.join(map(str, kv_cache.WIDTHS))} bits and groups that {kv_cache.WORD} divides"
+    if bits not in WIDTHS or size < 1 or (keys and size % WORD and size < length):
+        remedy = f"Use {', '.join(map(str, WIDTHS))} bits and groups that {WORD} divides"
         raise ContractError(f"{bits} bits in groups of {group} tokens are not stored", where="cache", remedy=remedy)
     rows, numbers = (width, length) if keys else (length, width)
     groups = -(-numbers // size)
@@ -106,11 +106,11 @@ def _quantize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     codes, steps, middles = quantize_cache(numbers, centers, bits, group, keys)
     if not bool((torch.isfinite(steps) & torch.isfinite(middles)).all()):
-        return kv_cache.quantize(numbers, centers, bits, group, keys)  # refuses them
+        return quantize(numbers, centers, bits, group, keys)  # refuses them
     return codes, steps, middles
 
 
-CODER = kv_cache.Coder(_quantize, dequantize_cache)
+CODER = Coder(_quantize, dequantize_cache)
 
 
 def unavailable() -> str | None:

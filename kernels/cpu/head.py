@@ -29,7 +29,7 @@ from dlqc.kernels.cpu.native_op import native_op, register_fake
 from dlqc.kernels.reference.layout import rows
 
 #: Logits that the definition has in memory at a time.
-PIECE = 1 << 20
+PIECE = 1 << 18
 
 
 @native_op
