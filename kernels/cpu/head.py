@@ -50,22 +50,21 @@ def head_argmax(x: Tensor, weight: Tensor, bias: Tensor | None = None, excluded:
     flat = rows(x, weight.shape[1])
     wide = torch.float64 if torch.float64 in (x.dtype, weight.dtype) else torch.float32
     flat, count = flat.to(wide), max(1, PIECE // max(1, *flat.shape))
-    found = []
+    # What is found is kept in place: small tensors made anew among the large ones would break up the memory that these leave.
+    best, total = (torch.full((flat.shape[0],), -torch.inf, dtype=torch.float64, device=x.device) for _ in range(2))
+    token = torch.zeros_like(best, dtype=torch.int64)
     for start in range(0, weight.shape[0], count):
-        stop = start + count
-        logits = F.linear(
-            flat, weight[start:stop].to(wide), None if bias is None else bias[start:stop].to(wide)
-        ).double()
-        total = logits.logsumexp(-1)
-        if start <= excluded < stop:
+        piece = slice(start, start + count)
+        logits = F.linear(flat, weight[piece].to(wide), None if bias is None else bias[piece].to(wide)).double()
+        total.copy_(torch.logaddexp(total, logits.logsumexp(-1)))
+        if start <= excluded < start + count:
             logits[:, excluded - start] = -torch.inf
-        best, token = logits.max(-1)
-        found.append((best, token + start, total))
-    bests, tokens, totals = (torch.stack(parts) for parts in zip(*found, strict=True))
-    best, piece = bests.max(0)
-    total = totals.logsumexp(0)
+        most, which = logits.max(-1)
+        better = (most > best) | (most.isnan() & ~best.isnan())
+        best.copy_(torch.where(better, most, best))
+        token.copy_(torch.where(better, which + start, token))
     confidence = (best - total).exp().masked_fill(total.isposinf(), torch.nan)
-    return tokens.gather(0, piece[None])[0].reshape(x.shape[:-1]), confidence.reshape(x.shape[:-1])
+    return token.reshape(x.shape[:-1]), confidence.reshape(x.shape[:-1])
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None = None, excluded: int = -1) -> tuple[Tensor, Tensor]:
