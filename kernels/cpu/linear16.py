@@ -5,7 +5,8 @@
 Shapes:  x [..., K], codes uint8 [panels, 192·⌈K/32⌉·bits], scales [panels, G, 48], zeros uint8 [panels, G, 48] or None,
          bias float32 [N] or None → [..., N]; a panel is 48 output features.
 Dtypes:  everything is float32, whatever x is; then the dtype of x. Activations that the site quantizes are replaced by the
-         values that their codes stand for.
+         values that their codes stand for. Where the processor multiplies bfloat16 (AVX512-BF16) and x is that, it meets the
+         integers as they are: exact products, float32 sums, then the scales (csrc/halves16.h). No weight is rounded.
 Layout:  that of `linear8` (csrc/weights.h).
 Requires: groups of the weight that 32 divides; a C++ compiler (or a library in the cache), and `selfcheck.native`.
 """

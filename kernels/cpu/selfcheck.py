@@ -102,7 +102,11 @@ def native(name: str, options: tuple[str, ...]) -> str | None:
                 x[1::3, ::2] = -127
                 x[2::3, 1:] = _ramp(k - 1, 127).float()
                 y = op(x, *tensors, k, n, bits, group, *acts)
-                if not torch.equal(y.double(), x.double() @ weight.T):
+                expected = x.double() @ weight.T
+                if not torch.equal(y.double(), expected):
+                    return False
+                y = op(x.to(torch.bfloat16), *tensors, k, n, bits, group, *acts)
+                if not torch.equal(y, expected.to(torch.bfloat16)):
                     return False
         return True
 

@@ -92,7 +92,7 @@ int main() {
             Weight w{n, k, group, codes.data(), scales.data(), zeros.data(), bias.data(), bits, 0, kind, table.data(),
                      rows.data(), columns.data(), first.data()};
             if (!run<float>(w, 0, m, s[3])) return 1;
-            w.scales = halves.data(), w.half_scales = 1, w.zeros = nullptr, w.bias = nullptr;
+            w.scales = halves.data(), w.half_scales = 1, w.zeros = m % 2 ? zeros.data() : nullptr, w.bias = nullptr;
             if (!run<uint16_t>(w, 1, m, 0)) return 1;
         }
     }
