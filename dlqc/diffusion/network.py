@@ -120,6 +120,12 @@ class Network:
         tokens[wanted], certainty[wanted] = found
         return tokens, certainty
 
+    def store(self, canvas: Tensor, start: int, stop: int, *, total: int | None = None) -> None:
+        """A window whose logits nobody reads, for its keys and values."""
+        nothing = torch.zeros_like(canvas[:, start:stop], dtype=torch.bool)
+        if self.propose(canvas, nothing, start, stop, window=(start, stop), total=total) is None:
+            self.window(canvas, start, stop, total=total)
+
     def _proposals(
         self, rows: Tensor, canvas: Tensor, first: int, last: int, cached: bool, total: int | None
     ) -> Proposals | None:

@@ -135,7 +135,7 @@ class BlockDiffusionSampler(Sampler):
         joint, first = self.strategy == "joint_threshold", prompt // size * size
         going = torch.ones_like(canvas[:, 0], dtype=torch.bool)
         if self.cache and first:
-            net.window(canvas, 0, first, total=first)
+            net.store(canvas, 0, first, total=first)
             books.charge(going)
         most = size + self.max_edit_steps + 1 if joint else size
         total = most * ((length - first) // size)
@@ -180,7 +180,7 @@ class BlockDiffusionSampler(Sampler):
             if not bool(going.any()):
                 break
             if self.cache and not joint and stop < length:
-                net.window(canvas, start, stop, total=stop)
+                net.store(canvas, start, stop, total=stop)
                 books.charge(going)
         return books.close(canvas[:, : prompt + self.gen_length], prompt, net)
 
