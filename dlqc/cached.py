@@ -118,12 +118,7 @@ class CachedModel:
             mask_ratio: float64 [B], which the window does not tell, where the graph goes by it; None: as if the window were all.
         """
         total = cache.length if total is None else total
-        if not 0 <= start < start + ids.shape[1] <= total <= cache.length:
-            raise FeasibilityError(
-                f"positions {start} to {start + ids.shape[1]} of {total}, the cache holds {cache.length}",
-                where="window",
-                remedy="Keep start + S <= total <= the length of the cache",
-            )
+        self.check_window(ids, start, total, cache)
         masked = ids == self.spec.mask_id
         cache.begin(masked if visible is None else masked & visible[:, start : start + ids.shape[1]], start)
         pairs = [part for pair in zip(cache.keys, cache.values, strict=True) for part in pair]
@@ -138,6 +133,15 @@ class CachedModel:
             self._padded = fx.GraphModule(self.module, graph, class_name="PaddedStep")
         padded: Tensor = self._padded(ids, start, total, *told, visible, *pairs)
         return padded
+
+    def check_window(self, ids: Tensor, start: int, total: int, cache: KeyValueCache) -> None:
+        """Refuse a window that the cache has no room for."""
+        if not 0 <= start < start + ids.shape[1] <= total <= cache.length:
+            raise FeasibilityError(
+                f"positions {start} to {start + ids.shape[1]} of {total}, the cache holds {cache.length}",
+                where="window",
+                remedy="Keep start + S <= total <= the length of the cache",
+            )
 
     def padded(self, ids: Tensor, visible: Tensor, mask_ratio: Tensor | None = None) -> Tensor:
         """The full forward [B, L] -> [B, L, V] for rows that are padded on the left (`visible` False)."""
