@@ -230,14 +230,7 @@ class CapturedSteps(CachedModel):
 
     @torch.no_grad()
     def step(
-        self,
-        ids: Tensor,
-        start: int,
-        cache: KeyValueCache,
-        *,
-        total: int | None = None,
-        visible: Tensor | None = None,
-        mask_ratio: Tensor | None = None,
+        self, ids: Tensor, start: int, cache: KeyValueCache, *, total: int | None = None, **told: Tensor | None
     ) -> Tensor:
         """As of `CachedModel`, by replay."""
         end = cache.length if total is None else total
@@ -249,9 +242,9 @@ class CapturedSteps(CachedModel):
 
         places = (part.data_ptr() for part in _tensors(own))
         key = (*ids.shape, start, end, *places)
-        ratio = mask_ratio if self.counts_masks else None
+        told["mask_ratio"] = told.get("mask_ratio") if self.counts_masks else None
         # Tables are made for a total and forgotten when others are asked for; a graph goes on reading those of its recording.
-        return self.replays(key, len(ids), work, lambda: self._tables(end), ids=ids, visible=visible, mask_ratio=ratio)
+        return self.replays(key, len(ids), work, lambda: self._tables(end), ids=ids, **told)
 
 
 def _tensors(cache: KeyValueCache) -> list[Tensor]:

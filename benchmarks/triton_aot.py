@@ -66,8 +66,8 @@ PRODUCT = {
 INTEGER = re.compile(r"\b(LOP3|SHF|SHL|SHR|PRMT|IADD3|IADD|IMAD|LEA|BFE|SGXT|I2F\w*|I2I\w*|VABSDIFF)\b")
 #: What keeps up with the memory of an H200, for each weight: instructions and integer instructions, 29.6 and 14.8 · 10¹² a second
 #: over 4.3 · 10¹² bytes a second. With 8, 4, 3, 2 and 1 bits 6.9, 3.55, 2.7, 1.8 and 0.97 instructions, half as many of integers.
-#: These are the most that the loop may take on sm_90 with up to 64 tokens a tile: above what the memory allows at 3 bits and
-#: fewer, where numbers are made two at a time (a shift for several, a mask, a multiply-add) and each product has to be set up.
+#: These are the most that the loop may take on sm_90 with up to 64 tokens a tile (sign planes: 32): above what the memory allows at
+#: 3 bits and fewer, where numbers are made two at a time (a shift for several, a mask, a multiply-add) and each product is set up.
 LIMITS = {
     "w1a16 g128": (2.7, 0.9), "w2a16 g128": (3.0, 0.97), "w3a16 g128": (3.4, 1.2),
     "w4a16 channel": (3.55, 1.2), "w4a16 g128": (3.55, 1.2), "w8a16 channel": (6.9, 3.4), "w8a8 channel": (1.6, 0.9),
@@ -408,7 +408,9 @@ def faults(job: Job, found: dict[str, Any]) -> list[str]:
     count = found.get("per_weight")
     # Where all turns are unrolled, what stands before and behind the loop would be counted with it.
     own = job.constants
-    exempt = not count or count["unrolled"] or own["ZEROS"] or own.get("CODE") or not own["ASM"] or own["BM"] > 64
+    exempt = not count or count["unrolled"] or own["ZEROS"] or own.get("CODE") or not own["ASM"]
+    # Many tokens wait for the tensor cores and not for the weight; two planes do from 28 on.
+    exempt = exempt or own["BM"] > (32 if own["BITS"] == 1 else 64)
     if limit and found["target"] == "sm_90" and not exempt:
         for what, most in zip(("instructions", "integer"), limit, strict=True):
             if count[what] > most or not count[what]:

@@ -109,7 +109,9 @@ def rule(shape: Shape, size: int, device: Device = H200) -> Config:
     if size >= PERSISTENT and tiled(shape, device):
         return Config(bn=256, bm=128, warps=8, stages=min(4, _stages(device)), persistent=True)
     block = block_of(shape.bits, run_of(shape.bits, shape.k, shape.group)) if wide else 128
-    large = 128 if block < 512 else 64  # tokens of a long block would fill the shared memory
+    entries = shape.kernel == "coded" and shape.bits < 8
+    # Tokens of a long block would fill the shared memory, and entries of tables the registers of single warps.
+    large = 64 if block >= 512 or (entries and not device.warpgroups) else 128
     bm = min(size, large)
     bn = 64 if size < 64 else large
     programs = padded(shape.n) // bn * -(-size // bm)

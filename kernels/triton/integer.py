@@ -1,4 +1,4 @@
-"""Low-bit weights by 8-bit activations with exact integer sums: W8A8 and W4A8 (device/integer.py).
+"""Low-bit weights by 8-bit activations with exact integer sums: W8A8 and W4A8 (device/integer.py, persistent.py).
 
     y = (Σ_k (code - zero) · q) · s_w · s_x + x_o · W_oᵀ + b + r,    q, s_x = codes and scales of x, one scale per token
 
@@ -11,7 +11,8 @@ Shapes:  x [..., K]; words as of `packing.arrange_integers`; scales [G, N'], zer
          x_o = whole[..., columns], whole [..., K'], columns int32 [O], outliers [O, N'] as of `packing.outliers` → [..., N].
 Dtypes:  codes of x are those of `ActFormat.quantize_dynamic`. Sums over K (over 128 features where the weight has groups) are
          int32 and exact; scales, zero points of groups, and the bias are applied in float32; then the dtype of x.
-Layout:  4-bit codes stay in 4 bits; one packed copy for every number of tokens.
+Layout:  4-bit codes stay in 4 bits; one packed copy for every number of tokens. On Hopper and later many tokens by int8 weights
+         are left to programs that stay and copies by descriptor (`Config.persistent`), with the same bits.
 Order:   as of `weight_only`: the same bits in every run, and in every batch of a bucket.
 Requires: one symmetric scale per token; 4- or 8-bit weights with one scale per channel or groups that 128 divides; sums that fit.
 
