@@ -209,7 +209,7 @@ class CapturedSteps(CachedModel):
 
     def new_cache(self, batch: int, length: int, *, plain: bool = False) -> KeyValueCache:
         """An empty cache; its tensors may have been those of one that nobody holds any more."""
-        held = next((c for c in reversed(self._spare) if (len(c.keys[0]), c.length) == (batch, length)), None)
+        held = next((c for c in reversed(self._spare) if (c.keys[0].shape[0], c.length) == (batch, length)), None)
         if held is None:
             held = super().new_cache(batch, length, plain=plain)
         else:

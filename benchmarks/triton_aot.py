@@ -66,8 +66,9 @@ PRODUCT = {
 INTEGER = re.compile(r"\b(LOP3|SHF|SHL|SHR|PRMT|IADD3|IADD|IMAD|LEA|BFE|SGXT|I2F\w*|I2I\w*|VABSDIFF)\b")
 #: What keeps up with the memory of an H200, for each weight: instructions and integer instructions, 29.6 and 14.8 · 10¹² a second
 #: over 4.3 · 10¹² bytes a second. With 8, 4, 3, 2 and 1 bits 6.9, 3.55, 2.7, 1.8 and 0.97 instructions, half as many of integers.
-#: These are the most that the loop may take on sm_90 with up to 64 tokens a tile (sign planes: 32): above what the memory allows at
-#: 3 bits and fewer, where numbers are made two at a time (a shift for several, a mask, a multiply-add) and each product is set up.
+#: These are the most that the loop may take on sm_90 with up to 64 tokens a tile, sign planes with 32: above what the memory
+#: allows at 3 bits and fewer, where numbers are made two at a time (a shift for several, a mask, a multiply-add) and each product
+#: has to be set up.
 LIMITS = {
     "w1a16 g128": (2.7, 0.9), "w2a16 g128": (3.0, 0.97), "w3a16 g128": (3.4, 1.2),
     "w4a16 channel": (3.55, 1.2), "w4a16 g128": (3.55, 1.2), "w8a16 channel": (6.9, 3.4), "w8a8 channel": (1.6, 0.9),
