@@ -289,13 +289,21 @@ def plan(options: argparse.Namespace) -> None:
         print(
             f"\n{label}: K={k}, N={n}\n{'M':>5} "
             + "".join(f"{e.name:>18}" for e in kinds)
-            + "   tile MxN, splits of W4A16"
+            + f"   {'launch of W4A16':20} launch of W8A8"
         )
         for m in options.tokens:
             times = [floor(m, k, n, e, PREDICTED) for e in kinds]
-            config = dispatch.choose(dispatch.Shape("w16", 4, k, n, 128), m)
+            w4a16, w8a8 = (dispatch.Shape(*of, k, n, group) for *of, group in (("w16", 4, 128), ("w8", 8, k)))
             cells = "".join(f"{t * 1e6:9.2f} ({times[0] / t:4.2f}x)" + " " for t in times)
-            print(f"{m:5} {cells}  {'dense' if config.dense else f'{config.bm}x{config.bn}, {config.splits}'}")
+            print(f"{m:5} {cells}  {launch(dispatch.choose(w4a16, m)):20} {launch(dispatch.choose(w8a8, m))}")
+
+
+def launch(config: dispatch.Config) -> str:
+    """Tokens by output features of a tile, splits of K, and how a program begins and ends."""
+    if config.dense:
+        return "dense"
+    how = ", stays" if config.persistent else ", early" if config.dependent else ""
+    return f"{config.bm}x{config.bn}, {config.splits}{how}"
 
 
 def _triton() -> str:
