@@ -11,11 +11,11 @@ tokens. The machine's float32 and float64 matrix rates are measured in the same 
 from __future__ import annotations
 
 import json
-import platform
 import time
 from pathlib import Path
 from typing import Annotated
 
+import machine
 import torch
 import typer
 
@@ -67,13 +67,8 @@ def main(
     result = {
         "command": "python benchmarks/compile_block.py "
         f"--out {out.name} --recipe {recipe} --scale {scale} --sequences {sequences}",
-        "machine": {
-            "processor": torch.backends.cpu.get_cpu_capability(),
-            "threads": torch.get_num_threads(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "gflops": {"float32": max(rates["float32"], after[0]), "float64": max(rates["float64"], after[1])},
-        },
+        "machine": machine.facts()
+        | {"gflops": {"float32": max(rates["float32"], after[0]), "float64": max(rates["float64"], after[1])}},
         "weights": compiled.report.storage.quantized,
         "calibration_tokens": sequences * 128,
         "seconds": seconds,

@@ -20,7 +20,6 @@ import argparse
 import ctypes
 import json
 import math
-import platform
 import statistics
 import sys
 import tempfile
@@ -30,6 +29,7 @@ from typing import Any
 
 import torch
 from cpu_peers import PEERS, Entry
+from machine import facts
 
 from dlqc import native
 from dlqc.backend import LinearSpec
@@ -114,23 +114,12 @@ class Machine:
 
     def limits(self) -> dict[str, Any]:
         return {
-            "processor": next(
-                (x.split(":")[1].strip() for x in _cpuinfo() if x.startswith("model name")), platform.processor()
-            ),
-            "threads": self.threads,
+            **facts(),
             "peak GOP/s, one thread": round(self.rate(1)),
             "peak GOP/s, all threads": round(self.rate(self.threads)),
             "reading GB/s": round(self.reading(), 1),
-            "torch": torch.__version__,
             "path": build.isa("linear8") if build.unavailable("linear8") is None else build.unavailable("linear8"),
         }
-
-
-def _cpuinfo() -> list[str]:
-    try:
-        return Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return []
 
 
 def ours(k: int, n: int, w: torch.Tensor) -> list[Entry]:

@@ -14,12 +14,12 @@ Tales hold few tokens that the bundled model is sure of, so `threshold` is lower
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
+import machine
 import torch
 import typer
 
@@ -140,12 +140,7 @@ def main(
     result = {
         "command": f"python benchmarks/decoding.py --out {out.name} --prompts {prompts} --repeats {repeats} --items {items} "
         f"--start {start} --length {length} --block {block} --threshold {threshold:g}",
-        "machine": {
-            "processor": torch.backends.cpu.get_cpu_capability(),
-            "threads": torch.get_num_threads(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-        },
+        "machine": machine.facts(),
         "dlqc": dlqc.__version__,
         "rows": rows,
     }

@@ -9,12 +9,12 @@ model before quantization, with 95 % t intervals over rows; differences are pair
 from __future__ import annotations
 
 import json
-import platform
 import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
+import machine
 import torch
 import typer
 
@@ -83,11 +83,11 @@ def main(
             )
             typer.echo(f"{recipe} {learn} {distill}: {json.dumps(entry['finetuned'][-1])}", err=True)
         found.append(entry)
-    facts = {"torch": torch.__version__, "machine": platform.machine(), "threads": 1}
     command = f"python benchmarks/finetune.py {' '.join(sys.argv[1:])}"
     settings = {"model": "tiny-llada", "nll": plain(mean_interval(base["nll"])), "rows": len(ids), "steps": steps}
     out.write_text(
-        json.dumps({"command": command, **facts, **settings, "arms": found}, indent=1) + "\n", encoding="utf-8"
+        json.dumps({"command": command, "machine": machine.facts(), **settings, "arms": found}, indent=1) + "\n",
+        encoding="utf-8",
     )
 
 

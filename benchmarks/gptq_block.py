@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import sys
 import time
 from collections import defaultdict
@@ -30,6 +29,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import machine
 import torch
 from gptq_peers import PEERS, version
 
@@ -86,13 +86,6 @@ def second_moment(width: int, generator: torch.Generator) -> torch.Tensor:
     x = x + 2 * torch.randn(TOKENS, 32, generator=generator) @ torch.randn(32, width, generator=generator) / 32**0.5
     x[:, ::97] *= 10
     return (x.T @ x).double()
-
-
-def cpu_name() -> str:
-    names = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    return names[0] if names else platform.processor()
 
 
 def peak_memory(reset: bool = False) -> int:
@@ -207,9 +200,9 @@ def main() -> None:
     result = {
         "command": " ".join(["python", "benchmarks/gptq_block.py", *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "machine": machine.facts(),
         "load_average": os.getloadavg(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__} | {p: version(p) for p in peers},
+        "versions": {p: version(p) for p in peers},
         "native code": native.available("rounding") or "in use",
         "format": fmt.label,
         "weights": sum(row["out"] * row["in"] for row in linears.values()),

@@ -16,11 +16,11 @@ unquantized cache.
 from __future__ import annotations
 
 import json
-import platform
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
+import machine
 import torch
 import typer
 from torch import Tensor
@@ -143,12 +143,7 @@ def main(
     result: dict[str, Any] = {
         "command": f"python benchmarks/kv_cache.py --out docs/results/{out.name} --rows {rows} --prompts {prompts} "
         f"--length {length} --block {block} --widths {widths}",
-        "machine": {
-            "processor": torch.backends.cpu.get_cpu_capability(),
-            "threads": torch.get_num_threads(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-        },
+        "machine": machine.facts(),
         "dlqc": dlqc.__version__,
     } | {cache: {} for cache in caches}
     bases: dict[str, tuple[Tensor, Run]] = {}

@@ -20,13 +20,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import platform
 import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import machine
 import torch
 import typer
 
@@ -243,7 +243,7 @@ def main(
         point["choice"] = "".join(map(str, point["choice"]))
     results = {
         "command": f"python benchmarks/mixed.py --rows {rows} --points {points}",
-        "machine": {"processor": platform.machine(), "python": platform.python_version(), "torch": torch.__version__},
+        "machine": machine.facts(),
         "dlqc": dlqc.__version__,
         "recipe": str(as_recipe("w3.2a16-mixed-gptq")),
         "rows": rows,

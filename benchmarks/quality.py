@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 import re
 import sys
 import time
@@ -24,6 +23,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 from typing import Annotated, Any
 
+import machine
 import torch
 import typer
 from torch import nn
@@ -223,7 +223,7 @@ def main(
     results = {
         "command": command,
         "files": files,
-        "machine": {"processor": platform.machine(), "python": platform.python_version(), "torch": torch.__version__},
+        "machine": machine.facts(),
         "dlqc": dlqc.__version__,
         "argv": [Path(a).name for a in sys.argv[1:]],
         "models": {subject.name: measure(subject) for subject in subjects},

@@ -21,13 +21,13 @@ import hashlib
 import json
 import multiprocessing
 import os
-import platform
 import re
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
+import machine
 import torch
 import typer
 from quality import Subject, plain, rxnmapper, scores, summary, tiny_llada
@@ -256,7 +256,7 @@ def main(
         "command": f"python benchmarks/quantizers.py --text {text.name} --calibration {calibration.name} "
         f"--reactions {reactions.name} --rows {rows} --count {count}",
         "files": {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in (text, calibration, reactions)},
-        "machine": {"processor": platform.machine(), "python": platform.python_version(), "torch": torch.__version__},
+        "machine": machine.facts(),
         "dlqc": dlqc.__version__,
         "claims": claims(found),
         "models": {m: {"fp32": baseline(m, inputs), "schemes": {s: {} for s in ARMS}} for m in MODELS},

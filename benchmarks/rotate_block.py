@@ -17,13 +17,13 @@ import functools
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
+import machine
 import torch
 import typer
 
@@ -103,7 +103,7 @@ def main(
         "command": command,
         "dlqc": dlqc.__version__,
         "native code": native.available() or "in use",
-        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__},
+        "machine": machine.facts(),
         "weights": sum(leaf.numel() for leaf in leaves.values()),
         "seconds": total,
         "rotate / pass": total["rotate"] / total["pass"],

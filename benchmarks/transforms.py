@@ -16,11 +16,11 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import platform
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
+import machine
 import torch
 import typer
 from quality import Subject, plain, scores, summary, tiny_llada
@@ -120,7 +120,7 @@ def main(
     results = {
         "command": f"python benchmarks/transforms.py --text {text.name} --calibration {calibration.name} --rows {rows}",
         "files": files,
-        "machine": {"processor": platform.machine(), "python": platform.python_version(), "torch": torch.__version__},
+        "machine": machine.facts(),
         "dlqc": dlqc.__version__,
         "models": {s.name: measure(s) for s in (subject, twin)},
         "seconds": time.perf_counter() - started,

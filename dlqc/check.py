@@ -67,6 +67,7 @@ from dlqc.ops import (
     QUANTIZE_ACT_STATIC,
     QUANTIZE_HEADS_STATIC,
 )
+from dlqc.propagate import propagated
 from dlqc.regions import Refused, grow
 from dlqc.weights import Weights
 
@@ -178,14 +179,9 @@ def _propagation(graph: fx.Graph, weights: Weights) -> Iterator[str]:
         if node.op != "call_function":
             values[node] = said
             continue
-        args, kwargs = fx.map_arg((args_of(node), node.kwargs), lambda n: values[n])
         mode = getattr(said, "fake_mode", None)
         try:
-            if mode is None:
-                values[node] = said
-                continue
-            with mode:
-                found = node.target(*args, **kwargs)
+            found = said if mode is None else propagated(node, values, mode)
         except (RuntimeError, TypeError, ValueError) as error:
             yield f"%{node.name} cannot be computed from its arguments: {str(error).splitlines()[0]}"
             return

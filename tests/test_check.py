@@ -196,6 +196,32 @@ def test_l5_can_be_left_out(case: CaseMaker) -> None:
     refused(k, "law L5")
 
 
+def test_l5_a_change_after_a_check_is_seen(case: CaseMaker) -> None:
+    """What is kept from the last propagation is kept for the same call of the same values only."""
+    k = case("llada")
+    judge(k)
+    kept = {node: node.meta["propagated"].value for node in k.graph.nodes if "propagated" in node.meta}
+    judge(k)
+    assert all(node.meta["propagated"].value is value for node, value in kept.items())
+    linear = first(k.graph, LINEAR)
+    after = call_before(k.graph, linear.next, aten.to.dtype, (linear, torch.float64))
+    linear.replace_all_uses_with(after, delete_user_cb=lambda user: user is not after)
+    refused(k, r"law L5 .*: %\w+ (says float32\[.*, propagation gives float64\[|cannot be computed)")
+
+
+def test_l5_a_change_without_effect_stops_there(case: CaseMaker) -> None:
+    k = case("llada")
+    judge(k)
+    linear = first(k.graph, LINEAR)
+    kept = {node: node.meta["propagated"] for node in k.graph.nodes if "propagated" in node.meta}
+    after = call_before(k.graph, linear.next, aten.clone.default, (linear,))
+    linear.replace_all_uses_with(after, delete_user_cb=lambda user: user is not after)
+    judge(k)
+    again = [node for node, last in kept.items() if node.meta["propagated"] is not last]
+    assert set(again) == set(after.users), "only the readers of the new value are computed again"
+    assert all(node.meta["propagated"].value is kept[node].value for node in again)
+
+
 # L6
 
 

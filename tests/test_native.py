@@ -242,20 +242,6 @@ def told(process: subprocess.Popen[str]) -> str:
     return out.strip()
 
 
-def test_two_processes_build_at_once(tmp_path: Path) -> None:
-    cache = tmp_path / "made" / "here"
-    assert [told(p) for p in [start(DLQC_CACHE=str(cache)) for _ in range(2)]] == ["None", "None"]
-    (file,) = (cache / "native").iterdir()  # nothing else is left behind
-    assert file.name.startswith("fwht-")
-    assert (cache / "native").stat().st_mode & 0o777 == 0o700
-    made = file.stat().st_mtime_ns
-    assert told(start(DLQC_CACHE=str(cache))) == "None"
-    assert file.stat().st_mtime_ns == made  # found, not built again
-    file.write_bytes(b"not a library")
-    assert told(start(DLQC_CACHE=str(cache))) == "None"
-    assert file.stat().st_size > 1000
-
-
 def fresh(monkeypatch: pytest.MonkeyPatch, **environment: str) -> str | None:
     """What a fresh process would be told; here without one, and without compiling where that is not the point."""
     monkeypatch.setattr(native, "_found", {})
@@ -263,6 +249,23 @@ def fresh(monkeypatch: pytest.MonkeyPatch, **environment: str) -> str | None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     return native.available()
+
+
+def test_two_processes_build_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "made" / "here"
+    assert [told(p) for p in [start(DLQC_CACHE=str(cache)) for _ in range(2)]] == ["None", "None"]
+    (file,) = (cache / "native").iterdir()  # nothing else is left behind
+    assert file.name.startswith("fwht-")
+    assert (cache / "native").stat().st_mode & 0o777 == 0o700
+    made = file.stat().st_mtime_ns
+    monkeypatch.delenv("CXX", raising=False)
+    assert fresh(monkeypatch, DLQC_CACHE=str(cache)) is None
+    assert file.stat().st_mtime_ns == made  # found, not built again
+    damaged = tmp_path / "native" / file.name
+    damaged.parent.mkdir(mode=0o700)
+    damaged.write_bytes(b"not a library")
+    assert fresh(monkeypatch, DLQC_CACHE=str(tmp_path)) is None
+    assert damaged.stat().st_size > 1000
 
 
 @pytest.mark.parametrize(

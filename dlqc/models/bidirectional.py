@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from dlqc.errors import ModelError
 
@@ -30,6 +29,8 @@ class Bidirectional(nn.Module):
     """
 
     def __init__(self, decoder: nn.Module) -> None:
+        from transformers import PreTrainedModel  # seconds to import, and not needed to load an artifact
+
         super().__init__()
         self.config: Any = decoder.config
         kinds = set(getattr(self.config, "layer_types", None) or ()) - set(_ATTENTION)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def tiny() -> nn.Module:
     """Widths that all formats divide, grouped keys, a bias on every linear."""
     config = LLaDAConfig(
         d_model=128,
-        n_layers=2,
+        n_layers=1,
         n_heads=4,
         n_kv_heads=2,
         mlp_hidden_size=256,
@@ -88,9 +89,9 @@ def ids() -> torch.Tensor:
 
 
 @functools.cache
-def compiled(recipe: str, backend: str = "reference") -> Any:
+def compiled(recipe: str) -> Any:
     rows = torch.randint(0, MASK, (6, 16), generator=torch.Generator().manual_seed(2))
-    return dlqc.compile(tiny(), recipe, backend=backend, calibration=rows, progress=False)
+    return dlqc.compile(tiny(), recipe, backend="reference", calibration=rows, progress=False)
 
 
 def weights(model: Any) -> dict[str, torch.Tensor]:
@@ -113,15 +114,29 @@ def eager(found: dict[str, torch.Tensor]) -> nn.Module:
     return model
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a recipe's artifact."""
+
+    @functools.cache
+    def of(recipe: str) -> Path:
+        folder = tmp_path_factory.mktemp("coded") / "a"
+        save(compiled(recipe), folder, verify_reload=False)
+        return folder
+
+    return of
+
+
 every_recipe = pytest.mark.parametrize("recipe", [*PRESETS, *OTHERS])
 
 
 @every_recipe
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_computes_with_the_dequantized_weights(recipe: str, backend: str) -> None:
-    model = compiled(recipe, backend)
+def test_computes_with_the_dequantized_weights(recipe: str, backend: str, saved: Callable[[str], Path]) -> None:
+    """As compiled, and as loaded for another backend."""
+    model = compiled(recipe) if backend == "reference" else dlqc.load(saved(recipe), backend=backend)
     found = weights(model)
-    assert len(found) == 14
+    assert len(found) == 7
     if "quantize_activations" not in recipe:
         with torch.no_grad():
             expected = eager(found)(ids()).logits
@@ -133,15 +148,13 @@ def test_computes_with_the_dequantized_weights(recipe: str, backend: str) -> Non
 
 
 @every_recipe
-def test_the_bits_in_the_report_are_the_bytes_in_the_file(recipe: str, tmp_path: Path) -> None:
+def test_the_bits_in_the_report_are_the_bytes_in_the_file(recipe: str, saved: Callable[[str], Path]) -> None:
     model = compiled(recipe)
-    save(model, tmp_path / "a", verify_reload=False)  # `verify` below is the fresh process
-    again = dlqc.load(tmp_path / "a", backend="reference")
+    again = dlqc.load(saved(recipe), backend="reference")
     assert torch.equal(again(ids()), model(ids()))
-    verify(tmp_path / "a", backend="cpu")
     modules = weights(model)
     size = 0
-    with safe_open(tmp_path / "a" / "weights.safetensors", "pt") as f:
+    with safe_open(saved(recipe) / "weights.safetensors", "pt") as f:
         for key in f.keys():
             name, _, role = key.rpartition(".")
             if name in modules and role != "bias":
@@ -157,6 +170,11 @@ def test_the_bits_in_the_report_are_the_bytes_in_the_file(recipe: str, tmp_path:
         assert (
             PRESETS[recipe] <= storage.bits_per_quantized_weight < PRESETS[recipe] + 2.5
         )  # tables of 16 levels weigh much on 128 inputs
+
+
+@pytest.mark.parametrize("recipe", ["w4a16-nf4", "w2a16-e8p", "w2a16-daq", OTHERS[4]])
+def test_verified(recipe: str, saved: Callable[[str], Path]) -> None:
+    assert verify(saved(recipe), backend="cpu")["deviation"] <= 1e-5
 
 
 @pytest.mark.parametrize("recipe", PRESETS)
@@ -179,10 +197,10 @@ def test_one_changed_byte_of_the_codes_shows() -> None:
         torch.testing.assert_close(model(ids()), eager(wrong)(ids()).logits, rtol=1e-5, atol=1e-5)
 
 
-def test_explain_says_what_it_costs() -> None:
-    text = " ".join(compiled("w4a16-nf4", "reference").explain().split())
+def test_explain_says_what_it_costs(saved: Callable[[str], Path]) -> None:
+    text = " ".join(compiled("w4a16-nf4").explain().split())
     assert "kernel coded (nf4 g64 double is dequantized at each call, which saves memory, not time)" in text
-    text = " ".join(compiled("w4a16-nf4", "cpu").explain().split())
+    text = " ".join(dlqc.load(saved("w4a16-nf4"), backend="cpu").explain().split())
     assert "not dequant: codes of nf4 g64 double are not integers" in text
 
 

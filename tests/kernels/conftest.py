@@ -22,6 +22,7 @@ from dlqc.backend import Kernel, LinearSpec
 from dlqc.formats.activation import ActFormat
 from dlqc.formats.integer import SCALE_DTYPES
 from dlqc.formats.packing import pack
+from dlqc.kernels.cuda import build as cuda_build
 
 ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
@@ -167,3 +168,9 @@ class Judge:
 @pytest.fixture(scope="session")
 def judge() -> type[Judge]:
     return Judge
+
+
+@pytest.fixture
+def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if this machine had all that CUDA kernels need."""
+    monkeypatch.setattr(cuda_build, "unavailable", lambda name: None)

@@ -241,10 +241,8 @@ struct Site {
                (!zeros || zeros.holds(torch.uint8, count)) && (!bias || bias.holds(torch.float32, n));
     }
 
-    // Null where the tensors do not fit together in a way that native code takes; what is not [..., K] is refused.
+    // Null where the tensors do not fit together in a way that native code takes: Python computes that, or says what is wrong.
     Tensor run(const Tensor& x, const Before* before, const Tensor* other, const Tensor* added) const {
-        if (!x.dim || x.size(-1) != k)
-            throw std::runtime_error("the input is " + x.shape() + ", not [..., " + std::to_string(k) + "] of a floating dtype");
         int64_t count, pitch, other_pitch = 0, added_pitch = 0;
         if (!x.rows(k, &count, &pitch) || !fits()) return Tensor();
         const auto along = [&](const Tensor* with, int64_t width, int64_t* its_pitch) {
