@@ -130,10 +130,10 @@ def weight_only_job(
     return replace(job, weights=config.bn * block, turns=-(-blocks // config.splits))
 
 
-def integer_job(shape: Shape, config: Config, *, zeros: bool = False, out: int = 0) -> Job:
+def integer_job(shape: Shape, config: Config, *, zeros: bool = False, out: int = 0, add: bool = False) -> Job:
     """The product of 8-bit activations, as `kernels/triton/integer.py` launches it."""
     if config.persistent:
-        return persistent_job(shape, config)
+        return persistent_job(shape, config, add)
     channel, parts = shape.group >= shape.k, config.splits > 1
     pointers = {
         "q": "*i8", "low": "*i8", "scales": "*bf16", "zeros": "*u8" if zeros else "*i8", "sums": "*i32",
@@ -142,13 +142,13 @@ def integer_job(shape: Shape, config: Config, *, zeros: bool = False, out: int =
     }  # fmt: skip
     constants = {
         "N": shape.n, "NP": padded(shape.n), "K": shape.k, "KP": -(-shape.k // 128) * 128, "BITS": shape.bits,
-        "GROUP": shape.group, "ZEROS": zeros, "BIAS": False, "ADD": False, "BN": config.bn, "BM": config.bm,
+        "GROUP": shape.group, "ZEROS": zeros, "BIAS": False, "ADD": add, "BN": config.bn, "BM": config.bm,
         "OUT": out, "SPLITS": config.splits, "ASM": True, "CT": tl.bfloat16, "DEPENDENT": config.dependent,
     }  # fmt: skip
     name = (
         f"w{shape.bits}a8 {'channel' if channel else f'g{shape.group}'}{' zeros' if zeros else ''} {shape.k}x{shape.n}"
     )
-    name = f"{name} outliers {out}" if out else name
+    name = f"{name} outliers {out}" if out else f"{name} with a sum" if add else name
     job = Job(f"{name}, {config.bm}x{config.bn} splits {config.splits}", integer.integer, pointers, constants)
     blocks = -(-shape.k // 128 // config.splits)
     turn = integer.turn_of(blocks, config.bm, shape.bits)
@@ -156,7 +156,7 @@ def integer_job(shape: Shape, config: Config, *, zeros: bool = False, out: int =
     return replace(job, warps=config.warps, stages=config.stages, weights=weights, turns=blocks // turn)
 
 
-def persistent_job(shape: Shape, config: Config) -> Job:
+def persistent_job(shape: Shape, config: Config, add: bool = False) -> Job:
     """The product of many tokens, whose tiles are copied by descriptors, as `launch_persistent` launches it."""
     pointers = {
         "tokens": f"tensordesc<i8[{config.bm}, 128]>", "words": f"tensordesc<i8[{config.bn // 64}, 64, 128]>",
@@ -164,11 +164,11 @@ def persistent_job(shape: Shape, config: Config) -> Job:
         "y": "*bf16", "M": "i32", "y_stride": "i32",
     }  # fmt: skip
     constants = {
-        "N": shape.n, "NP": padded(shape.n), "KP": -(-shape.k // 128) * 128, "ZEROS": False, "BIAS": False, "ADD": False,
+        "N": shape.n, "NP": padded(shape.n), "KP": -(-shape.k // 128) * 128, "ZEROS": False, "BIAS": False, "ADD": add,
         "BN": config.bn, "BM": config.bm, "STRIPE": integer_host.STRIPE,
     }  # fmt: skip
-    name = f"w8a8 channel {shape.k}x{shape.n}, {config.bm}x{config.bn} persistent"
-    sample = (shape.k, shape.n) == LLADA[0]
+    name = f"w8a8 channel {shape.k}x{shape.n}{' with a sum' if add else ''}, {config.bm}x{config.bn} persistent"
+    sample = (shape.k, shape.n) == LLADA[0] and add
     return Job(name, persistent.persistent, pointers, constants, config.warps, config.stages, sample=sample)
 
 
@@ -303,6 +303,8 @@ def shipped(target: str) -> list[Job]:
     split = Shape("w8", 8, 4096, 4096, 4096)
     for size in (32, 256):
         add(integer_job(split, integer_host.config_of(split, size, device, apart=True), out=32))
+    for size in (512, 1024):
+        add(integer_job(split, integer_host.config_of(split, size, device, added=True), add=True))
     shape = Shape("w16", 4, 4096, 4096, 128)
     for extra in ({"zeros": True}, {"asm": False}, {"kind": "fp16"}):
         job = weight_only_job(shape, choose(shape, 32, device), **extra)
@@ -435,14 +437,18 @@ def save(path: Path, head: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     path.write_text(json.dumps(head)[:-1] + f', "rows": [\n{lines}\n]}}\n', encoding="utf-8")
 
 
-def write(path: Path, rows: list[dict[str, Any]], part: bool) -> None:
-    """The file; rows of targets that were not compiled now stay, where only a part was compiled those of other kernels, too."""
+def write(path: Path, rows: list[dict[str, Any]], only: str, some: bool) -> None:
+    """The file. Rows of targets that were not compiled now stay, and those of kernels that were not meant (`only`, `some`)."""
     old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": []}
     targets, made = {row["target"] for row in rows}, set(map(_key, rows))
-    kept = [row for row in old["rows"] if row["target"] not in targets or (part and _key(row) not in made)]
+    kept = [
+        row
+        for row in old["rows"]
+        if row["target"] not in targets or not row["kernel"].startswith(only) or (some and _key(row) not in made)
+    ]
     command = " ".join(("python benchmarks/triton_aot.py", *sys.argv[1:]))
     head = {
-        "command": old["command"] if part and "command" in old else command,
+        "command": old["command"] if (only or some) and "command" in old else command,
         "triton": triton.__version__,
         "limits": LIMITS,
     }
@@ -481,7 +487,7 @@ def main() -> int:
             rows.append(found)
             print(told(found, 52), flush=True)
         if options.out:
-            write(options.out, rows, part=bool(options.only or options.sample or options.brief))
+            write(options.out, rows, options.only, options.sample or options.brief)
     print(f"{len(rows)} compiled, {failed} outside of the gates")
     return 1 if failed else 0
 

@@ -81,7 +81,7 @@ def integer(
         y = ((codes.double() @ packed.dequantize().T) * scale).to(wide)
         y = y if apart is None else y + apart.value(wide)[:, :out_features]
         return outcome(y if added is None else y + added.to(wide), bias, x)
-    config = config_of(packed.shape, flat.shape[0], runtime.device_of(x), apart is not None)
+    config = config_of(packed.shape, flat.shape[0], runtime.device_of(x), apart is not None, added is not None)
     y = flat.new_empty(flat.shape[0], out_features, dtype=runtime.interpretable(x))
     launch(quantize(flat, act_bits, packed, before, config.dependent), packed, bias, y, config, added, apart)
     return y.to(x.dtype).reshape(*x.shape[:-1], out_features)
@@ -173,12 +173,12 @@ def quantize(x: Tensor, bits: int, packed: Packed, before: Before = AS_IS, depen
     return quantize_rows(x, bits, before, stored=stored, sums=packed.sums, dependent=dependent)
 
 
-def config_of(shape: Shape, tokens: int, device_: runtime.Device, apart: bool = False) -> Config:
-    """The choice; sums of columns apart, held beside those of the product, take more threads and no descriptors."""
+def config_of(shape: Shape, tokens: int, device_: runtime.Device, apart: bool = False, added: bool = False) -> Config:
+    """The choice; what is held beside the sums of a large tile takes more threads, and sums of columns apart no descriptors."""
     found = choose(shape, tokens, device_)
     if apart and found.persistent:
         found = replace(found, bn=128, persistent=False)
-    return replace(found, warps=8) if apart and found.bm > 64 else found
+    return replace(found, warps=8) if (apart or added) and found.bm > 64 else found
 
 
 def launch(

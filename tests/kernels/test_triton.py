@@ -189,6 +189,7 @@ def test_programs_stay_and_begin_early_on_hopper_alone() -> None:
     apart = integer.config_of(int8, 1024, hopper, apart=True)
     assert not apart.persistent
     assert 128 % apart.bn == 0
+    assert integer.config_of(int8, 512, hopper).warps < integer.config_of(int8, 512, hopper, added=True).warps
     assert dispatch.rule(int8, 128, hopper).dependent
     assert not dispatch.rule(int8, 256, hopper).dependent
     assert not dispatch.rule(int8, 16, ampere).dependent

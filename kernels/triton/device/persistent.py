@@ -24,6 +24,12 @@ def place_of(tile, down, ACROSS: tl.constexpr, STRIPE: tl.constexpr):
 
 
 @jit
+def halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The left and right half of a tile."""
+    return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+
+
+@jit
 def persistent(
     tokens, words, scales, zeros, sums, token_scales, bias, residual, y, M, y_stride,
     N: tl.constexpr, NP: tl.constexpr, KP: tl.constexpr, ZEROS: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
@@ -44,9 +50,14 @@ def persistent(
             token = tokens.load([row * BM, block * 128])
             weight = tl.reshape(words.load([column * (BN // 64), block * 64, 0]), (BN, 128))
             whole = tl.dot(token, weight.T, whole, out_dtype=tl.int32)
-        m = row * BM + tl.arange(0, BM)
-        n = column * BN + tl.arange(0, BN)
-        value = channel_scales(whole, scales, zeros, sums, m, n, M, N, 8, ZEROS)
-        value = finished(value, value, token_scales, bias, residual, m, n, M, N, BIAS, ADD, 0)
-        to = y + m[:, None].to(tl.int64) * y_stride + n[None, :]
-        tl.store(to, value.to(y.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
+        # In quarters: what is read to finish a whole tile does not fit beside its sums.
+        m, n = row * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN // 4)
+        left, right = halves(whole, BM, BN)
+        for side in tl.static_range(2):
+            first, second = halves(left if side == 0 else right, BM, BN // 2)
+            for part in tl.static_range(2):
+                at = n + (2 * side + part) * (BN // 4)
+                value = channel_scales(first if part == 0 else second, scales, zeros, sums, m, at, M, N, 8, ZEROS)
+                value = finished(value, value, token_scales, bias, residual, m, at, M, N, BIAS, ADD, 0)
+                to = y + m[:, None].to(tl.int64) * y_stride + at[None, :]
+                tl.store(to, value.to(y.dtype.element_ty), mask=(m[:, None] < M) & (at[None, :] < N))
