@@ -14,6 +14,7 @@ import dlqc.kernels.reference.coded
 from dlqc.backends.triton_graphs import SPARE, captured, uncapturable
 from dlqc.cached import CachedModel
 from dlqc.compiled import Compiled
+from dlqc.diffusion.masking import device_of
 from dlqc.errors import FeasibilityError, LoweringError
 from dlqc.graph import aten
 from dlqc.kernels.triton import runtime
@@ -66,6 +67,8 @@ def test_buckets_refills_and_results(model: Compiled) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert sorted(fast.replays.recordings) == [(1, 7), (4, 7), (4, 9)]
     assert (fake.recorded, fake.replayed) == (3, 5)
+    # Where samplers put the ids of a prompt.
+    assert device_of(fast) == device_of(model) == device_of(fast.cached) == torch.device("cpu")
     assert fast(ids(0, 7, 0)).shape == (0, 7, model(ids(1, 7, 0)).shape[2])
 
 
