@@ -197,7 +197,7 @@ class CapturedSteps(CachedModel):
                 what = f"%{node.name} stores keys or values in codes, which are kept in lists on the host"
                 raise LoweringError(f"the block step cannot be captured: {what}", where="graph", remedy=_AS_IT_IS)
         vars(self).update(vars(source))  # which has made the step and compared it
-        self.source, self.tokenizer, self.device = source, forward.tokenizer, forward.device
+        self.source, self.tokenizer = source, forward.tokenizer
         self.replays = Replays(self._step, self.spec.mask_id, recorder, limit)
         self._forward = forward
         self._spare: list[KeyValueCache] = []
