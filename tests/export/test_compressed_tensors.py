@@ -1,4 +1,7 @@
-"""Exports to compressed-tensors, read back by the library that owns the format and by transformers."""
+"""Exports to compressed-tensors, read back by the library that owns the format and by transformers.
+
+One long file: what is read back, mixed and refused comes from the same few models and their exports.
+"""
 
 from __future__ import annotations
 
