@@ -31,10 +31,10 @@ def packed(problem: Any) -> tuple[host.Packed, torch.Tensor | None]:
     return host.Packed(*parts, k, n, fmt.bits, fmt.group_size or k), held["bias"]  # type: ignore[arg-type]
 
 
-def run(problem: Any, x: torch.Tensor, config: Config) -> torch.Tensor:
+def run(problem: Any, x: torch.Tensor, config: Config, residual: torch.Tensor | None = None) -> torch.Tensor:
     weight, bias = packed(problem)
     y = torch.full((x.shape[0], weight.n), torch.nan, dtype=x.dtype)
-    host.launch(host.quantize(x, problem.spec.act.bits, weight), weight, bias, y, config)
+    host.launch(host.quantize(x, problem.spec.act.bits, weight), weight, bias, y, config, residual)
     return y
 
 
@@ -100,9 +100,9 @@ def test_programs_that_stay(
     monkeypatch.setattr(runtime, "device_of", lambda _: runtime.Device("two units", 2, 232448))
     problem = judge.make(LinearSpec(k, n, IntFormat(8, None, symmetric), ActFormat(8), True), 1)
     x = problem.input((m,), torch.float32, 2)
-    y = run(problem, x, STAY)
-    assert problem.excess(x, y, judge.rounding(KERNEL, x.dtype)) <= 1
-    assert torch.equal(y, run(problem, x, Config(128, 32)))
+    assert problem.excess(x, run(problem, x, STAY), judge.rounding(KERNEL, x.dtype)) <= 1
+    added = torch.randn(m, n)
+    assert torch.equal(run(problem, x, STAY, added), run(problem, x, Config(128, 32), added))
     problem.scales.fill_(1.0)
     whole = torch.randint(-127, 128, (m, k)).float()
     whole[:, 0] = 127.0
@@ -112,6 +112,16 @@ def test_programs_that_stay(
     assert torch.equal(run(plain, whole, STAY).double(), truth.float().double())
     plain.codes[n - 1, k - 1] ^= 1
     assert not torch.equal(run(plain, whole, STAY).double(), truth.float().double())
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_all_kernels_of_a_chain_begin_early_or_none(judge: Any, early: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(runtime, "dependent", lambda wanted: seen.append(wanted) or {"DEPENDENT": False})
+    monkeypatch.setattr(host, "choose", lambda *_: Config(128, 16, splits=2, dependent=early))
+    problem = judge.make(LinearSpec(256, 70, IntFormat(8, None), ActFormat(8), False), 1)
+    problem.run(KERNEL, problem.input((2,), torch.float32, 2))
+    assert seen == [early] * 3  # rows to codes, product, sum of the shares
 
 
 def test_tiles_are_taken_once() -> None:
