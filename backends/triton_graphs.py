@@ -2,7 +2,7 @@
 
     fast = captured(dlqc.compile(model, …, backend="triton"))         generate(fast, prompt, …) as before
     logits = fast(ids)                                                ids [B, L]
-    generate(fast.cached, prompt, sampler="fast_dllm")                block steps over a cache are replayed, too
+    generate(fast, prompt, sampler="fast_dllm")                       block steps over a cache are replayed, too
 
 A graph is recorded for each length and bucket of rows (1, 2, 4, 8, …) that is asked for. A call copies its ids into the graph's
 own input, replays, and gives the rows that it asked for; rows that are left over hold what they held. Rows do not see each other,
