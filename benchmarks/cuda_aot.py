@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import re
 import subprocess
 import sys
@@ -23,7 +22,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from triton_aot import INTEGER, loop, tool
+from triton_aot import INTEGER, loop, save, told, tool
 
 from dlqc import native
 from dlqc.kernels.cuda import build
@@ -85,12 +84,12 @@ def compile_all(source: str, target: str) -> list[dict[str, Any]]:
         if done.returncode:
             raise SystemExit(f"{source}.cu does not compile for {target}: {done.stderr}")
         machine = functions(tool("nvdisasm", "-c", cubin).splitlines())
-    told = (
+    pattern = (
         r"'(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers"
     )
     rows = []
     for symbol, stack, stores, loads, registers in re.findall(
-        f"Compiling entry function {told}", done.stderr, re.DOTALL
+        f"Compiling entry function {pattern}", done.stderr, re.DOTALL
     ):
         name, numbers = plain(symbol)
         row: dict[str, Any] = {
@@ -150,17 +149,11 @@ def main() -> int:
         for source in options.sources:
             for row in compile_all(source, target):
                 rows.append(row)
-                each = row.get("per_weight", {})
-                print(
-                    f"{row['kernel']:36} {target:7} {row['registers']:4} regs {row['stack']:3} stack "
-                    f"{each.get('instructions', 0):6} instr {each.get('integer', 0):6} int {row.get('products', {})} "
-                    f"{'; '.join(row['faults'])}",
-                    flush=True,
-                )
+                print(told(row, 36), flush=True)
     failed = sum(bool(row["faults"]) for row in rows)
     if options.out:
         _, version = native._compiler(build.NVCC)
-        told = {
+        about = {
             "command": " ".join(("python benchmarks/cuda_aot.py", *sys.argv[1:])),
             "sources": hashlib.sha256(
                 b"".join(path.read_bytes() for path in sorted(build.SOURCES.iterdir()))
@@ -168,8 +161,7 @@ def main() -> int:
             "nvcc": re.findall(r"V([\d.]+)", version)[0],
             "limits": LIMITS,
         }
-        lines = ",\n".join(json.dumps(row) for row in rows)
-        options.out.write_text(json.dumps(told)[:-1] + f', "rows": [\n{lines}\n]}}\n', encoding="utf-8")
+        save(options.out, about, rows)
     print(f"{len(rows)} compiled, {failed} outside of the gates")
     return 1 if failed else 0
 

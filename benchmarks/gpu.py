@@ -4,6 +4,7 @@
     python benchmarks/gpu.py --plan                                 what would be run, with predicted floors; needs no GPU
     TRITON_INTERPRET=1 python benchmarks/gpu.py --rehearse          every implementation on tiny shapes on the CPU, without times
     python benchmarks/gpu.py --tune                                 try tiles and splits, rewrite the device's table in configs/
+    python benchmarks/gpu.py --predict                              rewrite the H200's table as the rule has it; needs no GPU
 
 What is in the file: the ceilings measured in the same run (copy, 16-bit, FP8 and int8 products of 8192³, an empty kernel in a
 graph); for each shape K->N, number of tokens M and implementation the median time, its ratio to the library's bfloat16, the
@@ -25,17 +26,17 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gpu_tables
 import torch
 import torch.nn.functional as F
-from gpu_entries import Entry, cuda, library, ours, run
+from gpu_entries import Entry, cuda, library, ours, packed_weight, run
 from torch import Tensor
 
-from dlqc.kernels.triton import dispatch, integer, packing, runtime, weight_only
+from dlqc.kernels.triton import dispatch, packing, runtime, weight_only
 from dlqc.kernels.triton.device import weight_only as device
 
 SHAPES = {
@@ -119,8 +120,11 @@ def ceilings(clock: Clock, device_: str) -> dict[str, float]:
             found["int8"], found["fp8"]
         )  # the tensor cores' rate is one; torch's int8 may be an old kernel
     empty = torch.zeros(1, 32, device=device_)
-    count: dict[str, Any] = {"N": 32, "SPLITS": 1, "BIAS": False, "BLOCK": 32}
-    found["empty kernel"] = clock.seconds([lambda: device.add_splits[1, 1](empty, empty, empty, 1, 32, **count)] * 200)
+    count: dict[str, Any] = {"N": 32, "SPLITS": 1, "BIAS": False, "ADD": False, "BLOCK": 32}
+    for name, early in (("empty kernel", False), ("empty kernel, dependent", True)):
+        told = count | runtime.dependent(early and runtime.device_of(empty).warpgroups)
+        call = partial(device.add_splits[1, 1], empty, empty, empty, empty, 1, 32, **told)
+        found[name] = clock.seconds([call] * 200)
     return found
 
 
@@ -241,15 +245,9 @@ def _linear(kind: str, k: int, n: int, device_: str) -> Callable[[Tensor], Tenso
         w = torch.randn(n, k, device=device_).div_(k**0.5).to(torch.float32 if device_ == "cpu" else torch.bfloat16)
         return lambda x: F.linear(x, w)
     codes = torch.randint(0, 1 << bits, (n, k), dtype=torch.uint8, device=device_)
-    group = 128 if act == 16 else k
-    scales = packing.columns(torch.full((n, k // group), k**-0.5 / (1 << bits), dtype=torch.bfloat16, device=device_))
-    packed: Any
-    if act == 16:
-        packed = weight_only.Packed(
-            packing.arrange(codes, bits, packing.run_of(bits, k, group)), scales, None, k, n, bits, group
-        )
-    else:
-        packed = integer.Packed(packing.arrange_integers(codes, bits), scales, None, k, n, bits, group)
+    shape = dispatch.Shape("w16", bits, k, n, 128) if act == 16 else dispatch.Shape("w8", bits, k, n, k)
+    scales = torch.full((n, k // shape.group), k**-0.5 / (1 << bits), dtype=torch.bfloat16, device=device_)
+    packed = packed_weight(shape, codes, scales)
     return lambda x: run(packed, x.contiguous())
 
 
@@ -291,81 +289,21 @@ def plan(options: argparse.Namespace) -> None:
         print(
             f"\n{label}: K={k}, N={n}\n{'M':>5} "
             + "".join(f"{e.name:>18}" for e in kinds)
-            + "   tile MxN, splits of W4A16"
+            + f"   {'launch of W4A16':20} launch of W8A8"
         )
         for m in options.tokens:
             times = [floor(m, k, n, e, PREDICTED) for e in kinds]
-            config = dispatch.choose(dispatch.Shape("w16", 4, k, n, 128), m)
+            w4a16, w8a8 = (dispatch.Shape(*of, k, n, group) for *of, group in (("w16", 4, 128), ("w8", 8, k)))
             cells = "".join(f"{t * 1e6:9.2f} ({times[0] / t:4.2f}x)" + " " for t in times)
-            print(f"{m:5} {cells}  {'dense' if config.dense else f'{config.bm}x{config.bn}, {config.splits}'}")
+            print(f"{m:5} {cells}  {launch(dispatch.choose(w4a16, m)):20} {launch(dispatch.choose(w8a8, m))}")
 
 
-def tune(options: argparse.Namespace, clock: Clock, device_: str) -> None:
-    """Measure a small grid around the rule's configuration and write the table of this device, marked as measured."""
-    name = torch.cuda.get_device_name()
-    where = runtime.device_of(torch.empty(1, device=device_))
-    shapes, found = [], {}
-    for label in options.shapes:
-        k, n = SHAPES[label]
-        for entry_bits, group, kernel in (
-            (4, 128, "w16"),
-            (4, k, "w16"),
-            (8, k, "w16"),
-            (8, k, "w8"),
-            (4, k, "w8"),
-            (4, 128, "w8"),
-        ):
-            shape = dispatch.Shape(kernel, entry_bits, k, n, group)
-            if shape in shapes:
-                continue
-            shapes.append(shape)
-            codes = torch.randint(0, 1 << entry_bits, (n, k), dtype=torch.uint8, device=device_)
-            scales = packing.columns(torch.ones(n, k // group, dtype=torch.bfloat16, device=device_))
-            packed: Any
-            if kernel == "w16":
-                packed = weight_only.Packed(
-                    packing.arrange(codes, entry_bits, packing.run_of(entry_bits, k, group)),
-                    scales,
-                    None,
-                    k,
-                    n,
-                    entry_bits,
-                    group,
-                )
-            else:
-                packed = integer.Packed(
-                    packing.arrange_integers(codes, entry_bits), scales, None, k, n, entry_bits, group
-                )
-            for size in dispatch.BUCKETS:
-                x = torch.randn(size, k, device=device_).bfloat16()
-                start = dispatch.rule(shape, size, where)
-                grid = {start} | {
-                    replace(start, bn=bn, splits=splits, stages=stages, dense=False, bm=min(size, 128))
-                    for bn in (64, 128)
-                    for splits in {1, 2, 4, 8, 16} & {max(1, start.splits // 2), start.splits, 2 * start.splits}
-                    for stages in (2, start.stages, 4)
-                }
-                count = min(32, max(1, -(-ROTATED // shape.weight_bytes)))
-                own = [replace(packed, **_fresh(packed)) for _ in range(count)]
-                times = {}
-                for config in grid:
-                    try:
-                        times[config] = clock.seconds([lambda p=p, c=config, x=x: run(p, x, c) for p in own])
-                    except Exception as error:  # a tile that does not fit is no fault of the run
-                        print(f"{shape.key} {size}: {config} left out ({type(error).__name__})")
-                best = min(times, key=times.__getitem__)
-                found[shape.key, size] = best
-                print(
-                    f"{shape.key} {size}: {best}, {times[best] * 1e6:.2f} us; the rule's {times[start] * 1e6:.2f}",
-                    flush=True,
-                )
-    path = dispatch.FOLDER / f"{name.lower().replace(' ', '_')}.json"
-    path.write_text(json.dumps(dispatch.as_table(where, shapes, "measured", found), indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {path}")
-
-
-def _fresh(packed: Any) -> dict[str, Tensor]:
-    return {role: getattr(packed, role).clone() for role in ("low", "words") if hasattr(packed, role)}
+def launch(config: dispatch.Config) -> str:
+    """Tokens by output features of a tile, splits of K, and how a program begins and ends."""
+    if config.dense:
+        return "dense"
+    how = ", stays" if config.persistent else ", early" if config.dependent else ""
+    return f"{config.bm}x{config.bn}, {config.splits}{how}"
 
 
 def _triton() -> str:
@@ -405,6 +343,9 @@ def main() -> int:
         "--rehearse", action="store_true", help="tiny shapes on the CPU in the interpreter, without times"
     )
     parser.add_argument("--tune", action="store_true", help="rewrite the table of this device")
+    parser.add_argument(
+        "--predict", action="store_true", help="rewrite the table of the H200 as the rule has it; needs no GPU"
+    )
     parser.add_argument("--no-model", action="store_true", help="leave out blocks and steps")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
@@ -412,6 +353,9 @@ def main() -> int:
     options = parser.parse_args()
     if options.plan:
         plan(options)
+        return 0
+    if options.predict:
+        gpu_tables.predict()
         return 0
     if options.rehearse and not runtime.interpreting():
         parser.error("a rehearsal is interpreted. Set TRITON_INTERPRET=1")
@@ -426,7 +370,7 @@ def main() -> int:
     started = time.perf_counter()
     torch.manual_seed(0)
     if options.tune:
-        tune(options, clock, device_)
+        gpu_tables.tune(clock, device_, list(dict.fromkeys(SHAPES[label] for label in options.shapes)), ROTATED)
         return 0
     found = measure(options, clock, device_)
     found["minutes"] = round((time.perf_counter() - started) / 60, 2)

@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dlqc.formats.activation import ActFormat
-from dlqc.formats.fp8 import Fp8Format
+from dlqc.formats.fp8 import Fp8Format, Fp8Weight
 from dlqc.formats.planes import PlanesFormat, PlanesWeight
 from dlqc.kernels.cuda import build, launch, planes, w4a8
 from dlqc.kernels.triton import dispatch, float8, integer, packing, runtime, weight_only
+from dlqc.kernels.triton.rows import quantize
 
 WRONG = 1e-2
 
@@ -58,19 +59,38 @@ def ours(k: int, n: int, device_: str) -> list[Entry]:
         shown = min(n, 128)
         truth = (codes[:shown].double() - (1 << (bits - 1))) * scales[:shown].double().repeat_interleave(group, 1)
         name = f"W{bits}A{act} {'channel' if group == k else f'g{group}'}"
-        held = packing.columns(scales)
-        packed: Any
-        if act == 16:
-            packed = weight_only.Packed(
-                packing.arrange(codes, bits, packing.run_of(bits, k, group)), held, None, k, n, bits, group
-            )
-        else:
-            packed = integer.Packed(packing.arrange_integers(codes, bits), held, None, k, n, bits, group)
+        packed = packed_weight(dispatch.Shape("w16" if act == 16 else "w8", bits, k, n, group), codes, scales)
         made.append(Entry(name, bits + 16 / group, act, _copies(packed), truth, 4e-3 if act == 16 else 2e-2))
+        if (bits, group, act) in ((4, 128, 16), (8, k, 8)):
+            # What an early begin gains for few tokens, descriptors and programs that stay for many.
+            made.append(replace(made[-1], name=f"{name}, plain launch", copies=_copies(packed, plain=True)))
         if act == 8:
             given = Given(partial(integer.quantize, bits=8, packed=packed))
             made.append(replace(made[-1], name=f"{name}, codes given", copies=_copies(packed, given)))
     return [*made, *_float8(k, n, device_)]
+
+
+@dataclass(frozen=True)
+class E4m3:
+    """A weight of `float8`: e4m3 [N', K'] and scales float32 [N']."""
+
+    weight: Tensor
+    scales: Tensor
+    k: int
+    n: int
+
+
+def packed_weight(shape: dispatch.Shape, codes: Tensor, scales: Tensor) -> Any:
+    """Codes uint8 [N, K] and scales [N, K / group] as the kernel of a shape reads them."""
+    held = packing.columns(scales)
+    sizes = (shape.k, shape.n, shape.bits, shape.group)
+    if shape.kernel == "e4m3":
+        stored = Fp8Weight(codes.view(torch.float8_e4m3fn), scales.float(), Fp8Format())
+        return E4m3(*float8.arrange(stored), shape.k, shape.n)
+    if shape.kernel == "w8":
+        return integer.Packed(packing.arrange_integers(codes, shape.bits), held, None, *sizes)
+    low = packing.arrange(codes, shape.bits, packing.run_of(shape.bits, shape.k, shape.group))
+    return weight_only.Packed(low, held, None, *sizes)
 
 
 def _float8(k: int, n: int, device_: str) -> list[Entry]:
@@ -117,7 +137,9 @@ def cuda(k: int, n: int, device_: str) -> list[Entry]:
     return made
 
 
-def _copies(packed: Any, given: Given | None = None) -> Callable[[int], list[Callable[[Tensor], Tensor]]]:
+def _copies(
+    packed: Any, given: Given | None = None, plain: bool = False
+) -> Callable[[int], list[Callable[[Tensor], Tensor]]]:
     def copies(count: int) -> list[Callable[[Tensor], Tensor]]:
         calls = []
         for _ in range(count):
@@ -125,20 +147,31 @@ def _copies(packed: Any, given: Given | None = None) -> Callable[[int], list[Cal
                 own = replace(packed, low=packed.low.clone())
             else:
                 own = replace(packed, words=packed.words.clone())
-            calls.append(partial(run, own, given=given))
+            calls.append(partial(run, own, given=given, plain=plain))
         return calls
 
     return copies
 
 
-def run(packed: Any, x: Tensor, config: dispatch.Config | None = None, given: Given | None = None) -> Tensor:
-    """y [M, N], by the op's own choice or a given configuration."""
+def run(
+    packed: Any, x: Tensor, config: dispatch.Config | None = None, given: Given | None = None, plain: bool = False
+) -> Tensor:
+    """y [M, N], by the op's own choice or a given configuration; `plain`: one launch after the other, a tile a program."""
     if isinstance(packed, w4a8.Packed | planes.Packed):
         return run_cuda(packed, x, given)
-    config = config or dispatch.choose(packed.shape, x.shape[0], runtime.device_of(x))
     y = torch.empty(x.shape[0], packed.n, dtype=runtime.interpretable(x), device=x.device)
+    where = runtime.device_of(x)
+    if isinstance(packed, E4m3):
+        config = config or float8.config_of(*packed.weight.shape, x.shape[0], where)
+        q = quantize(x, 8, stored=packed.weight.shape[1], float8=True, dependent=config.dependent)
+        float8.launch(q.q.view(torch.float8_e4m3fn), q.scales, packed.weight, packed.scales, None, y, config)
+        return y
+    config = config or dispatch.choose(packed.shape, x.shape[0], where)
+    if plain:
+        config = dispatch.Config(bn=128, bm=128) if config.persistent else replace(config, dependent=False)
     if isinstance(packed, integer.Packed):
-        integer.launch(given(x) if given else integer.quantize(x, 8, packed), packed, None, y, config)
+        codes = given(x) if given else integer.quantize(x, 8, packed, dependent=config.dependent)
+        integer.launch(codes, packed, None, y, config)
     elif config.dense:
         return weight_only.multiply_dense(x, packed, None, config)
     else:

@@ -2,13 +2,17 @@
 
     python benchmarks/triton_aot.py --out docs/results/triton_aot.json           every kernel, shipped configuration and target
     python benchmarks/triton_aot.py --sample --targets sm_90                      one of each kind (what the tests do)
+    python benchmarks/triton_aot.py --only "w8a8 channel" --out docs/results/triton_aot.json      these rows of the file anew
 
 For each kernel, configuration and target the file holds: registers, bytes of stack and spilled words, shared memory, the
-tensor-core instructions in the machine code, and for products with packed weights the instructions, integer instructions and
-waits in the loop for each weight. Machine code is read with the tools in Triton's wheel. This proves the shape of the code; it
-proves neither its speed nor that it is right. It must run without TRITON_INTERPRET.
+tensor-core instructions in the machine code, for products with packed weights the instructions, integer instructions and waits in
+the loop for each weight, where programs stay the copies by descriptor (TMA) in the PTX, and where a kernel begins before the one
+ahead has ended whether it waits, and what it reads before. Machine code is read with the tools in
+Triton's wheel. This proves the shape of the code; it proves neither its speed nor that it is right. It must run without
+TRITON_INTERPRET.
 
-A gate fails the run: no spills and no stack, a tensor-core instruction in each product, and the limits of `LIMITS` on sm_90.
+A gate fails the run: no spills and no stack, a tensor-core instruction in each product, copies by descriptor where there should
+be some, a wait for the kernel ahead before anything is read, and the limits of `LIMITS` on sm_90.
 """
 
 from __future__ import annotations
@@ -26,16 +30,17 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from gpu_tables import LLADA, shapes
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dlqc.kernels.triton import head
 from dlqc.kernels.triton import integer as integer_host
+from dlqc.kernels.triton import weight_only as weight_only_host
 from dlqc.kernels.triton.cache import ROWS
-from dlqc.kernels.triton.device import cache, float8, integer, rows, weight_only
+from dlqc.kernels.triton.device import cache, float8, integer, persistent, rows, weight_only
 from dlqc.kernels.triton.device import head as head_device
 from dlqc.kernels.triton.dispatch import BUCKETS, Config, Shape, choose
-from dlqc.kernels.triton.float8 import config_of
 from dlqc.kernels.triton.language import tl
 from dlqc.kernels.triton.packing import block_of, padded, run_of
 from dlqc.kernels.triton.runtime import H200, Device
@@ -61,17 +66,18 @@ PRODUCT = {
 INTEGER = re.compile(r"\b(LOP3|SHF|SHL|SHR|PRMT|IADD3|IADD|IMAD|LEA|BFE|SGXT|I2F\w*|I2I\w*|VABSDIFF)\b")
 #: What keeps up with the memory of an H200, for each weight: instructions and integer instructions, 29.6 and 14.8 · 10¹² a second
 #: over 4.3 · 10¹² bytes a second. With 8, 4, 3, 2 and 1 bits 6.9, 3.55, 2.7, 1.8 and 0.97 instructions, half as many of integers.
-#: These are the most that the loop may take on sm_90 with up to 64 tokens a tile: above what the memory allows at 3 bits and
-#: fewer, where numbers are made two at a time (a shift for several, a mask, a multiply-add) and each product has to be set up.
+#: These are the most that the loop may take on sm_90 with up to 64 tokens a tile, sign planes with 32: above what the memory
+#: allows at 3 bits and fewer, where numbers are made two at a time (a shift for several, a mask, a multiply-add) and each product
+#: has to be set up.
 LIMITS = {
     "w1a16 g128": (2.7, 0.9), "w2a16 g128": (3.0, 0.97), "w3a16 g128": (3.4, 1.2),
-    "w4a16 channel": (3.55, 1.25), "w4a16 g128": (3.55, 1.25), "w8a16 channel": (6.9, 3.4), "w8a8 channel": (1.6, 0.9),
+    "w4a16 channel": (3.55, 1.2), "w4a16 g128": (3.55, 1.2), "w8a16 channel": (6.9, 3.4), "w8a8 channel": (1.6, 0.9),
     "w4a8 channel": (1.4, 0.7), "w4a8 g128": (2.5, 1.2),
 }  # fmt: skip
 
-#: Input and output features: attention's, the feed-forward's, and gate and up in one. Tables are one device's; other targets
-#: compile what they choose for the first shape.
-LLADA = ((4096, 4096), (4096, 12288), (12288, 4096), (4096, 24576))
+
+#: What codes of a format that is not integers stand for, by bits: NF4, codebooks of groups, FP8.
+CODES = {4: weight_only_host.SHARED, 3: weight_only_host.PER_GROUP, 8: weight_only_host.FLOAT8}
 
 
 @dataclass(frozen=True)
@@ -113,7 +119,7 @@ def weight_only_job(
     constants = {
         "N": shape.n, "NP": padded(shape.n), "K": shape.k, "BITS": shape.bits, "GROUP": shape.group, "ZEROS": zeros,
         "CODE": code, "RUN": run, "BIAS": False, "ADD": False, "BN": config.bn, "BM": config.bm, "SPLITS": config.splits,
-        "PRE": config.pre, "ASM": asm, "CT": {"bf16": tl.bfloat16, "fp16": tl.float16}[kind],
+        "PRE": config.pre, "ASM": asm, "CT": {"bf16": tl.bfloat16, "fp16": tl.float16}[kind], "DEPENDENT": config.dependent,
     }  # fmt: skip
     group = "channel" if shape.group >= shape.k else f"g{shape.group}"
     apart = f"{('', ' nf4', ' codebook', ' fp8')[code]}{' zeros' if zeros else ''}{'' if asm else ' plain'}"
@@ -124,8 +130,10 @@ def weight_only_job(
     return replace(job, weights=config.bn * block, turns=-(-blocks // config.splits))
 
 
-def integer_job(shape: Shape, config: Config, *, zeros: bool = False, out: int = 0) -> Job:
+def integer_job(shape: Shape, config: Config, *, zeros: bool = False, out: int = 0, add: bool = False) -> Job:
     """The product of 8-bit activations, as `kernels/triton/integer.py` launches it."""
+    if config.persistent:
+        return persistent_job(shape, config, add)
     channel, parts = shape.group >= shape.k, config.splits > 1
     pointers = {
         "q": "*i8", "low": "*i8", "scales": "*bf16", "zeros": "*u8" if zeros else "*i8", "sums": "*i32",
@@ -134,13 +142,13 @@ def integer_job(shape: Shape, config: Config, *, zeros: bool = False, out: int =
     }  # fmt: skip
     constants = {
         "N": shape.n, "NP": padded(shape.n), "K": shape.k, "KP": -(-shape.k // 128) * 128, "BITS": shape.bits,
-        "GROUP": shape.group, "ZEROS": zeros, "BIAS": False, "ADD": False, "BN": config.bn, "BM": config.bm,
-        "OUT": out, "SPLITS": config.splits, "ASM": True, "CT": tl.bfloat16,
+        "GROUP": shape.group, "ZEROS": zeros, "BIAS": False, "ADD": add, "BN": config.bn, "BM": config.bm,
+        "OUT": out, "SPLITS": config.splits, "ASM": True, "CT": tl.bfloat16, "DEPENDENT": config.dependent,
     }  # fmt: skip
     name = (
         f"w{shape.bits}a8 {'channel' if channel else f'g{shape.group}'}{' zeros' if zeros else ''} {shape.k}x{shape.n}"
     )
-    name = f"{name} outliers {out}" if out else name
+    name = f"{name} outliers {out}" if out else f"{name} with a sum" if add else name
     job = Job(f"{name}, {config.bm}x{config.bn} splits {config.splits}", integer.integer, pointers, constants)
     blocks = -(-shape.k // 128 // config.splits)
     turn = integer.turn_of(blocks, config.bm, shape.bits)
@@ -148,9 +156,26 @@ def integer_job(shape: Shape, config: Config, *, zeros: bool = False, out: int =
     return replace(job, warps=config.warps, stages=config.stages, weights=weights, turns=blocks // turn)
 
 
+def persistent_job(shape: Shape, config: Config, add: bool = False) -> Job:
+    """The product of many tokens, whose tiles are copied by descriptors, as `launch_persistent` launches it."""
+    pointers = {
+        "tokens": f"tensordesc<i8[{config.bm}, 128]>", "words": f"tensordesc<i8[{config.bn // 64}, 64, 128]>",
+        "scales": "*bf16", "zeros": "*i8", "sums": "*i32", "token_scales": "*fp32", "bias": "*i8", "residual": "*bf16",
+        "y": "*bf16", "M": "i32", "y_stride": "i32",
+    }  # fmt: skip
+    constants = {
+        "N": shape.n, "NP": padded(shape.n), "KP": -(-shape.k // 128) * 128, "ZEROS": False, "BIAS": False, "ADD": add,
+        "BN": config.bn, "BM": config.bm, "STRIPE": integer_host.STRIPE,
+    }  # fmt: skip
+    name = f"w8a8 channel {shape.k}x{shape.n}{' with a sum' if add else ''}, {config.bm}x{config.bn} persistent"
+    sample = (shape.k, shape.n) == LLADA[0] and add
+    return Job(name, persistent.persistent, pointers, constants, config.warps, config.stages, sample=sample)
+
+
 def row_job(
-    name: str, width: int, kind: int = 0, add: bool = False, block: int = 1, sums: int = 0, float8: bool = False
-) -> Job:
+    name: str, width: int, kind: int = 0, add: bool = False, block: int = 1, sums: int = 0, float8: bool = False,
+    dependent: bool = False,
+) -> Job:  # fmt: skip
     """Codes of rows, as `kernels/triton/rows.py` launches it."""
     norm = kind == 1
     pointers = {
@@ -160,13 +185,39 @@ def row_job(
     }  # fmt: skip
     constants = {
         "KIND": kind, "ADD": add, "GAIN": norm, "SHIFT": False, "BLOCK": block, "FLOAT8": float8, "K": width, "KP": width,
-        "TOP": 127, "GROUP": width // max(1, sums), "SUMS": sums, "WIDTH": 1 << (width - 1).bit_length(),
+        "TOP": 127, "GROUP": width // max(1, sums), "SUMS": sums, "WIDTH": 1 << (width - 1).bit_length(), "DEPENDENT": dependent,
     }  # fmt: skip
     return Job(f"rows {name} {width}", rows.quantize_rows, pointers, constants, warps=8, product=False)
 
 
-def row_jobs() -> list[Job]:
-    """What is done to rows; no products."""
+def share_jobs(dependent: bool) -> list[Job]:
+    """Sums of the shares of K of products of 16-bit and 8-bit activations, as both launch them."""
+    same = {"N": 4096, "SPLITS": 8, "BIAS": False, "ADD": False, "BLOCK": 512, "DEPENDENT": dependent}
+    ends = {"y": "*bf16", "M": "i32", "y_stride": "i32"}
+    apart = {"BITS": 4, "CHANNEL": True, "ZEROS": False, "OUT": 0}
+    wide = {"parts": "*fp32", "bias": "*i16", "residual": "*bf16", **ends}
+    held = {
+        "scales": "*bf16",
+        "zeros": "*i8",
+        "sums": "*i32",
+        "token_scales": "*fp32",
+        "bias": "*i8",
+        "residual": "*bf16",
+    }
+    return [
+        Job("shares of 16-bit activations", weight_only.add_splits, wide, same, product=False),
+        Job(
+            "shares of 8-bit activations",
+            integer.add_shares,
+            {"parts": "*i32", **held, **ends},
+            same | apart,
+            product=False,
+        ),
+    ]
+
+
+def row_jobs(dependent: bool) -> list[Job]:
+    """What is done to rows; no products. `dependent`: also as it is launched for few tokens on Hopper and later."""
     turn = {"x": "*bf16", "y": "*bf16", "x_stride": "i32", "y_stride": "i32", "factor": "fp32"}
     sizes = {"K": 12288, "WIDTH": 4096}
     return [
@@ -175,6 +226,7 @@ def row_jobs() -> list[Job]:
         row_job("quantize to e4m3", 4096, float8=True),
         row_job("norm and quantize", 4096, kind=1),
         row_job("add, norm and quantize", 4096, kind=1, add=True),
+        *((row_job("norm and quantize, dependent", 4096, kind=1, dependent=True),) if dependent else ()),
         row_job("silu and quantize", 12288, kind=3),
         row_job("silu, hadamard 128 and quantize", 12288, kind=3, block=128),
         *(
@@ -201,7 +253,10 @@ def float8_job(shape: Shape, config: Config) -> Job:
         "q": "*fp8e4nv", "weight": "*fp8e4nv", "scales": "*fp32", "token_scales": "*fp32", "bias": "*fp32",
         "y": "*fp32" if config.splits > 1 else "*bf16", "M": "i32", "y_stride": "i32",
     }  # fmt: skip
-    constants = {"N": shape.n, "KP": shape.k, "BIAS": False, "BN": config.bn, "BM": config.bm, "SPLITS": config.splits}
+    constants = {
+        "N": shape.n, "KP": shape.k, "BIAS": False, "BN": config.bn, "BM": config.bm, "SPLITS": config.splits,
+        "DEPENDENT": config.dependent,
+    }  # fmt: skip
     name = f"w8a8 e4m3 {shape.k}x{shape.n}, {config.bm}x{config.bn} splits {config.splits}"
     return Job(name, float8.float8, pointers, constants, config.warps, config.stages)
 
@@ -232,31 +287,24 @@ def shipped(target: str) -> list[Job]:
         add(replace(weight_only_job(shape, choose(shape, 32, device)), sample=bits in (3, 4)))
     channel = Shape("w8", 4, 12288, 4096, 12288)
     add(replace(integer_job(channel, choose(channel, 32, device)), sample=True))
+    # Tables are one device's; other targets compile what they choose for the first shape.
     for k, n in LLADA if target == "sm_90" else LLADA[:1]:
-        for bits, group in ((4, 128), (4, 32), (4, k), (2, 128), (3, 128), (8, k)):
-            shape = Shape("w16", bits, k, n, group)
+        for shape in shapes(k, n):
             for size in sizes:
                 config = choose(shape, size, device)
-                if not config.dense:
-                    add(weight_only_job(shape, config))
-        for bits, group in ((8, k), (4, k), (4, 128)):
-            shape = Shape("w8", bits, k, n, group)
-            for size in sizes:
-                add(integer_job(shape, choose(shape, size, device)))
+                if shape.kernel == "w8":
+                    add(integer_job(shape, config))
+                elif shape.kernel == "e4m3" and target not in ("sm_80", "gfx942"):  # which have no e4m3
+                    add(float8_job(shape, config))
+                elif shape.kernel in ("w16", "coded") and not config.dense:
+                    add(weight_only_job(shape, config, code=CODES[shape.bits] if shape.kernel == "coded" else 0))
     grouped = Shape("w8", 4, 12288, 4096, 128)
     add(integer_job(grouped, choose(grouped, 32, device), zeros=True))
     split = Shape("w8", 8, 4096, 4096, 4096)
     for size in (32, 256):
         add(integer_job(split, integer_host.config_of(split, size, device, apart=True), out=32))
-    for size in (32, 256) if target not in ("sm_80", "gfx942") else ():  # which have no e4m3
-        add(float8_job(split, config_of(split.n, split.k, size, device)))
-    planes = Shape("w16", 1, 8192, 4096, 128)
-    for size in (16, 32):
-        add(weight_only_job(planes, choose(planes, size, device)))
-    for code, bits, group in ((1, 4, 64), (2, 3, 4096), (3, 8, 4096)):
-        shape = Shape("coded", bits, 4096, 4096, group)
-        for size in (16, 64):
-            add(weight_only_job(shape, choose(shape, size, device), code=code))
+    for size in (512, 1024):
+        add(integer_job(split, integer_host.config_of(split, size, device, added=True), add=True))
     shape = Shape("w16", 4, 4096, 4096, 128)
     for extra in ({"zeros": True}, {"asm": False}, {"kind": "fp16"}):
         job = weight_only_job(shape, choose(shape, 32, device), **extra)
@@ -264,7 +312,7 @@ def shipped(target: str) -> list[Job]:
     for bits in (4, 8):
         for tokens in (32, 64):
             add(head_job(bits, tokens, head.stages(bits, tokens, device)))
-    for job in row_jobs():
+    for job in (*row_jobs(device.warpgroups), *share_jobs(device.warpgroups)):
         add(job)
     return list(jobs.values())
 
@@ -281,6 +329,8 @@ def build(job: Job, target: str) -> Any:
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
     source = ASTSource(fn=job.function, signature=signature, constexprs=values, attrs=attributes)
     options = {"num_warps": job.warps, "num_stages": job.stages}
+    if job.constants.get("DEPENDENT"):
+        options["launch_pdl"] = True
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return triton.compile(source, target=TARGETS[target], options=options)
@@ -323,6 +373,12 @@ def examine(job: Job, target: str) -> dict[str, Any]:
             lines = tool("nvdisasm", "-c", str(path)).splitlines()
         found["registers"], found["stack"] = map(int, used[-1])
         found["spills"] = sum(bool(re.search(r"\b(LDL|STL)\b", line)) for line in lines)
+    if job.function is persistent.persistent:
+        found["descriptor_copies"] = kernel.asm["ptx"].count("cp.async.bulk.tensor")
+    if job.constants.get("DEPENDENT"):
+        ahead, wait, _ = kernel.asm["ptx"].partition("griddepcontrol.wait")
+        found["waits_for_kernel"] = bool(wait)
+        found["read_ahead"] = len(re.findall(r"\bld\.global|\bcp\.async", ahead))
     products = [m.group(0) for line in lines if (m := re.search(PRODUCT[target], line))]
     found["products"] = {name: products.count(name) for name in sorted(set(products))}
     if job.weights and target.startswith("sm_"):
@@ -347,11 +403,17 @@ def faults(job: Job, found: dict[str, Any]) -> list[str]:
         wrong.append(f"{found['shared']} bytes of shared memory")
     if job.product and not found["products"]:
         wrong.append("no tensor-core instruction")
+    if not found.get("descriptor_copies", 1):
+        wrong.append("no copy by descriptor")
+    if not found.get("waits_for_kernel", True) or found.get("read_ahead"):
+        wrong.append("begins before the kernel ahead has ended, and reads")
     limit = LIMITS.get(" ".join(job.name.split()[:2]))
     count = found.get("per_weight")
     # Where all turns are unrolled, what stands before and behind the loop would be counted with it.
     own = job.constants
-    exempt = not count or count["unrolled"] or own["ZEROS"] or own.get("CODE") or not own["ASM"] or own["BM"] > 64
+    exempt = not count or count["unrolled"] or own["ZEROS"] or own.get("CODE") or not own["ASM"]
+    # Many tokens wait for the tensor cores and not for the weight; two planes do from 28 on.
+    exempt = exempt or own["BM"] > (32 if own["BITS"] == 1 else 64)
     if limit and found["target"] == "sm_90" and not exempt:
         for what, most in zip(("instructions", "integer"), limit, strict=True):
             if count[what] > most or not count[what]:
@@ -359,18 +421,43 @@ def faults(job: Job, found: dict[str, Any]) -> list[str]:
     return wrong
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    """The file, a line a row; rows of targets that were not compiled now stay."""
-    targets = {row["target"] for row in rows}
-    old = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-    kept = [row for row in old if row["target"] not in targets]
+def told(row: dict[str, Any], wide: int) -> str:
+    """A row as it is printed."""
+    each = row.get("per_weight", {})
+    return (
+        f"{row['kernel']:{wide}} {row['target']:7} {row['registers']:4} regs {row['stack']:4} stack "
+        f"{each.get('instructions', 0):6} instr {each.get('integer', 0):6} int {row.get('products', {})} "
+        f"{'; '.join(row['faults'])}"
+    )
+
+
+def save(path: Path, head: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """The file, a line a row."""
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    path.write_text(json.dumps(head)[:-1] + f', "rows": [\n{lines}\n]}}\n', encoding="utf-8")
+
+
+def write(path: Path, rows: list[dict[str, Any]], only: str, some: bool) -> None:
+    """The file. Rows of targets that were not compiled now stay, and those of kernels that were not meant (`only`, `some`)."""
+    old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": []}
+    targets, made = {row["target"] for row in rows}, set(map(_key, rows))
+    kept = [
+        row
+        for row in old["rows"]
+        if row["target"] not in targets or not row["kernel"].startswith(only) or (some and _key(row) not in made)
+    ]
+    command = " ".join(("python benchmarks/triton_aot.py", *sys.argv[1:]))
     head = {
-        "command": " ".join(("python benchmarks/triton_aot.py", *sys.argv[1:])),
+        "command": old["command"] if (only or some) and "command" in old else command,
         "triton": triton.__version__,
         "limits": LIMITS,
     }
-    lines = ",\n".join(json.dumps(row) for row in kept + rows)
-    path.write_text(json.dumps(head)[:-1] + f', "rows": [\n{lines}\n]}}\n', encoding="utf-8")
+    known = list(TARGETS)
+    save(path, head, sorted(kept + rows, key=lambda row: known.index(row["target"])))
+
+
+def _key(row: dict[str, Any]) -> tuple[str, str]:
+    return row["kernel"], row["target"]
 
 
 def main() -> int:
@@ -398,15 +485,9 @@ def main() -> int:
             found["faults"] = faults(job, found)
             failed += bool(found["faults"])
             rows.append(found)
-            counted = found.get("per_weight", {})
-            print(
-                f"{job.name:52} {target:7} {found['registers']:4} regs {found['stack']:4} stack "
-                f"{counted.get('instructions', 0):6} instr {counted.get('integer', 0):6} int "
-                f"{found['products']} {'; '.join(found['faults'])}",
-                flush=True,
-            )
+            print(told(found, 52), flush=True)
         if options.out:
-            write(options.out, rows)
+            write(options.out, rows, options.only, options.sample or options.brief)
     print(f"{len(rows)} compiled, {failed} outside of the gates")
     return 1 if failed else 0
 

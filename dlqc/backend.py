@@ -198,10 +198,24 @@ def choose_kernel(backend: Backend, spec: LinearSpec) -> tuple[AnyKernel | None,
     return None, refusals
 
 
-def load_backend(name: str) -> Backend:
-    """Find a backend by name; `auto` is the best one that is present on this machine."""
+def automatic(device: torch.device | None) -> tuple[str, str]:
+    """The backend that "auto" stands for, for a model on a device (None: of no known one), and why.
+
+    On a GPU that is Triton's; where that cannot run, plain PyTorch, since the kernels of the `cpu` backend are for CPUs alone.
+    """
+    if device is None or device.type != "cuda":
+        return "cpu", "the model is on no GPU"
+    triton: Any = importlib.import_module("dlqc.backends.triton")
+    reason = triton.BACKEND.available()
+    return (
+        ("triton", "the model is on a GPU") if reason is None else ("reference", f"no Triton kernel can run: {reason}")
+    )
+
+
+def load_backend(name: str, device: torch.device | None = None) -> Backend:
+    """Find a backend by name; `auto` goes by the device that the model is on (`automatic`)."""
     if name == "auto":
-        name = "cpu"
+        name = automatic(device)[0]
     if name not in BACKENDS:
         raise LoweringError(f"unknown backend {name!r}", where="backend", remedy=nearest(name, (*BACKENDS, "auto")))
     module: Any = importlib.import_module(f"dlqc.backends.{name}")

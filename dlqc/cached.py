@@ -90,9 +90,13 @@ class CachedModel:
     def _told(self, mask_ratio: Tensor | None) -> tuple[Tensor | None, ...]:
         return (mask_ratio,) if self.counts_masks else ()
 
+    @property
+    def device(self) -> torch.device:
+        """Where token ids have to be."""
+        return next((buffer.device for buffer in self.module.buffers()), torch.device("cpu"))
+
     def new_cache(self, batch: int, length: int, *, plain: bool = False) -> KeyValueCache:
         """An empty cache for `length` positions; `plain` holds the numbers themselves, whatever the graph says."""
-        device = next((b.device for b in self.module.buffers()), torch.device("cpu"))
         made: list[list[Tensor | Stored]] = []
         for node in self._attentions:
             pair: list[Tensor | Stored] = []
@@ -101,9 +105,9 @@ class CachedModel:
                 size = (batch, int(value.shape[1]), length, int(value.shape[3]))
                 if is_call(source, CACHED) and not plain:
                     fmt, coder = decode(args_of(source)[2]), source.meta.get(CODER, Coder())
-                    pair.append(Stored(fmt, size, value.dtype, device, coder=coder))
+                    pair.append(Stored(fmt, size, value.dtype, self.device, coder=coder))
                 else:
-                    pair.append(torch.zeros(size, dtype=value.dtype, device=device))
+                    pair.append(torch.zeros(size, dtype=value.dtype, device=self.device))
             made.append(pair)
         return KeyValueCache([k for k, _ in made], [v for _, v in made])
 
@@ -164,12 +168,7 @@ class CachedModel:
     ) -> tuple[fx.GraphModule, tuple[Any, ...]]:
         """The graph of a step and its inputs; the cache knows from then on what it is about to take."""
         total = cache.length if total is None else total
-        if not 0 <= start < start + ids.shape[1] <= total <= cache.length:
-            raise FeasibilityError(
-                f"positions {start} to {start + ids.shape[1]} of {total}, the cache holds {cache.length}",
-                where="window",
-                remedy="Keep start + S <= total <= the length of the cache",
-            )
+        self.check_window(ids, start, total, cache)
         masked = ids == self.spec.mask_id
         cache.begin(masked if visible is None else masked & visible[:, start : start + ids.shape[1]], start)
         pairs = [part for pair in zip(cache.keys, cache.values, strict=True) for part in pair]
@@ -183,24 +182,33 @@ class CachedModel:
             self._padded = fx.GraphModule(self.module, graph, class_name="PaddedStep")
         return self._padded, (ids, start, total, *told, visible, *pairs)
 
+    def check_window(self, ids: Tensor, start: int, total: int, cache: KeyValueCache) -> None:
+        """Refuse a window that the cache has no room for."""
+        if not 0 <= start < start + ids.shape[1] <= total <= cache.length:
+            raise FeasibilityError(
+                f"positions {start} to {start + ids.shape[1]} of {total}, the cache holds {cache.length}",
+                where="window",
+                remedy="Keep start + S <= total <= the length of the cache",
+            )
+
     def padded(self, ids: Tensor, visible: Tensor, mask_ratio: Tensor | None = None) -> Tensor:
         """The full forward [B, L] -> [B, L, V] for rows that are padded on the left (`visible` False)."""
         return self.step(ids, 0, self.new_cache(*ids.shape, plain=True), visible=visible, mask_ratio=mask_ratio)
 
     def mask(self, length: int) -> Tensor:
-        """Which position sees which: bool [length, length], the same for every attention.
+        """Which position sees which: bool [length, length] on the CPU, the same for every attention.
 
         Raises:
             FeasibilityError: layers or heads differ.
         """
         found = None
         run = fx.Interpreter(self.module)
-        ids = torch.zeros(1, length, dtype=torch.int64)
+        ids = torch.zeros(1, length, dtype=torch.int64, device=self.device)
         for node in self._attentions:
             given, causal = arg(node, 3, "attn_mask"), bool(arg(node, 5, "is_causal", False))
             seen = torch.ones(length, length, dtype=torch.bool)
             if isinstance(given, fx.Node):
-                value = _value(run, given, ids)
+                value = _value(run, given, ids).cpu()
                 value = value if value.dtype is torch.bool else value == 0
                 if value.numel() != value.shape[-1] * value.shape[-2]:
                     raise FeasibilityError("heads see different positions", where=node.name, remedy=_REMEDY)
@@ -461,7 +469,7 @@ def _compare(model: CachedModel) -> None:
     length = min(12, model.spec.max_length)
     start, stop = length // 4, length - length // 4
     ids = torch.randint(0, model.spec.vocab_size, (2, length), generator=generator(0, "block step"))
-    ids = ids.to(next((b.device for b in model.module.buffers()), torch.device("cpu")))
+    ids = ids.to(model.device)
     cache = model.new_cache(2, length, plain=True)
     model.step(ids, 0, cache)
     pairs = [tensor for pair in zip(cache.keys, cache.values, strict=True) for tensor in pair]

@@ -16,7 +16,7 @@ Original = Annotated[str, typer.Argument(help="a model folder, a Hub id, or tiny
 Source = Annotated[str, typer.Argument(help="a model folder, a Hub id, tiny-llada, or an artifact that dlqc saved")]
 Folder = Annotated[Path, typer.Argument(help="an artifact folder that dlqc saved")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
-Backend = Annotated[str, typer.Option(help="auto, reference or cpu")]
+Backend = Annotated[str, typer.Option(help="auto, reference, cpu, triton or cuda")]
 MaskId = Annotated[int | None, typer.Option(help="token id of [MASK], where the model does not tell")]
 RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="a preset, a recipe file, or one line of passes")]
 Trust = Annotated[bool, typer.Option(help="run the checkpoint's own Python code")]

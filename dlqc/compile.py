@@ -24,6 +24,7 @@ from dlqc.check import check
 from dlqc.compiled import Compiled
 from dlqc.contract import FACTS_OF_CAPTURE, Context, Pass, Plan
 from dlqc.diffusion.fidelity import fidelity
+from dlqc.diffusion.masking import device_of
 from dlqc.diffusion.spec import DiffusionSpec
 from dlqc.errors import ModelError
 from dlqc.execute import forward
@@ -63,7 +64,8 @@ def compile(
         model: takes token ids int64 [B, L], gives logits [B, L, V]; or what `load_model` takes. It is not changed.
         passes: a preset name (`dlqc.recipe.PRESETS`), a recipe file, one line of text, or Pass objects.
         calibration: a text file, texts, or token ids [R, L]; without it the model's own rollouts are used.
-        backend: "auto", "reference", "cpu", "triton" or "cuda".
+        backend: "auto", "reference", "cpu", "triton" or "cuda"; "auto" goes by the device that the model is on: "triton" on a GPU
+            that its kernels can use, else "cpu".
         mask_id: token id of [MASK], where the model's configuration does not tell it.
         seed: of everything random; the same seed gives the same result.
         progress: show a progress bar on the terminal.
@@ -74,7 +76,7 @@ def compile(
     """
     model = _original(model)
     recipe = as_recipe(passes)
-    target = load_backend(backend)
+    target = load_backend(backend, device_of(model))
     captured, outcome, context = prepare(
         model, target, calibration=calibration, mask_id=mask_id, seed=seed, recipe=recipe
     )
@@ -120,7 +122,7 @@ def plan(
     mask_id: int | None = None,
 ) -> tuple[Plan, Captured, DiffusionSpec]:
     """What `compile` would do: sites, formats, kernels, problems. Reads no weight; works on a model without weights."""
-    recipe, target = as_recipe(passes), load_backend(backend)
+    recipe, target = as_recipe(passes), load_backend(backend, device_of(model))
     spec = spec_of(model, mask_id=mask_id)
     captured = capture(model, spec)
     context = Context(captured.weights, spec, target)

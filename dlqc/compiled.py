@@ -79,6 +79,11 @@ class Compiled(nn.Module):
             logits: torch.Tensor = self.module(input_ids, mask_ratio) if self.counts_masks else self.module(input_ids)
         return logits
 
+    @property
+    def device(self) -> torch.device:
+        """Where token ids have to be."""
+        return next((buffer.device for buffer in self.module.buffers()), torch.device("cpu"))
+
     @cached_property
     def cached(self) -> CachedModel:
         """Full forward and block step over the buffers of `module`; made when first asked for.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dlqc import native
-from dlqc.backend import BACKENDS, LinearSpec, choose_kernel, load_backend, remark
+from dlqc.backend import BACKENDS, LinearSpec, automatic, choose_kernel, load_backend, remark
 from dlqc.errors import DlqcError
 from dlqc.formats.activation import ActFormat
 from dlqc.formats.integer import IntFormat
@@ -44,6 +44,10 @@ def examine() -> dict[str, dict[str, Any]]:
             "native code": _native(),
             "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none",
         },
+    }
+    found["backend auto"] = {
+        f"for a model on a {what}": " because ".join(automatic(torch.device(kind)))
+        for what, kind in (("CPU", "cpu"), ("GPU", "cuda"))
     }
     for name in BACKENDS:
         found[f"backend {name}"] = _backend(name)

@@ -24,6 +24,7 @@ from torch import Tensor, fx, nn
 from dlqc.backend import load_backend
 from dlqc.compile import Text, prepare
 from dlqc.contract import Context, Pass
+from dlqc.diffusion.masking import device_of
 from dlqc.errors import FeasibilityError
 from dlqc.manager import PassManager
 from dlqc.outliers import RATIOS, OutlierReport, Summary, Surface, Thresholds, checked_ratios, outliers, surface
@@ -118,7 +119,12 @@ def study(
     checked_ratios(ratios)
     wanted = Recipe("none", ()) if recipe is None else _transforms(as_recipe(recipe))
     captured, _, ctx = prepare(
-        model, load_backend(backend), calibration=calibration, mask_id=mask_id, seed=seed, recipe=wanted
+        model,
+        load_backend(backend, device_of(model)),
+        calibration=calibration,
+        mask_id=mask_id,
+        seed=seed,
+        recipe=wanted,
     )
     look = _Look(captured.graph, ctx, rows, tuple(ratios), thresholds, surfaces)
     progress("as captured")

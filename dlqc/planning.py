@@ -11,6 +11,7 @@ from torch import nn
 from dlqc.backend import LinearSpec, choose_kernel, load_backend
 from dlqc.blocks import find_blocks
 from dlqc.compile import plan
+from dlqc.diffusion.masking import device_of
 from dlqc.graph import Linear, linears
 from dlqc.recipe import as_recipe
 from dlqc.stats import PAIRED
@@ -70,7 +71,7 @@ class PlanReport:
 def plan_report(model: nn.Module, recipe: str, *, backend: str = "auto", mask_id: int | None = None) -> PlanReport:
     """Plan a compilation on a model that may have no weights."""
     found, captured, _ = plan(model, recipe, backend=backend, mask_id=mask_id)
-    target, chosen = load_backend(backend), as_recipe(recipe)
+    target, chosen = load_backend(backend, device_of(model)), as_recipe(recipe)
     kernels: Counter[str] = Counter()
     parameters = bits = 0.0
     names = {f"{name}.weight" for name in (*found.sites, *found.tables)}

@@ -171,18 +171,16 @@ class _Padded:
 
 
 def cached_model(model: LogitsFn, spec: DiffusionSpec) -> CachedModel:
-    """Full forward and block step of a model: its own where `dlqc.compile` made it, else of a fresh capture of the module.
+    """Full forward and block step of a model: its own where it has one, else of a fresh capture of the module.
 
     Raises:
         FeasibilityError: a plain function has no graph.
     """
     from dlqc.cached import CachedModel
-    from dlqc.compiled import Compiled
 
-    if isinstance(model, CachedModel):
-        return model
-    if isinstance(model, Compiled):
-        return model.cached
+    own = model if isinstance(model, CachedModel) else getattr(model, "cached", None)
+    if isinstance(own, CachedModel):
+        return own
     if not isinstance(model, nn.Module):
         raise FeasibilityError(
             f"a {type(model).__name__} has no graph whose keys and values could be cached",
@@ -192,8 +190,8 @@ def cached_model(model: LogitsFn, spec: DiffusionSpec) -> CachedModel:
     from dlqc.capture import capture
     from dlqc.compiled import build_module
 
-    own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    captured = capture(model, spec, dtype=own if own is torch.float64 else torch.float32)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    captured = capture(model, spec, dtype=dtype if dtype is torch.float64 else torch.float32)
     return CachedModel(build_module(captured.graph, captured.weights, share=True), spec)
 
 

@@ -22,6 +22,10 @@ BUCKETS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 FOLDER = Path(__file__).parent / "configs"
 #: From here on a weight is worth making dense for a library's product: it is a small part of the time by then.
 DENSE = 2048
+#: From here on, programs that stay: there is more than a tile for each, and nothing but tensor cores to wait for.
+PERSISTENT = 1024
+#: Up to here a product takes so few microseconds that the gap ahead of it counts.
+DEPENDENT = 128
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class Config:
         warps, stages: of a program, as Triton takes them.
         pre: scale weights before the product and not its sums.
         dense: make the weight dense and leave the product to the library.
+        persistent: programs stay and take tile after tile (device/persistent.py).
+        dependent: begin before the kernel ahead has ended (device/dependent.py).
     """
 
     bn: int = 64
@@ -42,6 +48,8 @@ class Config:
     stages: int = 3
     pre: bool = False
     dense: bool = False
+    persistent: bool = False
+    dependent: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,7 @@ class Shape:
     """What a choice depends on besides the device and the tokens.
 
     Attributes:
-        kernel: "w16", "coded" (as w16, for formats that are not integers) or "w8". bits: of a weight.
+        kernel: "w16", "coded" (as w16, for formats that are not integers), "w8" or "e4m3". bits: of a weight.
         k, n: input and output features. group: input features with one scale.
     """
 
@@ -95,11 +103,15 @@ def rule(shape: Shape, size: int, device: Device = H200) -> Config:
     split, as long as writing and reading the parts costs less than half of reading the weight. Many tokens wait for the tensor
     cores: one large tile a program, and scales applied to weights, since there are fewer of them than of sums.
     """
-    wide = shape.kernel != "w8"
+    wide = shape.kernel in ("w16", "coded")
     if wide and size >= DENSE:
         return Config(bn=64, dense=True)
+    if size >= PERSISTENT and tiled(shape, device):
+        return Config(bn=256, bm=128, warps=8, stages=min(4, _stages(device)), persistent=True)
     block = block_of(shape.bits, run_of(shape.bits, shape.k, shape.group)) if wide else 128
-    large = 128 if block < 512 else 64  # tokens of a long block would fill the shared memory
+    entries = shape.kernel == "coded" and shape.bits < 8
+    # Tokens of a long block would fill the shared memory, and entries of tables the registers of single warps.
+    large = 64 if block >= 512 or (entries and not device.warpgroups) else 128
     bm = min(size, large)
     bn = 64 if size < 64 else large
     programs = padded(shape.n) // bn * -(-size // bm)
@@ -111,15 +123,27 @@ def rule(shape: Shape, size: int, device: Device = H200) -> Config:
         and 2 * splits * size * shape.n * 8 <= shape.weight_bytes
     ):
         splits *= 2
-    # Sums of groups beside those of all of K are twice the registers, and so are numbers made of codes: the tile is then spread
-    # over more threads, as it is where a product is one warp's.
-    both, tables = wide or shape.group < shape.k, shape.kernel == "coded"
+    # Sums of groups beside those of all of K (in e4m3, of blocks) are twice the registers, and so are numbers made of codes: the
+    # tile is then spread over more threads, as it is where a product is one warp's.
+    both, tables = shape.kernel != "w8" or shape.group < shape.k, shape.kernel == "coded"
     crowded = bm > 64 and both if device.warpgroups else bm > 32 or (tables and block >= 512)
     warps = 8 if crowded or (bn > 64 and tables) else 4
     stage = bm * block * (2 if wide else 1) + bn * block * shape.bits // 8
     spare = device.shared - ((block * bn * 4) if tables else 0)  # entries of tables change places there
     stages = max(1, min(3, spare // stage))
-    return Config(bn, bm, splits, warps, stages, pre=wide and bm >= 64)
+    early = device.warpgroups and size <= DEPENDENT
+    return Config(bn, bm, splits, warps, stages, pre=wide and bm >= 64, dependent=early)
+
+
+def tiled(shape: Shape, device: Device) -> bool:
+    """Whether tiles can be copied as they lie, three stages of them at least: int8, a scale a channel, Hopper and later."""
+    plain = shape.kernel == "w8" and shape.bits == 8 and shape.group >= shape.k
+    return plain and device.warpgroups and _stages(device) >= 3
+
+
+def _stages(device: Device) -> int:
+    """How many blocks of 128 features of tiles of 128 x 256 fit beside what scales and stores one."""
+    return (device.shared - 32768) // ((128 + 256) * 128)
 
 
 @cache

@@ -14,8 +14,6 @@ the op computes the definition.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,7 +23,7 @@ from dlqc.kernels.reference.layout import blank, outcome, rows
 from dlqc.kernels.triton import packing, runtime
 from dlqc.kernels.triton.device import float8 as device
 from dlqc.kernels.triton.device import weight_only as device_weight_only
-from dlqc.kernels.triton.dispatch import Config, Shape, bucket, rule
+from dlqc.kernels.triton.dispatch import Config, Shape, choose
 from dlqc.kernels.triton.rows import quantize
 
 #: Tokens from which on the library's product is chosen.
@@ -53,7 +51,8 @@ def float8(
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         y = codes.to(wide) @ weight[:out_features, :in_features].to(wide).T
         return outcome(y * scale * scales[:out_features], bias, x)
-    found = quantize(flat, 8, stored=weight.shape[1], float8=True)
+    config = config_of(weight.shape[0], weight.shape[1], flat.shape[0], runtime.device_of(x))
+    found = quantize(flat, 8, stored=weight.shape[1], float8=True, dependent=config.dependent)
     if flat.is_cuda and flat.shape[0] >= LIBRARY and out_features % 16 == 0 and _capability() >= (9, 0):
         y = torch._scaled_mm(
             *(found.q.view(DTYPE), weight[:out_features].T, found.scales[:, None], scales[None, :out_features]),
@@ -62,7 +61,6 @@ def float8(
         )
         return outcome(y, bias, x)
     y = flat.new_empty(flat.shape[0], out_features, dtype=runtime.interpretable(x))
-    config = config_of(weight.shape[0], weight.shape[1], flat.shape[0], runtime.device_of(x))
     launch(found.q.view(DTYPE), found.scales, weight, scales, bias, y, config)
     return y.to(x.dtype).reshape(*x.shape[:-1], out_features)
 
@@ -87,9 +85,8 @@ def _capability() -> tuple[int, int]:
 
 
 def config_of(n: int, k: int, tokens: int, device_: runtime.Device) -> Config:
-    """The rule of integer products; sums of 128 features beside those of all of K are twice the registers."""
-    found = rule(Shape("w8", 8, k, n, k), bucket(tokens), device_)
-    return replace(found, warps=8 if found.bm > 64 else found.warps)
+    """The choice for a weight [n, k] as it is stored."""
+    return choose(Shape("e4m3", 8, k, n, k), tokens, device_)
 
 
 def launch(
@@ -104,6 +101,7 @@ def launch(
             *(q, weight, scales, token_scales, held, target, m, target.stride(0)),
             **{"N": n, "KP": weight.shape[1], "BIAS": bias is not None, "BN": config.bn, "BM": config.bm},
             **{"SPLITS": splits, "num_warps": config.warps, "num_stages": config.stages},
+            **runtime.dependent(config.dependent),
         )
         if splits > 1:
             device_weight_only.add_splits[m, -(-n // 512)](
@@ -113,4 +111,5 @@ def launch(
                 BIAS=bias is not None,
                 ADD=False,
                 BLOCK=512,
+                **runtime.dependent(config.dependent),
             )

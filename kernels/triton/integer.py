@@ -1,4 +1,4 @@
-"""Low-bit weights by 8-bit activations with exact integer sums: W8A8 and W4A8 (device/integer.py).
+"""Low-bit weights by 8-bit activations with exact integer sums: W8A8 and W4A8 (device/integer.py, persistent.py).
 
     y = (Σ_k (code - zero) · q) · s_w · s_x + x_o · W_oᵀ + b + r,    q, s_x = codes and scales of x, one scale per token
 
@@ -11,7 +11,8 @@ Shapes:  x [..., K]; words as of `packing.arrange_integers`; scales [G, N'], zer
          x_o = whole[..., columns], whole [..., K'], columns int32 [O], outliers [O, N'] as of `packing.outliers` → [..., N].
 Dtypes:  codes of x are those of `ActFormat.quantize_dynamic`. Sums over K (over 128 features where the weight has groups) are
          int32 and exact; scales, zero points of groups, and the bias are applied in float32; then the dtype of x.
-Layout:  4-bit codes stay in 4 bits; one packed copy for every number of tokens.
+Layout:  4-bit codes stay in 4 bits; one packed copy for every number of tokens. On Hopper and later many tokens by int8 weights
+         are left to programs that stay and copies by descriptor (`Config.persistent`), with the same bits.
 Order:   as of `weight_only`: the same bits in every run, and in every batch of a bucket.
 Requires: one symmetric scale per token; 4- or 8-bit weights with one scale per channel or groups that 128 divides; sums that fit.
 
@@ -30,11 +31,15 @@ from dlqc.formats.activation import ActFormat
 from dlqc.kernels.reference.layout import blank, canonical, misfit, outcome, rows
 from dlqc.kernels.triton import packing, runtime
 from dlqc.kernels.triton.device import integer as device
+from dlqc.kernels.triton.device import persistent as device_persistent
 from dlqc.kernels.triton.dispatch import Config, Shape, choose
+from dlqc.kernels.triton.language import TensorDescriptor
 from dlqc.kernels.triton.rows import AS_IS, Before, Codes
 from dlqc.kernels.triton.rows import quantize as quantize_rows
 
 BLOCK = packing.PADDED
+#: Rows of tiles that are under way at a time where programs stay: 8 x 16 tiles are about as many as there are multiprocessors.
+STRIPE = 8
 
 
 @torch.library.custom_op("dlqc_triton::integer", mutates_args=())
@@ -76,9 +81,9 @@ def integer(
         y = ((codes.double() @ packed.dequantize().T) * scale).to(wide)
         y = y if apart is None else y + apart.value(wide)[:, :out_features]
         return outcome(y if added is None else y + added.to(wide), bias, x)
-    config = config_of(packed.shape, flat.shape[0], runtime.device_of(x), apart is not None)
+    config = config_of(packed.shape, flat.shape[0], runtime.device_of(x), apart is not None, added is not None)
     y = flat.new_empty(flat.shape[0], out_features, dtype=runtime.interpretable(x))
-    launch(quantize(flat, act_bits, packed, before), packed, bias, y, config, added, apart)
+    launch(quantize(flat, act_bits, packed, before, config.dependent), packed, bias, y, config, added, apart)
     return y.to(x.dtype).reshape(*x.shape[:-1], out_features)
 
 
@@ -162,15 +167,18 @@ class Apart:
         return self.x.index_select(1, self.columns).to(wide) @ self.outliers.to(wide)
 
 
-def quantize(x: Tensor, bits: int, packed: Packed, before: Before = AS_IS) -> Codes:
+def quantize(x: Tensor, bits: int, packed: Packed, before: Before = AS_IS, dependent: bool = False) -> Codes:
     """Codes of x [M, K] as the product of `packed` reads them: in whole blocks of K, with the sums its zero points need."""
-    return quantize_rows(x, bits, before, stored=packed.words.shape[1] * BLOCK, sums=packed.sums)
+    stored = packed.words.shape[1] * BLOCK
+    return quantize_rows(x, bits, before, stored=stored, sums=packed.sums, dependent=dependent)
 
 
-def config_of(shape: Shape, tokens: int, device_: runtime.Device, apart: bool = False) -> Config:
-    """The choice, with more threads where sums of columns apart are held beside those of the product."""
+def config_of(shape: Shape, tokens: int, device_: runtime.Device, apart: bool = False, added: bool = False) -> Config:
+    """The choice; what is held beside the sums of a large tile takes more threads, and sums of columns apart no descriptors."""
     found = choose(shape, tokens, device_)
-    return replace(found, warps=8) if apart and found.bm > 64 else found
+    if apart and found.persistent:
+        found = replace(found, bn=128, persistent=False)
+    return replace(found, warps=8) if (apart or added) and found.bm > 64 else found
 
 
 def launch(
@@ -183,6 +191,9 @@ def launch(
     apart: Apart | None = None,
 ) -> None:
     """y [M, N] of quantized tokens, with unit stride in its rows."""
+    if config.persistent:
+        launch_persistent(codes, packed, bias, y, config, residual)
+        return
     m, n, splits = codes.q.shape[0], packed.n, config.splits
     target = y
     if splits > 1:
@@ -216,12 +227,50 @@ def launch(
             **{"NP": packing.padded(n), "K": packed.k, "KP": codes.q.shape[1], "GROUP": packed.group, "ASM": asm},
             **{"CT": runtime.in_triton(runtime.product_dtype(y))},
             **{"BN": config.bn, "BM": config.bm, "num_warps": config.warps, "num_stages": config.stages},
+            **runtime.dependent(config.dependent),
         )
         if splits > 1:
             width = 512
             device.add_shares[m, -(-n // width)](
-                *(target, packed.scales, *last, y, m, y.stride(0)), **same, CHANNEL=packed.channel, BLOCK=width
+                *(target, packed.scales, *last, y, m, y.stride(0)),
+                **same,
+                **runtime.dependent(config.dependent),
+                CHANNEL=packed.channel,
+                BLOCK=width,
             )
+
+
+def launch_persistent(
+    codes: Codes, packed: Packed, bias: Tensor | None, y: Tensor, config: Config, residual: Tensor | None
+) -> None:
+    """As `launch`, for int8 weights with a scale a channel and no columns apart."""
+    (m, stored), n, spare = codes.q.shape, packed.n, packed.words
+    words = packed.words.flatten(1, 2)
+    tokens = TensorDescriptor.from_tensor(codes.q, [config.bm, BLOCK])
+    weights = TensorDescriptor.from_tensor(words, [config.bn // packing.ROWS, packing.ROWS, BLOCK])
+    tiles = -(-m // config.bm) * -(-packing.padded(n) // config.bn)
+    with runtime.on(y):
+        device_persistent.persistent[(min(tiles, runtime.device_of(y).units),)](
+            *(
+                tokens,
+                weights,
+                packed.scales,
+                spare if packed.zeros is None else packed.zeros,
+                codes.sums,
+                codes.scales,
+            ),
+            *(spare if bias is None else bias, spare if residual is None else residual.contiguous()),
+            *(y, m, y.stride(0)),
+            **{
+                "N": n,
+                "NP": packing.padded(n),
+                "KP": stored,
+                "ZEROS": packed.zeros is not None,
+                "BIAS": bias is not None,
+            },
+            **{"ADD": residual is not None, "BN": config.bn, "BM": config.bm, "STRIPE": STRIPE},
+            **{"num_warps": config.warps, "num_stages": config.stages},
+        )
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,7 @@ def quantize(
     sums: int = 0,
     total: Tensor | None = None,
     float8: bool = False,
+    dependent: bool = False,
 ) -> Codes:
     """Codes of rows x [M, K] on a GPU.
 
@@ -96,6 +97,7 @@ def quantize(
         stored: width of a row of codes, K or more. sums: of how many groups of a stored row the codes are summed.
         total: [M, K], takes x + other, which then goes on in place of x.
         float8: codes are uint8, the bits of numbers in e4m3.
+        dependent: as of `dispatch.Config`.
     """
     (m, k), group = x.shape, max(1, sums)
     stored = stored or k
@@ -114,6 +116,7 @@ def quantize(
             **{"KIND": KINDS[before.kind], "ADD": total is not None, "GAIN": before.gain is not None},
             **{"SHIFT": before.shift is not None, "BLOCK": before.block, "FLOAT8": float8, "K": k},
             **{"TOP": (1 << (bits - 1)) - 1, "GROUP": stored // group, "SUMS": sums, "WIDTH": width, "KP": stored},
+            **runtime.dependent(dependent),
             num_warps=warps(width),
         )
     return Codes(q, scales, found)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dlqc.kernels.triton.language import MISSING, tl
+from dlqc.kernels.triton.language import DEPENDENT_LAUNCH, MISSING, tl
 
 #: The oldest NVIDIA GPU with bfloat16 tensor cores and cp.async.
 OLDEST = (8, 0)
@@ -27,7 +27,8 @@ class Device:
 
     Attributes:
         name: as torch says it. units: multiprocessors. shared: bytes of shared memory that a program can have.
-        warpgroups: whether four warps make one product (Hopper and later), so that a large tile needs no more of them.
+        warpgroups: whether it is Hopper or later: four warps make one product, so that a large tile needs no more of them, whole
+            tiles are copied by descriptors (TMA), and a kernel may begin before the one ahead of it has ended.
     """
 
     name: str
@@ -100,3 +101,10 @@ def in_triton(dtype: torch.dtype) -> Any:
 def interpretable(x: torch.Tensor) -> torch.dtype:
     """The dtype that a kernel may store a result for x in."""
     return torch.float32 if interpreting() and x.dtype == torch.bfloat16 else x.dtype
+
+
+def dependent(wanted: bool) -> dict[str, bool]:
+    """What a launch is told besides: whether it begins before the kernel ahead has ended, a word for kernel and launcher each."""
+    if wanted and DEPENDENT_LAUNCH and not interpreting():
+        return {"DEPENDENT": True, "launch_pdl": True}
+    return {"DEPENDENT": False}

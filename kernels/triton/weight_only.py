@@ -192,6 +192,7 @@ def launch(
                 "SPLITS": splits,
                 "PRE": config.pre,
             },
+            **runtime.dependent(config.dependent),
             **{"num_warps": config.warps, "num_stages": config.stages},
         )
         if splits > 1:
@@ -199,6 +200,7 @@ def launch(
             device.add_splits[(m, -(-n // width))](
                 *(target, *last, y, m, y.stride(0)),
                 **{"N": n, "SPLITS": splits, "BIAS": bias is not None, "ADD": residual is not None, "BLOCK": width},
+                **runtime.dependent(config.dependent),
             )
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import pytest
+import sys
 
-from dlqc.backend import BACKENDS, load_backend
+import pytest
+import torch
+
+import dlqc
+from dlqc.backend import BACKENDS, automatic, load_backend
 from dlqc.backends import cpu, cuda, triton
 from dlqc.backends.cpu import BACKEND as CPU
 from dlqc.backends.reference import BACKEND as REFERENCE
 from dlqc.errors import LoweringError
+from dlqc.kernels.triton import runtime
 
 
 def test_every_name_loads() -> None:
@@ -17,6 +22,37 @@ def test_every_name_loads() -> None:
         if gpu is None or gpu.available() is None:
             assert load_backend(name).name == name
     assert load_backend("auto").name == "cpu"
+
+
+def test_auto_goes_by_the_device_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU would say is put in its place: nothing here asks for one."""
+    gpu = torch.device("cuda", 1)
+    monkeypatch.setattr(runtime, "unavailable", lambda: None)
+    assert automatic(gpu) == ("triton", "the model is on a GPU")
+    assert load_backend("auto", gpu).name == "triton"
+    for device in (None, torch.device("cpu"), torch.device("meta")):
+        assert automatic(device)[0] == load_backend("auto", device).name == "cpu"
+    monkeypatch.setattr(runtime, "unavailable", lambda: "the GPU has compute capability 7.5, it needs 8.0")
+    said = "no Triton kernel can run: the GPU has compute capability 7.5, it needs 8.0"
+    assert automatic(gpu) == ("reference", said)
+    assert load_backend("auto", gpu).name == "reference"
+
+
+def test_compile_and_plan_say_where_the_model_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.device | None] = []
+
+    class Asked(Exception):
+        pass
+
+    def ask(_: str, device: torch.device | None = None) -> None:
+        seen.append(device)
+        raise Asked
+
+    monkeypatch.setattr(sys.modules["dlqc.compile"], "load_backend", ask)
+    for call in (dlqc.compile, dlqc.plan):
+        with pytest.raises(Asked):
+            call(torch.nn.Linear(2, 2, device="meta"), ())
+    assert seen == [torch.device("meta")] * 2
 
 
 def test_names_of_kernels_are_unique() -> None:

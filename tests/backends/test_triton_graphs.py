@@ -11,11 +11,15 @@ from torch import Tensor
 
 import dlqc
 import dlqc.kernels.reference.coded
-from dlqc.backends.triton_graphs import captured, uncapturable
+from dlqc.backends.triton_graphs import SPARE, captured, uncapturable
+from dlqc.cached import CachedModel
 from dlqc.compiled import Compiled
-from dlqc.errors import LoweringError
+from dlqc.diffusion.masking import device_of
+from dlqc.errors import FeasibilityError, LoweringError
 from dlqc.graph import aten
 from dlqc.kernels.triton import runtime
+from dlqc.kv_cache import KeyValueCache
+from dlqc.ops import CACHED
 
 CODED = torch.ops.dlqc_reference.coded.default
 RECIPE = "quantize_weights(bits=4, group_size=32, method=rtn), pack, lower"
@@ -61,8 +65,10 @@ def test_buckets_refills_and_results(model: Compiled) -> None:
     for found, expected in kept:  # also what earlier calls returned is still theirs
         assert found.shape == expected.shape
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    assert sorted(fast.recordings) == [(1, 7), (4, 7), (4, 9)]
+    assert sorted(fast.replays.recordings) == [(1, 7), (4, 7), (4, 9)]
     assert (fake.recorded, fake.replayed) == (3, 5)
+    # Where samplers put the ids of a prompt.
+    assert device_of(fast) == device_of(model) == device_of(fast.cached) == torch.device("cpu")
     assert fast(ids(0, 7, 0)).shape == (0, 7, model(ids(1, 7, 0)).shape[2])
 
 
@@ -71,12 +77,12 @@ def test_the_oldest_goes_and_moved_tensors_drop_all(model: Compiled) -> None:
     fast = captured(model, recorder=fake, limit=2)
     for length in (5, 6, 5, 7, 5):
         fast(ids(1, length, 0))
-    assert list(fast.recordings) == [(1, 7), (1, 5)]
+    assert list(fast.replays.recordings) == [(1, 7), (1, 5)]
     assert fake.recorded == 3
     name, buffer = next(iter(model.module.named_buffers()))
     model.module.register_buffer(name, buffer.clone())
     fast(ids(1, 5, 0))
-    assert list(fast.recordings) == [(1, 5)]
+    assert list(fast.replays.recordings) == [(1, 5)]
     assert fake.recorded == 4
 
 
@@ -87,9 +93,69 @@ def test_samplers_take_it(model: Compiled) -> None:
     assert list(found.ids) == list(expected.ids)
 
 
+def test_steps_are_recorded_by_window_and_cache(model: Compiled) -> None:
+    fake, plain = Fake(), model.cached
+    steps = captured(model, recorder=fake).cached
+    x = ids(2, 12, 0)
+
+    def decode(of: CachedModel, cache: KeyValueCache, seed: int) -> list[Tensor]:
+        found = [of.step(x, 0, cache)]
+        for start, stop, total in ((4, 8, 12), (4, 8, 12), (8, 12, 12), (2, 6, 8)):
+            found.append(of.step(ids(2, stop - start, seed + start), start, cache, total=total))
+        return found
+
+    for turn in range(2):
+        for found, expected in zip(
+            decode(steps, steps.new_cache(2, 12), turn), decode(plain, plain.new_cache(2, 12), turn), strict=True
+        ):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    # The second cache has the tensors of the first.
+    assert (fake.recorded, fake.replayed) == (4, 10)
+    assert [key[1:4] for key in steps.replays.recordings] == [(12, 0, 12), (4, 4, 12), (4, 8, 12), (4, 2, 8)]
+    first, second = steps.new_cache(2, 12), steps.new_cache(2, 12)
+    assert not any(bool(part.any()) for part in (*first.keys, *second.values))
+    steps.step(x, 0, first)
+    assert not second.keys[0].any()
+    assert fake.recorded == 4
+    steps.step(x, 0, second)
+    assert fake.recorded == 5
+    with pytest.raises(FeasibilityError, match="positions 10 to 14 of 12, the cache holds 12"):
+        steps.step(x[:, :4], 10, first)
+    del first, second
+    del (caches := [steps.new_cache(1, 4 + i) for i in range(SPARE)])[:]
+    del caches
+    assert not steps.replays.recordings  # went with their caches
+
+
+def test_decoding_with_a_cache_is_replayed(model: Compiled) -> None:
+    options: dict[str, Any] = {"sampler": "fast_dllm(cache='dual', threshold=None)", "gen_length": 8, "block_length": 4}
+    fake = Fake()
+    fast = captured(model, recorder=fake)
+    steps = fast.cached
+    for seed, replayed in enumerate((fast, steps)):
+        found, expected = (dlqc.generate(m, ids(1, 6, seed), steps=8, **options) for m in (replayed, model))
+        assert list(found.ids) == list(expected.ids)
+    assert fake.recorded == 3  # all positions, and two blocks
+    assert fake.replayed == 16
+    several = [ids(1, length, length)[0] for length in (3, 6)]
+    made, wanted = (dlqc.generate_batch(m, several, steps=8, **options) for m in (steps, model))
+    assert [list(g.ids) for g in made] == [list(g.ids) for g in wanted]
+    assert captured(model, recorder=fake).cached is not steps
+
+
+def test_steps_over_codes_are_refused(model: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = next(n for n in model.module.graph.nodes if n.op == "call_function")
+    monkeypatch.setattr(node, "target", CACHED)
+    said = rf"graph: the block step cannot be captured: %{node.name} stores keys or values in codes.* Call it as it is"
+    with pytest.raises(LoweringError, match=said):
+        _ = captured(model, recorder=Fake()).cached
+
+
 def test_what_cannot_be_captured_is_refused(model: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(LoweringError, match=r"limit: 0 graphs hold nothing\. Use 1 or more"):
+    with pytest.raises(LoweringError, match=r"^limit: 0 graphs hold nothing\. Use 1 or more"):
         captured(model, limit=0)
+    with pytest.raises(LoweringError, match=r"^step_limit: 0 graphs hold nothing\. Use 1 or more"):
+        captured(model, step_limit=0)
     said = r"graph: the model cannot be captured: {}\. Call it as it is"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     if not runtime.interpreting():

@@ -60,7 +60,7 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_o
 
 def llada(**options: object) -> nn.Module:
     torch.manual_seed(0)
-    sizes = {"d_model": 128, "n_layers": 2, "n_heads": 4, "mlp_hidden_size": 192, "vocab_size": 64}
+    sizes = {"d_model": 128, "n_layers": 1, "n_heads": 4, "mlp_hidden_size": 192, "vocab_size": 64}
     config = LLaDAConfig(max_sequence_length=32, mask_token_id=63, **({"include_bias": True} | sizes | options))
     model = LLaDAModelLM(config).eval().requires_grad_(False)
     for name, tensor in model.named_parameters():
@@ -100,7 +100,7 @@ class Export:
 
     @property
     def sites(self) -> list[str]:
-        return [f"model.transformer.blocks.{i}.{name}" for i in range(2) for name in LINEARS]
+        return [f"model.transformer.blocks.0.{name}" for name in LINEARS]
 
     def stored(self, site: str) -> dict[str, Tensor]:
         """The tensors of a module, without its bias."""
@@ -279,7 +279,7 @@ class TestFixedRanges:
         (scheme,) = QuantizationConfig.model_validate(config["quantization_config"]).config_groups.values()
         acts = scheme.input_activations
         assert (acts.num_bits, acts.symmetric, acts.strategy, acts.dynamic) == (8, symmetric, "tensor", False)
-        block = "model.transformer.blocks.1"
+        block = "model.transformer.blocks.0"
         stored = model.weights.value(f"{block}.q_proj.input_scale")
         for name in ("q_proj", "k_proj", "v_proj"):
             found = tensors[f"{block}.{name}.input_scale"]
@@ -300,7 +300,9 @@ OVERRIDES = (
 def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An export with four widths."""
     folder = tmp_path_factory.mktemp("mixed") / "served"
-    dlqc.export(compiled(line(f"bits=3, group_size=64, symmetric=True, overrides={OVERRIDES}")), folder)
+    dlqc.export(
+        compiled(line(f"bits=3, group_size=64, symmetric=True, overrides={OVERRIDES}"), llada(n_layers=2)), folder
+    )
     return folder
 
 
@@ -317,7 +319,7 @@ class TestMixedWidths:
         read = QuantizationConfig.model_validate(config)
         assert read.format == "pack-quantized"
         assert len(read.config_groups) == 4
-        tensors, original = load_file(served / "model.safetensors"), llada()
+        tensors, original = load_file(served / "model.safetensors"), llada(n_layers=2)
         seen = []
         for scheme in read.config_groups.values():
             assert isinstance(scheme, QuantizationScheme)
@@ -336,7 +338,7 @@ class TestMixedWidths:
 
     def test_transformers_loads_it(self, served: Path) -> None:
         found = loaded_by_transformers(served)(ids()).logits
-        model = llada()
+        model = llada(n_layers=2)
         for name, parameter in model.named_parameters():
             if ".blocks." in name and parameter.dim() == 2:
                 parameter.copy_(self.expected(name).quantize(parameter).dequantize())
@@ -374,10 +376,12 @@ class TestRefusals:
 
     def test_what_attentions_read(self, tmp_path: Path) -> None:
         weights = line("bits=4, group_size=64")
-        model = compiled(f"quantize_attention(keys=None), {weights}")
+        model = compiled(
+            f"quantize_attention(keys=None), {weights}", llada(n_layers=2)
+        )  # of one in each, all are named
         words = "compressed-tensors: %quantize_heads_default quantizes in an attention; "
         self.refused(model, tmp_path / "out", words)
-        model = compiled(f"quantize_attention(keys=None, values=None, probabilities=8), {weights}")
+        model = compiled(f"quantize_attention(keys=None, values=None, probabilities=8), {weights}", llada(n_layers=2))
         self.refused(model, tmp_path / "out", "compressed-tensors: %attention_default quantizes in an attention; ")
 
     def test_a_fused_projection(self, tmp_path: Path) -> None:

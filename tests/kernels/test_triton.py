@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from dlqc.formats.integer import IntFormat
 from dlqc.formats.nf4 import Nf4Format
 from dlqc.formats.packing import pack
 from dlqc.formats.planes import PlanesFormat
-from dlqc.kernels.triton import dispatch, head, packing, rows, runtime
+from dlqc.kernels.triton import dispatch, head, integer, packing, rows, runtime
 from dlqc.kernels.triton.device import numbers as device
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -38,6 +39,7 @@ def test_what_a_machine_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_kernel(BACKEND, spec)[0] is BACKEND.kernels[1]
 
 
+ROOT = Path(__file__).parents[2]
 TOKEN8 = ActFormat(8)
 CHOICES = [
     (IntFormat(8, None), TOKEN8, "integer"),
@@ -145,23 +147,63 @@ def test_a_launch_follows_from_the_bucket() -> None:
     assert dispatch.choose(SHAPE, 5000).dense
 
 
-def test_tables_are_complete_and_unknown_devices_follow_the_rule() -> None:
+def test_tables_are_complete_and_unknown_devices_follow_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    tables = importlib.import_module("gpu_tables")
     files = sorted(dispatch.FOLDER.glob("*.json"))
     assert files
     for path in files:
         stored = json.loads(path.read_text())
         assert stored["status"] in ("predicted", "measured")
-        assert SHAPE.key in stored["configs"]
+        held = [shape for k, n in tables.LLADA for shape in tables.shapes(k, n)]
+        assert list(stored["configs"]) == [shape.key for shape in held]
+        if stored["status"] == "predicted":
+            known = {runtime.H200.name: runtime.H200}[stored["device"]]
+            assert path.read_text() == tables.spelled(dispatch.as_table(known, held, "predicted", {}))
         for sizes in dispatch.table(stored["device"]).values():
             assert sorted(sizes) == list(dispatch.BUCKETS)
             for size, config in sizes.items():
-                assert config.dense or (config.bm <= size and 128 % config.bn == 0 and config.splits >= 1)
+                whole = config.persistent or 128 % config.bn == 0
+                assert config.dense or (config.bm <= size and whole and config.splits >= 1)
     other = runtime.Device("another", 60, 65536, False)
     assert dispatch.choose(SHAPE, 32, other) == dispatch.rule(SHAPE, 32, other)
     assert dispatch.rule(SHAPE, 32, other).splits < dispatch.rule(SHAPE, 32).splits
     assert dispatch.rule(SHAPE, 128, other).stages < dispatch.rule(SHAPE, 128).stages
     int8 = dispatch.Shape("w8", 8, 4096, 4096, 4096)
     assert dispatch.rule(int8, 128, other).warps > dispatch.rule(int8, 128).warps
+
+
+def test_programs_stay_and_begin_early_on_hopper_alone() -> None:
+    int8, hopper = dispatch.Shape("w8", 8, 4096, 12288, 4096), runtime.H200
+    ampere, small = runtime.Device("A100", 108, 166912, False), runtime.Device("RTX 5090", 170, 101376)
+    assert dispatch.rule(int8, 1024, hopper).persistent
+    for shape, size, device_ in (
+        (int8, 512, hopper),
+        (int8, 1024, ampere),
+        (int8, 1024, small),
+        (dispatch.Shape("w8", 8, 4096, 12288, 128), 1024, hopper),
+        (dispatch.Shape("w8", 4, 4096, 12288, 4096), 1024, hopper),
+        (dispatch.Shape("e4m3", 8, 4096, 12288, 4096), 1024, hopper),
+    ):
+        assert not dispatch.rule(shape, size, device_).persistent
+    apart = integer.config_of(int8, 1024, hopper, apart=True)
+    assert not apart.persistent
+    assert 128 % apart.bn == 0
+    assert integer.config_of(int8, 512, hopper).warps < integer.config_of(int8, 512, hopper, added=True).warps
+    assert dispatch.rule(int8, 128, hopper).dependent
+    assert not dispatch.rule(int8, 256, hopper).dependent
+    assert not dispatch.rule(int8, 16, ampere).dependent
+
+
+def test_a_launch_begins_early_only_where_kernels_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "interpreting", lambda: False)
+    assert runtime.dependent(True) == {"DEPENDENT": True, "launch_pdl": True}
+    assert runtime.dependent(False) == {"DEPENDENT": False}
+    monkeypatch.setattr(runtime, "DEPENDENT_LAUNCH", False)
+    assert runtime.dependent(True) == {"DEPENDENT": False}
+    monkeypatch.undo()
+    monkeypatch.setattr(runtime, "interpreting", lambda: True)
+    assert runtime.dependent(True) == {"DEPENDENT": False}
 
 
 def test_a_table_has_the_word(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ def canvas(length: int, masks: int, seed: int = 0) -> torch.Tensor:
     return ids
 
 
+@functools.cache
 def plainly(width: int) -> Compiled:
     return dlqc.compile(zoo.model("llada"), f"{NESTED}, adapt_precision(edges=(), widths=({width},))", progress=False)
 

@@ -5,6 +5,7 @@ Tensor cores add e4m3 products with fewer than 32 bits, so sums of 128 features 
 
 from __future__ import annotations
 
+from dlqc.kernels.triton.device.dependent import arrive
 from dlqc.kernels.triton.language import jit, tl
 
 
@@ -12,6 +13,7 @@ from dlqc.kernels.triton.language import jit, tl
 def float8(
     q, weight, scales, token_scales, bias, y, M, y_stride,
     N: tl.constexpr, KP: tl.constexpr, BIAS: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, SPLITS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One tile of y [M, N] of q e4m3 [M, KP] and weight e4m3 [N padded, KP], or with SPLITS > 1 of its part [SPLITS, M, N]."""
     BLOCKS: tl.constexpr = KP // 128
@@ -24,6 +26,7 @@ def float8(
     # A token past the last is the last once more; it is not stored.
     token = q + tl.minimum(m, M - 1)[None, :].to(tl.int64) * KP + j[:, None]
     acc = tl.zeros((BN, BM), tl.float32)
+    arrive(DEPENDENT)
     for step in range(PER):
         block = split * PER + step
         at = tl.minimum(block, BLOCKS - 1) * 128

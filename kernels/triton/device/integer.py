@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 
+from dlqc.kernels.triton.device.dependent import arrive, fetch_share
 from dlqc.kernels.triton.language import at_compile_time, jit, tl
 
 
@@ -49,7 +50,7 @@ def integer(
     q, low, scales, zeros, sums, token_scales, bias, residual, x, columns, outliers, y, M, x_stride, y_stride,
     N: tl.constexpr, NP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
     ZEROS: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, OUT: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
-    SPLITS: tl.constexpr, ASM: tl.constexpr, CT: tl.constexpr,
+    SPLITS: tl.constexpr, ASM: tl.constexpr, CT: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One tile of y of codes q int8 [M, KP], or with SPLITS > 1 of its part [SPLITS, M, N].
 
@@ -66,6 +67,8 @@ def integer(
     n = (tl.program_id(0) // SPLITS) * BN + tl.arange(0, BN)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     j = tl.arange(0, WORDS)
+    fetch_share(low, split, PER, BLOCKS, 64 * WORDS, BN, SPLITS, DEPENDENT)
+    arrive(DEPENDENT)
     row = low + ((n // 64) * (BLOCKS * 64 * WORDS) + (n % 64) * WORDS)[:, None] + j[None, :]
     token = q + m[None, :].to(tl.int64) * KP + j[:, None]
     whole = tl.zeros((BN, BM), tl.int32)
@@ -116,13 +119,8 @@ def integer(
         value = tl.trans(acc)
         if CHANNEL:
             value = channel_scales(tl.trans(whole), scales, zeros, sums, m, n, M, N, BITS, ZEROS)
-        value *= tl.load(token_scales + m, mask=m < M, other=0.0)[:, None]
-        if OUT > 0:
-            value += tl.trans(apart)
-        if BIAS:
-            value += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-        if ADD:
-            value += tl.load(residual + m[:, None].to(tl.int64) * N + n[None, :], mask=inside, other=0.0).to(tl.float32)
+        more = tl.trans(apart) if OUT > 0 else value
+        value = finished(value, more, token_scales, bias, residual, m, n, M, N, BIAS, ADD, OUT)
         tl.store(to, value.to(y.dtype.element_ty), mask=inside)
 
 
@@ -156,28 +154,43 @@ def channel_scales(whole, scales, zeros, sums, m, n, M, N: tl.constexpr, BITS: t
 
 
 @jit
+def finished(
+    value, more, token_scales, bias, residual, m, n, M,
+    N: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, OUT: tl.constexpr,
+):  # fmt: skip
+    """What is stored of scaled sums [m, n]: scales of tokens, `more` where OUT > 0, bias, residual, always in this order."""
+    value *= tl.load(token_scales + m, mask=m < M, other=0.0)[:, None]
+    if OUT > 0:
+        value += more
+    if BIAS:
+        value += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    if ADD:
+        at = residual + m[:, None].to(tl.int64) * N + n[None, :]
+        value += tl.load(at, mask=(m[:, None] < M) & (n[None, :] < N), other=0.0).to(tl.float32)
+    return value
+
+
+@jit
 def add_shares(
     parts, scales, zeros, sums, token_scales, bias, residual, y, M, y_stride,
     N: tl.constexpr, BITS: tl.constexpr, CHANNEL: tl.constexpr, ZEROS: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
-    OUT: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    OUT: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """y [M, N] of the parts [SPLITS, M, N] that `integer` left, always in the same order; here come scales, bias and residual."""
     m = tl.program_id(0) + tl.arange(0, 1)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = n[None, :] < N
     total = tl.zeros((1, BLOCK), parts.dtype.element_ty)
+    arrive(DEPENDENT)
     for split in tl.static_range(SPLITS):
         total += tl.load(parts + (split * M + m.to(tl.int64))[:, None] * N + n[None, :], mask=inside, other=0)
     if CHANNEL:
         value = channel_scales(total, scales, zeros, sums, m, n, M, N, BITS, ZEROS)
     else:
         value = total
-    value *= tl.load(token_scales + m)[:, None]
+    more = value
     if OUT > 0:
         apart = tl.load(parts + (SPLITS * M + m.to(tl.int64))[:, None] * N + n[None, :], mask=inside, other=0)
-        value += apart.to(tl.float32, bitcast=True)
-    if BIAS:
-        value += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    if ADD:
-        value += tl.load(residual + m.to(tl.int64)[:, None] * N + n[None, :], mask=inside, other=0.0).to(tl.float32)
+        more = apart.to(tl.float32, bitcast=True)
+    value = finished(value, more, token_scales, bias, residual, m, n, M, N, BIAS, ADD, OUT)
     tl.store(y + m.to(tl.int64)[:, None] * y_stride + n[None, :], value.to(y.dtype.element_ty), mask=inside)

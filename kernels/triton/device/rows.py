@@ -5,6 +5,7 @@ Codes are those of `ActFormat.quantize_dynamic` to the last one: true division, 
 
 from __future__ import annotations
 
+from dlqc.kernels.triton.device.dependent import arrive
 from dlqc.kernels.triton.language import at_compile_time, jit, tl
 
 
@@ -71,6 +72,7 @@ def quantize_rows(
     x, other, gain, shift, total, q, scales, sums, M, x_stride, other_stride, epsilon, factor,
     KIND: tl.constexpr, ADD: tl.constexpr, GAIN: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr, FLOAT8: tl.constexpr,
     K: tl.constexpr, KP: tl.constexpr, TOP: tl.constexpr, GROUP: tl.constexpr, SUMS: tl.constexpr, WIDTH: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Codes int8 [M, KP] and scales [M] of what KIND makes of x [M, K]; with SUMS > 0 their sums, int32 [SUMS, M], by group of K.
 
@@ -80,6 +82,7 @@ def quantize_rows(
     """
     row = tl.program_id(0)
     k = tl.arange(0, WIDTH)
+    arrive(DEPENDENT)
     value = tl.load(x + row.to(tl.int64) * x_stride + k, mask=k < K, other=0.0).to(tl.float32)
     if KIND == 3:
         value = value / (1.0 + tl.exp(-value))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+from dlqc.kernels.triton.device.dependent import arrive, fetch_share
 from dlqc.kernels.triton.device.numbers import field, zero_points
 from dlqc.kernels.triton.language import at_compile_time, jit, tl
 
@@ -99,12 +100,16 @@ def weight_only(
     x, low, scales, zeros, table, bias, residual, y, M, x_stride, y_stride,
     N: tl.constexpr, NP: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr,
     CODE: tl.constexpr, RUN: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
-    SPLITS: tl.constexpr, PRE: tl.constexpr, ASM: tl.constexpr, CT: tl.constexpr,
+    SPLITS: tl.constexpr, PRE: tl.constexpr, ASM: tl.constexpr, CT: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One tile of y [M, N], or with SPLITS > 1 of its part over a share of K, float32 in y [SPLITS, M, N]."""
     split = tl.program_id(0) % SPLITS
     n = (tl.program_id(0) // SPLITS) * BN + tl.arange(0, BN)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
+    BLOCKS: tl.constexpr = (K + block_of(BITS, RUN) - 1) // block_of(BITS, RUN)
+    PER: tl.constexpr = (BLOCKS + SPLITS - 1) // SPLITS
+    fetch_share(low, split, PER, BLOCKS, 64 * words_of(BITS, RUN), BN, SPLITS, DEPENDENT)
+    arrive(DEPENDENT)
     acc = product(
         x, low, scales, zeros, table, n, m, split, M, x_stride,
         NP, K, BITS, GROUP, ZEROS, CODE, RUN, BN, BM, SPLITS, PRE, ASM, CT,
@@ -126,11 +131,13 @@ def weight_only(
 def add_splits(
     parts, bias, residual, y, M, y_stride,
     N: tl.constexpr, SPLITS: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """y [M, N] = the sum of parts [SPLITS, M, N], always in the same order, plus bias and residual."""
     m = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
+    arrive(DEPENDENT)
     for split in tl.static_range(SPLITS):
         total += tl.load(parts + (split * M + m) * N + n, mask=n < N, other=0.0)
     if BIAS:
