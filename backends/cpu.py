@@ -12,6 +12,8 @@ In order of preference:
     coded16         native: normal floats, codebooks, sign planes
     coded           other formats that are not integers, by their definition
 
+A head that is not quantized has an op for token and confidence without logits (head_argmax), quantized caches have native codes.
+
 Linears that read one input run as one call, and calls of linear8 take norms, gates and residual sums around them along (fused8).
 
 Of torch's ops no two in bfloat16 compete (they differ in bits); int8_mm goes before them because its sums are exact.

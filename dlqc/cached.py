@@ -79,8 +79,12 @@ class CachedModel:
 
     def propose(self, rows: Tensor, ids: Tensor, mask_ratio: Tensor | None = None) -> Proposals | None:
         """As `Compiled.propose`: of the full forward."""
-        proposing = self._variant(self.module)
-        return proposing(rows, ids, *self._told(mask_ratio)) if proposing else None
+        return self._variant(self.module)(rows, ids, *self._told(mask_ratio)) if self.proposes else None
+
+    @property
+    def proposes(self) -> bool:
+        """Whether `propose` and `propose_step` have an answer."""
+        return bool(self._variant(self.module))
 
     def _variant(self, module: fx.GraphModule) -> Proposing:
         if module not in self._proposing:
@@ -152,7 +156,7 @@ class CachedModel:
 
         None, with the cache as it was, where the backend has no op for it.
         """
-        if not self._variant(self.module):
+        if not self.proposes:
             return None
         module, inputs = self._begin(ids, start, cache, total, visible, mask_ratio)
         return self._variant(module)(rows, *inputs)

@@ -102,9 +102,14 @@ class Compiled(nn.Module):
             rows: int64 [M], numbers of the B·L rows of the logits; row i of them is that of `forward`, whatever it predicts.
             input_ids, mask_ratio: as of `forward`.
         """
-        if not self._proposing:
+        if not self.proposes:
             return None
         return self._proposing(rows, input_ids, *([mask_ratio] if self.counts_masks else []))
+
+    @property
+    def proposes(self) -> bool:
+        """Whether `propose` has an answer."""
+        return bool(self._proposing)
 
     @cached_property
     def _proposing(self) -> Proposing:

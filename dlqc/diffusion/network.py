@@ -18,8 +18,8 @@ from dlqc.errors import FeasibilityError
 
 if TYPE_CHECKING:
     from dlqc.cached import CachedModel
+    from dlqc.compiled import Compiled
     from dlqc.kv_cache import KeyValueCache
-    from dlqc.proposal import Proposals
 
 
 class Network:
@@ -107,11 +107,23 @@ class Network:
         Returns:
             tokens int64 [B, stop - start], 0 where none is wanted; certainty float64, -inf there.
         """
+        model = self._proposer(window is not None)
+        if model is None:
+            return None
         first, last = window or (0, canvas.shape[1] if total is None else total)
         first = first - 1 if self._spec.shift and first else first
         row, column = wanted.nonzero().unbind(1)
         rows = row * (last - first) + (start + column - int(self._spec.shift)).clamp(min=0) - first
-        found = self._proposals(rows, canvas, first, last, window is not None, total)
+        seen, ratio = canvas[:, first:last], self._ratio(canvas)
+        if window is None and self._visible is None:
+            found = model.propose(rows, seen, ratio)
+        else:
+            assert self._graph is not None
+            cache = self._graph.new_cache(*seen.shape, plain=True) if window is None else self._cache
+            assert cache is not None
+            told = {"visible": self._visible, "mask_ratio": ratio}
+            found = self._graph.propose_step(rows, seen, first, cache, total=total, **told)
+            self.cache_bytes = self.cache_bytes if window is None else max(self.cache_bytes, cache.nbytes)
         if found is None or not bool(torch.isfinite(found[1]).all()):
             return None
         self._count(last - first, 1)
@@ -126,24 +138,13 @@ class Network:
         if self.propose(canvas, nothing, start, stop, window=(start, stop), total=total) is None:
             self.window(canvas, start, stop, total=total)
 
-    def _proposals(
-        self, rows: Tensor, canvas: Tensor, first: int, last: int, cached: bool, total: int | None
-    ) -> Proposals | None:
+    def _proposer(self, cached: bool) -> CachedModel | Compiled | None:
+        """The model, or its block step, if it has an op for `propose`."""
         from dlqc.cached import CachedModel
         from dlqc.compiled import Compiled
 
-        seen, ratio = canvas[:, first:last], self._ratio(canvas)
-        if not cached and self._visible is None:
-            model = self._model
-            return model.propose(rows, seen, ratio) if isinstance(model, CachedModel | Compiled) else None
-        assert self._graph is not None
-        cache = self._cache if cached else self._graph.new_cache(*seen.shape, plain=True)
-        assert cache is not None
-        told = {"visible": self._visible, "mask_ratio": ratio}
-        found = self._graph.propose_step(rows, seen, first, cache, total=total, **told)
-        if cached:
-            self.cache_bytes = max(self.cache_bytes, cache.nbytes)
-        return found
+        model = self._graph if cached or self._visible is not None else self._model
+        return model if isinstance(model, CachedModel | Compiled) and model.proposes else None
 
     def check(self, logits: Tensor, step: int, canvas: Tensor) -> None:
         """Refuse logits that are not finite; names the step, and the layer where a second run finds it."""

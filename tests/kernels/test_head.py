@@ -328,7 +328,10 @@ def test_where_it_comes_from(compiled: Compiled) -> None:
         assert again is not None
         assert torch.equal(again[0], found[0])
         assert torch.equal(again[1], found[1])
+    assert compiled.proposes
+    assert compiled.cached.proposes
     plain = dlqc.compile(small_llada(101), "w8a8-rtn", backend="reference", progress=False)
+    assert not plain.proposes
     assert plain.propose(rows, ids) is plain.cached.propose(rows, ids) is None
     assert not any(CHOOSER in node.meta for node in plain.lowered.nodes)
 
