@@ -6,7 +6,6 @@
 //   step = half · 2^(1-b) · (1 + 2^-10) + 2^-24, rounded to float16 after each operation as torch does
 //   code = floor((x - center) / step) + 2^(b-1)
 //   x̂    = (code + ½ - 2^(b-1)) · step + center      the product has 20 bits, so it is exact with or without fma
-#include <atomic>
 #include <limits>
 
 #include "threads.h"
@@ -266,16 +265,12 @@ int dlqc_cache(const Stored* stored, int back, int threads, Team team) {
     const int64_t tasks = s.batches * s.heads * sizes.strips;
     const size_t bytes = rounded(4 * s.group * kLanes);
     if (!of_thread.get(bytes)) return 1;
-    std::atomic<int64_t> next{0};
-    auto work = [&] {
-        float* const numbers = static_cast<float*>(of_thread.get(bytes));
-        if (!numbers) return;
-        for (int64_t task; (task = next.fetch_add(1)) < tasks;) {
-            const Strip strip = strip_of(s, sizes, task);
-            back ? dequantize(s, sizes, strip, numbers) : quantize(s, sizes, strip, numbers);
-        }
-    };
-    in_threads(static_cast<int>(std::min<int64_t>(threads, tasks * kLanes * sizes.count >> 16)), team, work);
+    const int enough = static_cast<int>(std::min<int64_t>(threads, tasks * kLanes * sizes.count >> 16));
+    share(enough, team, tasks, [&] { return of_thread.get(bytes); }, [&](int64_t task, char* space) {
+        const Strip strip = strip_of(s, sizes, task);
+        float* const numbers = reinterpret_cast<float*>(space);
+        back ? dequantize(s, sizes, strip, numbers) : quantize(s, sizes, strip, numbers);
+    });
     return 0;
 }
 

@@ -3,7 +3,6 @@
 // A panel of 48 logits lives as long as its tile is in the cache; what stays of it, for each row, is a `Found`. Sums run along
 // (Milakov and Gimelshein, arXiv 1805.02867) in float64: the confidence of a row that is nearly sure is 1 less a small sum, and a
 // sampler ranks by that. The vocabulary is cut into parts by shapes alone, and parts are joined in order.
-#include <atomic>
 #include <cmath>
 #include <limits>
 
@@ -172,19 +171,11 @@ int dlqc_head_argmax(const Matrix* weight, const void* x, int type, int64_t m, i
     std::uninitialized_fill_n(call.found, count, Found{});
 
     const int64_t tiles = (m + kRows - 1) / kRows, chunks = (m + kChunk - 1) / kChunk;
-    std::atomic<int64_t> next{0};
-    auto take = [&] {
-        for (int64_t tile; (tile = next.fetch_add(1)) < tiles;) call.side.take(call.w.k, tile);
-    };
-    in_threads(static_cast<int>(std::min<int64_t>(threads, m * padded >> 17)), team, take);
-    next = 0;
-    auto multiply = [&] {
-        char* const space = static_cast<char*>(of_thread.get(call.bytes));
-        if (!space) return;
-        for (int64_t task; (task = next.fetch_add(1)) < call.parts * chunks;)
-            one_part(call, task / chunks, task % chunks, space);
-    };
-    in_threads(static_cast<int>(std::min<int64_t>(threads, m * padded * panels * kPanel >> 17)), team, multiply);
+    const auto room = [&] { return of_thread.get(call.bytes); };
+    const auto enough = [&](int64_t products) { return static_cast<int>(std::min<int64_t>(threads, products >> 17)); };
+    share(enough(m * padded), team, tiles, room, [&](int64_t tile, char*) { call.side.take(call.w.k, tile); });
+    share(enough(m * padded * panels * kPanel), team, call.parts * chunks, room,
+          [&](int64_t task, char* space) { one_part(call, task / chunks, task % chunks, space); });
     for (int64_t i = 0; i < m; ++i) {
         Found all;
         for (int64_t part = 0; part < call.parts; ++part) all = joined(all, call.found[part * m + i]);

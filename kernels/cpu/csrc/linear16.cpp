@@ -3,8 +3,6 @@
 // A slice of a panel is made float32 in the first-level cache, and meets all tokens of a chunk, a tile at a time. The order of
 // all sums depends on shapes alone. Integers meet tokens in bfloat16 as what they are, where the processor multiplies such
 // (halves16.h).
-#include <atomic>
-
 #include "fill.h"
 #include "halves16.h"
 #include "product16.h"
@@ -52,19 +50,11 @@ int run(Call<S>& call, int threads, Team team) {
     if (!of_thread.get(call.bytes)) return 1;
 
     const int64_t tiles = (m + kRows - 1) / kRows, chunks = (m + kChunk - 1) / kChunk;
-    std::atomic<int64_t> next{0};
-    auto take = [&] {
-        for (int64_t tile; (tile = next.fetch_add(1)) < tiles;) call.side.take(call.w.k, tile);
-    };
-    in_threads(static_cast<int>(std::min<int64_t>(threads, m * padded >> 17)), team, take);
-    next = 0;
-    auto multiply = [&] {
-        char* const space = static_cast<char*>(of_thread.get(call.bytes));
-        if (!space) return;
-        for (int64_t task; (task = next.fetch_add(1)) < call.place.panels * chunks;)
-            one_panel(call, task / chunks, task % chunks, space);
-    };
-    in_threads(static_cast<int>(std::min<int64_t>(threads, m * padded * call.place.panels * kPanel >> 17)), team, multiply);
+    const auto room = [&] { return of_thread.get(call.bytes); };
+    const auto enough = [&](int64_t products) { return static_cast<int>(std::min<int64_t>(threads, products >> 17)); };
+    share(enough(m * padded), team, tiles, room, [&](int64_t tile, char*) { call.side.take(call.w.k, tile); });
+    share(enough(m * padded * call.place.panels * kPanel), team, call.place.panels * chunks, room,
+          [&](int64_t task, char* space) { one_panel(call, task / chunks, task % chunks, space); });
     return 0;
 }
 

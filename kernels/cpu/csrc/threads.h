@@ -33,6 +33,19 @@ void in_threads(int threads, Team team, F& run) {
     for (std::thread& helper : helpers) helper.join();
 }
 
+// Calls work(task, space) for tasks 0..count, each thread in memory of its own from room(); one that gets null leaves the tasks to
+// the others.
+template <class Room, class F>
+void share(int threads, Team team, int64_t count, const Room& room, const F& work) {
+    std::atomic<int64_t> next{0};
+    auto run = [&] {
+        char* const space = static_cast<char*>(room());
+        if (!space) return;
+        for (int64_t task; (task = next.fetch_add(1)) < count;) work(task, space);
+    };
+    in_threads(threads, team, run);
+}
+
 // Memory that a thread keeps between calls, at a multiple of a cache line: fresh pages would cost more than the work.
 class Scratch {
   public:
