@@ -135,6 +135,7 @@ def ours(k: int, n: int, w: torch.Tensor) -> list[Entry]:
     found.append(("dlqc W8A8 channel", "W8A8 channel", Linear8(), channel, token, plain))
     half = torch.bfloat16  # tokens and results, as zentorch takes them
     found.append(("dlqc W4A8 g128 bf16", "W4A8", Linear8(), IntFormat(4, 128), token, half))
+    found.append(("dlqc W4A16 g128 bf16", "W4A16", Linear16(), IntFormat(4, 128), None, half))
     found.append(("dlqc W8A8 channel bf16", "W8A8 channel", Linear8(), channel, token, half))
     found.append(("torch _int_mm", "W8A8 channel", Int8MM(), channel, token, plain))
     found.append(("torch int8pack", "W8A16", Int8Pack(), channel, None, torch.bfloat16))
@@ -233,6 +234,7 @@ CONTESTS = {
     "W8 per channel, bfloat16 tokens": ("dlqc W8A8 channel bf16", ("W8A8 channel", "W8A8 tensor", "W8A8", "W8A16")),
     "W4, bfloat16 tokens": ("dlqc W4A8 g128 bf16", ("W4A8", "W4A16")),
     "W4A16": ("dlqc W4A16 g128", ("W4A16",)),
+    "W4A16, bfloat16 tokens": ("dlqc W4A16 g128 bf16", ("W4A16",)),
 }
 
 

@@ -129,7 +129,7 @@ def first_use() -> dict[str, float]:
 Step = Callable[[], Tensor]
 
 
-def steps_of(model: LLaDAModelLM, recipes: list[str]) -> dict[str, dict[str, Step]]:
+def steps_of(model: LLaDAModelLM, recipes: dict[str, str]) -> dict[str, dict[str, Step]]:
     """By step and implementation, what to call; caches are filled."""
     length = CANVAS + BLOCK
     ids = torch.randint(0, 60, (1, length), generator=torch.Generator().manual_seed(0))
@@ -149,8 +149,8 @@ def steps_of(model: LLaDAModelLM, recipes: list[str]) -> dict[str, dict[str, Ste
     part(ids)
     found["full"]["torch bfloat16 prepacked"] = lambda: whole(ids[:, :CANVAS])
     found["block"]["torch bfloat16 prepacked"] = lambda: part(window, CANVAS)
-    for recipe in recipes:
-        both(f"dlqc {recipe}", dlqc.compile(model, recipe, backend="cpu", progress=False))
+    for name, recipe in recipes.items():
+        both(f"dlqc {name}", dlqc.compile(model, recipe, backend="cpu", progress=False))
     return found
 
 
@@ -215,7 +215,10 @@ def main() -> None:
     found: dict[str, Any] = {"machine": machine.limits(), "first use, seconds": first_use(), "rows": []}
     print(json.dumps({name: found[name] for name in ("machine", "first use, seconds")}, indent=1))
     found["rows"] += measure(
-        "tiny-llada", steps_of(dlqc.load_model("tiny-llada"), ["w8a8-rtn", "w4a8-rtn"]), machine, args
+        "tiny-llada",
+        steps_of(dlqc.load_model("tiny-llada"), {name: name for name in ("w8a8-rtn", "w4a8-rtn")}),
+        machine,
+        args,
     )
     if args.layers:
         config = LLaDAConfig(
@@ -230,7 +233,9 @@ def main() -> None:
         torch.manual_seed(0)
         model = LLaDAModelLM(config).eval()
         name = f"{args.layers} blocks of LLaDA-8B's shape"
-        recipes = ["w8a8-rtn", "w4a8-rtn", "w4a16-rtn"]
+        recipes = {name: name for name in ("w8a8-rtn", "w4a8-rtn", "w4a16-rtn")}
+        rounded = "quantize_weights(bits=4, method=rtn), pack, lower(bfloat16=True)"
+        recipes["w4a16-rtn, tokens in bfloat16"] = rounded
         found["rows"] += measure(name, steps_of(model, recipes), machine, args)
     found["machine after"] = machine.limits()
     if args.out:

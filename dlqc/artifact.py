@@ -42,7 +42,7 @@ from dlqc.diffusion.spec import DiffusionSpec
 from dlqc.errors import ArtifactError, DlqcError
 from dlqc.folder import whole_folder
 from dlqc.graph import copy_graph
-from dlqc.recipe import Recipe, from_plain, pass_class
+from dlqc.recipe import Recipe, from_plain
 from dlqc.report import Report, versions
 from dlqc.serialize import decode_graph, encode_graph
 from dlqc.weights import Constant, Weights
@@ -220,9 +220,10 @@ def load(folder: str | Path, *, backend: str = "auto", check_hashes: bool = True
         raise ArtifactError(f"the graph is not legal ({error.what})", where=str(path), remedy=_TAMPERED) from error
     target = load_backend(backend)
     lowered, constants = copy_graph(graph), weights.clone()
-    if any(p.name == "lower" for p in recipe.passes):
+    lower = next((p for p in recipe.passes if p.name == "lower"), None)
+    if lower is not None:
         context = Context(constants, spec, target, facts=set(FACTS_OF_CAPTURE))
-        report = report.lowered_anew(target.name, pass_class("lower")().apply(lowered, context))
+        report = report.lowered_anew(target.name, lower.apply(lowered, context))
     return Compiled(
         graph,
         weights,

@@ -32,6 +32,7 @@ class LinearSpec:
         weight: number format of W, [N, K]: integers, or any other.
         act: how x is quantized before the product, on the fly or with fixed scales; None for 16/32-bit activations.
         has_bias: whether b [N] is added.
+        bfloat16: whether a kernel may round x to bfloat16 where nothing else rounds it (`lower(bfloat16=True)`).
     """
 
     in_features: int
@@ -39,6 +40,7 @@ class LinearSpec:
     weight: IntFormat | WeightFormat
     act: ActFormat | None
     has_bias: bool
+    bfloat16: bool = False
 
     @property
     def integers(self) -> IntFormat:

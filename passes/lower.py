@@ -12,6 +12,9 @@ each site got and why the ones before it did not. A kernel takes the activation 
 node of its own in front of kernels that do not take such scales, and one whose width the mask ratio chooses in front of every
 kernel. Nothing falls back in silence: if no kernel supports a site, all
 such sites are listed and nothing is lowered. What attentions read is quantized by its definition.
+
+With `bfloat16` a kernel may round x to bfloat16 (relative error 2^-9) at sites whose activations are not quantized: 16 bits, as
+W4A16 says. A kernel that knows how is faster then; others go on as they do.
 """
 
 from __future__ import annotations
@@ -49,8 +52,13 @@ from dlqc.siblings import merge
 
 @dataclass(frozen=True)
 class Lower(Pass):
-    """Replace logical quantized linears by the backend's kernels."""
+    """Replace logical quantized linears by the backend's kernels.
 
+    Args:
+        bfloat16: whether activations that are not quantized may be rounded to bfloat16 where they meet a weight.
+    """
+
+    bfloat16: bool = False
     name: ClassVar[str] = "lower"
     needs: ClassVar[frozenset[str]] = frozenset({"packed"})
     gives: ClassVar[frozenset[str]] = frozenset({"lowered"})
@@ -108,12 +116,16 @@ class Lower(Pass):
 
     def _alike(self, nodes: Sequence[fx.Node], ctx: Context) -> bool:
         """Whether the kernel of all of them is also that of the merged linear, which is as wide as they are together."""
-        specs = [spec_of_node(node, ctx) for node in nodes]
+        specs = [self._spec(node, ctx) for node in nodes]
         joint = replace_fields(specs[0], out_features=sum(spec.out_features for spec in specs))
         return len({_name(choose_kernel(ctx.backend, spec)[0]) for spec in (*specs, joint)}) == 1
 
-    def _choose(self, node: fx.Node, ctx: Context) -> tuple[str, AnyKernel | None, LinearSpec, dict[str, str]]:
+    def _spec(self, node: fx.Node, ctx: Context) -> LinearSpec:
         spec = spec_of_node(node, ctx)
+        return replace_fields(spec, bfloat16=self.bfloat16 and spec.act is None)
+
+    def _choose(self, node: fx.Node, ctx: Context) -> tuple[str, AnyKernel | None, LinearSpec, dict[str, str]]:
+        spec = self._spec(node, ctx)
         kernel, refusals = choose_kernel(ctx.backend, spec)
         return site_name(node), kernel, spec, refusals
 

@@ -6,7 +6,8 @@ Shapes:  x [..., K], codes uint8 [panels, 192·⌈K/32⌉·bits], scales [panels
          bias float32 [N] or None → [..., N]; a panel is 48 output features.
 Dtypes:  everything is float32, whatever x is; then the dtype of x. Activations that the site quantizes are replaced by the
          values that their codes stand for. Where the processor multiplies bfloat16 (AVX512-BF16) and x is that, it meets the
-         integers as they are: exact products, float32 sums, then the scales (csrc/halves16.h). No weight is rounded.
+         integers as they are: exact products, float32 sums, then the scales (csrc/halves16.h). No weight is rounded. With
+         `bfloat16` an x in float32 is rounded to that first (relative error 2^-9), and the result is not.
 Layout:  that of `linear8` (csrc/weights.h).
 Requires: groups of the weight that 32 divides; a C++ compiler (or a library in the cache), and `selfcheck.native`.
 """
@@ -38,12 +39,13 @@ def linear16(
     act_bits: int = 0,
     act_group: int = 0,
     act_symmetric: bool = True,
+    bfloat16: bool = False,
 ) -> Tensor:
     """See the module docstring. `group` is 0 for one scale per channel, `act_bits` 0 for x as it is."""
     if not x.numel():
         return blank(x, in_features, out_features)
     weight = build.described(codes, scales, zeros, bias, in_features, out_features, bits, group)
-    return product(x, weight, act_bits, act_group, act_symmetric)
+    return product(x, weight, act_bits, act_group, act_symmetric, bfloat16)
 
 
 @linear16.register_fake
@@ -60,23 +62,30 @@ def _(
     act_bits: int = 0,
     act_group: int = 0,
     act_symmetric: bool = True,
+    bfloat16: bool = False,
 ) -> Tensor:
     return blank(x, in_features, out_features)
 
 
-def product(x: Tensor, weight: build.Weight, act_bits: int, act_group: int, act_symmetric: bool) -> Tensor:
-    """y [..., N] of x [..., K], in the dtype of x."""
+def product(
+    x: Tensor, weight: build.Weight, act_bits: int, act_group: int, act_symmetric: bool, bfloat16: bool = False
+) -> Tensor:
+    """y [..., N] of x [..., K], in the dtype of x; of x rounded to bfloat16 if that is wanted."""
     flat = rows(x, weight.k)
     act = act_format(act_bits, act_group, act_symmetric)
     if act is not None:
         flat = act.fake_quantize(flat.to(torch.float32))
     flat = build.dense(flat)
     y = flat.new_empty(flat.shape[0], weight.n)
+    flat = flat.to(torch.bfloat16) if bfloat16 else flat
     pointer, integer, length = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-    types = (ctypes.POINTER(build.Weight), pointer, integer, length, length, pointer, length, integer, pointer)
+    types = (
+        *(ctypes.POINTER(build.Weight), pointer, integer, length, length),
+        *(pointer, integer, length, integer, pointer),
+    )
     failed = build.declared(build.library("linear16"), "dlqc_linear16", *types)(
         *(ctypes.byref(weight), flat.data_ptr(), build.TYPES[flat.dtype], flat.shape[0], flat.stride(0)),
-        *(y.data_ptr(), weight.n, *build.threads()),
+        *(y.data_ptr(), build.TYPES[y.dtype], weight.n, *build.threads()),
     )
     if failed:
         raise MemoryError(f"no memory to arrange {list(flat.shape)} activations")
@@ -99,7 +108,9 @@ class Linear16:
 
     def note(self, spec: LinearSpec) -> str:
         act = "" if spec.act is None else f"; activations are rounded to {spec.act.label}, then multiplied as floats"
-        return f"native code, {build.isa(self.name)}; float32 product{act}"
+        halves = spec.bfloat16 and bool(build.library(self.name).dlqc_halves())
+        tokens = ", tokens rounded to bfloat16" if spec.bfloat16 else ""
+        return f"native code, {build.isa(self.name)}; {'bfloat16' if halves else 'float32'} product{tokens}{act}"
 
     def lower(
         self, spec: LinearSpec, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None
@@ -114,4 +125,5 @@ class Linear16:
         }
         group = 0 if spec.integers.group_size in (None, k) else spec.integers.group_size or 0
         scalars = (k, spec.out_features, spec.integers.bits, group, *act_scalars(spec.act))
+        scalars = (*scalars, spec.bfloat16) if spec.bfloat16 else scalars
         return Lowered(torch.ops.dlqc_cpu.linear16.default, tensors, scalars)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from small_llada import small_llada
 
+import dlqc
+from dlqc.artifact import save
 from dlqc.backend import CodedKernel, LinearSpec, StaticKernel, choose_kernel, load_backend
 from dlqc.backends.cpu import BACKEND
 from dlqc.backends.reference import BACKEND as REFERENCE
@@ -61,6 +66,30 @@ def test_native_kernels_go_first() -> None:
             assert kernel is not None
             assert kernel.name == name
     assert sorted(sum(NATIVE.values(), ())) == sorted(SCHEMES)
+
+
+@pytest.mark.skipif(build.unavailable("linear16") is not None, reason=f"{build.unavailable('linear16')}")
+def test_activations_of_16_bits_may_be_rounded(tmp_path: Path) -> None:
+    """Where it is asked for, at sites that quantize no activations, and after loading as before saving."""
+    weights = "quantize_weights(bits=4, group_size=None, method=rtn)"
+    ids = torch.randint(0, 60, (2, 9), generator=torch.Generator().manual_seed(0))
+
+    def made(steps: str) -> tuple[dlqc.Compiled, set[str]]:
+        model = dlqc.compile(small_llada(), f"{weights}, {steps}", backend="cpu", progress=False)
+        return model, set(model.report.steps[-1].choices.values())
+
+    (exact, plain), (rounded, said) = made("pack, lower"), made("pack, lower(bfloat16=true)")
+    assert {"tokens rounded to bfloat16" in text for text in plain} == {False}
+    assert {"tokens rounded to bfloat16" in text for text in said} == {True}
+    apart = float((rounded(ids) - exact(ids)).norm() / exact(ids).norm())
+    assert 1e-5 < apart < 1e-2
+    save(rounded, tmp_path / "m", verify_reload=False)
+    assert torch.equal(dlqc.load(tmp_path / "m", backend="cpu")(ids), rounded(ids))
+    (integers, _), (same, said) = (
+        made(f"quantize_activations(bits=8), pack, {lower}") for lower in ("lower", "lower(bfloat16=true)")
+    )
+    assert not any("bfloat16" in text for text in said)
+    assert torch.equal(same(ids), integers(ids))
 
 
 @pytest.mark.skipif(build.unavailable("linear8") is not None, reason=f"{build.unavailable('linear8')}")

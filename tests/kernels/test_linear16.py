@@ -89,6 +89,25 @@ def test_no_worse_than_torch() -> None:
     assert float((ours - expected).norm()) <= 1.001 * float((expected.bfloat16().double() - expected).norm())
 
 
+@pytest.mark.parametrize("zeros", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_tokens_that_may_be_rounded(bits: int, zeros: bool) -> None:
+    """x in float32 is rounded to bfloat16, and nothing else is but float32 sums."""
+    tensors, weight = site(97, 384, bits, 64, zeros, True, 3)
+    bias = torch.randn(97, generator=torch.Generator().manual_seed(1))
+    for m in (1, 8, 19):
+        x = torch.randn(2, m, 384, generator=torch.Generator().manual_seed(m))
+        y = linear16(x, *tensors, bias, 384, 97, bits, 64, bfloat16=True)
+        assert y.dtype is torch.float32
+        rounded = x.bfloat16().double()
+        expected, size = rounded @ weight.T + bias.double(), rounded.abs() @ weight.abs().T + bias.double().abs()
+        assert bool(((y.double() - expected).abs() <= size * 2.0**-20).all())
+        exact = linear16(x, *tensors, bias, 384, 97, bits, 64)
+        assert not torch.equal(y, exact)
+        half = linear16(x.bfloat16(), *tensors, bias, 384, 97, bits, 64, bfloat16=True)
+        torch.testing.assert_close(half, y.bfloat16(), rtol=0, atol=0)
+
+
 def test_a_token_does_not_know_its_batch() -> None:
     tensors, _ = site(60, 320, 4, 32, True, True, 0)
     x = torch.randn(21, 320, generator=torch.Generator().manual_seed(0)).bfloat16()

@@ -17,7 +17,7 @@ MAIN = """
 extern "C" {
 int dlqc_linear8(const Weight*, const void*, int, int64_t, int64_t, void*, int64_t, int, int64_t,
                  const Before*, const void*, int64_t, int, void*);
-int dlqc_linear16(const Weight*, const void*, int, int64_t, int64_t, void*, int64_t, int, void*);
+int dlqc_linear16(const Weight*, const void*, int, int64_t, int64_t, void*, int, int64_t, int, void*);
 struct Matrix { const void* rows; int type; int64_t n, k, pitch; const float* bias; };
 int dlqc_head_argmax(const Matrix*, const void*, int, int64_t, int64_t, int64_t, int64_t*, double*, int, void*);
 struct Stored {
@@ -71,7 +71,7 @@ bool run(const Weight& w, int type, int64_t m, int64_t act_group) {
         if (dlqc_linear8(&w, x.data(), type, m, pitch_x, y.data(), pitch_y, 8, act_group, call ? &before : nullptr,
                          call % 2 ? added.data() : nullptr, pitch_y, 2, nullptr)) return false;
     }
-    return dlqc_linear16(&w, x.data(), type, m, pitch_x, y.data(), pitch_y, 2, nullptr) == 0;
+    return dlqc_linear16(&w, x.data(), type, m, pitch_x, y.data(), type, pitch_y, 2, nullptr) == 0;
 }
 int main() {
     const int64_t shapes[][4] = {{1, 1, 0, 0}, {50, 70, 0, 0}, {97, 384, 64, 128}, {48, 1056, 32, 0}, {33, 640, 320, 64}};

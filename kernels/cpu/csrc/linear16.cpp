@@ -64,15 +64,24 @@ extern "C" {
 
 int dlqc_isa() { return DLQC_ISA; }
 
+// Whether tokens in bfloat16 are multiplied as that.
+int dlqc_halves() {
+#ifdef DLQC_HALVES
+    return 1;
+#else
+    return 0;
+#endif
+}
+
 void dlqc_arrange(const uint8_t* codes, int64_t n, int64_t k, int bits, uint8_t* to) { arrange(codes, n, k, bits, to); }
 
-// x [m, k] and y [m, n] of type 0 (float32) or 1 (bfloat16), rows `*_stride` elements apart.
+// x [m, k] and y [m, n], each of type 0 (float32) or 1 (bfloat16), rows `*_stride` elements apart.
 // Returns 0, or 1 if there is no memory (then y is not written).
-int dlqc_linear16(const Weight* weight, const void* x, int type, int64_t m, int64_t x_stride, void* y, int64_t y_stride,
-                  int threads, Team team) {
+int dlqc_linear16(const Weight* weight, const void* x, int type, int64_t m, int64_t x_stride, void* y, int y_type,
+                  int64_t y_stride, int threads, Team team) {
     if (m <= 0 || weight->n <= 0) return 0;
     const Tokens tokens{x, type, m, x_stride};
-    const Result result{y, type, y_stride};
+    const Result result{y, y_type, y_stride};
     const Place place(*weight);
     const int64_t padded = place.blocks * kBlock;
     Weight w = *weight;
