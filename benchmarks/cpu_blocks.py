@@ -12,8 +12,8 @@ for speed does not depend on what they say.
                                weights laid out for oneDNN, torch's norm and attention, all in bfloat16
 
 Each is first compared with the float32 graph (relative error of the logits). Implementations take turns, round after round, and
-before each round the machine has to be in its fast state (see cpu.py). `python_share` bounds the part of a step that no op accounts
-for.
+before each round the machine has to be in its fast state (see cpu.py). `python_share` bounds the part of a step that no op
+accounts for.
 """
 
 from __future__ import annotations
