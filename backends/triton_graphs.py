@@ -22,9 +22,9 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, fx, nn
@@ -79,6 +79,21 @@ class CudaRecorder:
         return graph.replay, result
 
 
+class Key(NamedTuple):
+    """What one graph is for.
+
+    Attributes:
+        rows, length: of ids. start, total, places: of a block step, and where its keys and values are. told: names of further inputs.
+    """
+
+    rows: int
+    length: int
+    start: int = 0
+    total: int = 0
+    places: tuple[int, ...] = ()
+    told: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
 class Recording:
     """One graph: its inputs by name, what replays it, where its result is, and what it reads that nothing else may hold."""
@@ -93,33 +108,35 @@ class Replays:
     """What was recorded of a module, by what was asked for, least recently used first."""
 
     def __init__(self, module: nn.Module, mask_id: int, recorder: Recorder, limit: int) -> None:
-        self.recordings: OrderedDict[tuple[Hashable, ...], Recording] = OrderedDict()
+        self.recordings: OrderedDict[Key, Recording] = OrderedDict()
         self._module, self._recorder, self._limit = module, recorder, limit
         self._fill = {"ids": mask_id, "mask_ratio": 1.0, "visible": True}
         self._places = self._tensors()
 
     def __call__(
         self,
-        key: tuple[Hashable, ...],
-        rows: int,
+        key: Key,
         work: Callable[..., Tensor],
         reads: Callable[[], Any] | None = None,
         **inputs: Tensor | None,
     ) -> Tensor:
-        """`work(**inputs)` by replay, inputs being [B, …] and recorded with `rows` rows, B or more."""
+        """`work(**inputs)` by replay, inputs being [B, …] and recorded with `key.rows` rows, B or more.
+
+        Work is not kept: it knows who holds the recordings, and graphs in such a circle would wait for the garbage collector.
+        """
         if self._places != (places := self._tensors()):
             self.recordings.clear()
             self._places = places
         given = {name: value for name, value in inputs.items() if value is not None}
-        key = (*key, *sorted(given.keys() - {"ids"}))
+        key = key._replace(told=tuple(sorted(given.keys() - {"ids"})))
         if key not in self.recordings:
             own = {
-                name: torch.full((rows, *value.shape[1:]), self._fill[name], dtype=value.dtype, device=value.device)
+                name: torch.full((key.rows, *value.shape[1:]), self._fill[name], dtype=value.dtype, device=value.device)
                 for name, value in given.items()
             }
             _refill(own, given)
             held = None if reads is None else reads()
-            self.recordings[key] = Recording(own, *self._recorder.record(lambda: work(**own)), (work, held))
+            self.recordings[key] = Recording(own, *self._recorder.record(lambda: work(**own)), held)
             if len(self.recordings) > self._limit:
                 self.recordings.popitem(last=False)
         self.recordings.move_to_end(key)
@@ -139,6 +156,26 @@ def _refill(own: dict[str, Tensor], given: dict[str, Tensor]) -> None:
         own[name][: len(value)].copy_(value)
 
 
+class Forwards:
+    """The forward by replay, which a captured model and its steps share."""
+
+    def __init__(self, model: Compiled, recorder: Recorder, limit: int) -> None:
+        self.model, self.replays = model, Replays(model, model.spec.mask_id, recorder, limit)
+
+    @torch.no_grad()
+    def __call__(self, ids: Tensor, mask_ratio: Tensor | None = None) -> Tensor:
+        if not ids.numel():
+            nothing: Tensor = self.model(ids)
+            return nothing
+        key = Key(1 << (len(ids) - 1).bit_length(), ids.shape[1])
+        ratio = mask_ratio if self.model.counts_masks else None
+        return self.replays(key, self._work, ids=ids, mask_ratio=ratio)
+
+    def _work(self, ids: Tensor, mask_ratio: Tensor | None = None) -> Tensor:
+        logits: Tensor = self.model(ids, mask_ratio)
+        return logits
+
+
 class Captured(nn.Module):
     """ids int64 [B, L] -> logits [B, L, V], by replay.
 
@@ -150,7 +187,8 @@ class Captured(nn.Module):
         super().__init__()
         self.model, self.spec, self.tokenizer = model, model.spec, model.tokenizer
         self.counts_masks = model.counts_masks
-        self.replays = Replays(model, model.spec.mask_id, recorder, limit)
+        self._forwards = Forwards(model, recorder, limit)
+        self.replays = self._forwards.replays
         self._recorder, self._step_limit = recorder, step_limit
         self._steps: CapturedSteps | None = None
 
@@ -159,16 +197,8 @@ class Captured(nn.Module):
         """Where token ids have to be."""
         return self.model.device
 
-    @torch.no_grad()
     def forward(self, ids: Tensor, mask_ratio: Tensor | None = None) -> Tensor:
-        if not ids.numel():
-            nothing: Tensor = self.model(ids)
-            return nothing
-        bucket = 1 << (len(ids) - 1).bit_length()
-        return self.replays((bucket, ids.shape[1]), bucket, self._work, ids=ids, mask_ratio=mask_ratio)
-
-    def _work(self, ids: Tensor, mask_ratio: Tensor | None = None) -> Tensor:
-        logits: Tensor = self.model(ids, mask_ratio)
+        logits: Tensor = self._forwards(ids, mask_ratio)
         return logits
 
     @property
@@ -180,7 +210,9 @@ class Captured(nn.Module):
         """
         made = self.model.cached  # another one where the model's tensors have moved
         if self._steps is None or self._steps.source is not made:
-            self._steps = CapturedSteps(self, made, self._recorder, self._step_limit)
+            if self._steps is not None:
+                self._steps.replays.recordings.clear()  # whoever still holds it: they read what the model has left
+            self._steps = CapturedSteps(self._forwards, made, self._recorder, self._step_limit)
         return self._steps
 
 
@@ -188,49 +220,56 @@ class CapturedSteps(CachedModel):
     """The block step of a captured model, by replay.
 
     Attributes:
-        source: the same without replay. replays: of steps, by (rows, S, start, total, places of keys and values).
+        source: the same without replay. replays: of steps.
     """
 
-    def __init__(self, forward: Captured, source: CachedModel, recorder: Recorder, limit: int) -> None:
+    def __init__(self, forwards: Forwards, source: CachedModel, recorder: Recorder, limit: int) -> None:
         for node in source.module.graph.nodes:
             if is_call(node, CACHED):
                 what = f"%{node.name} stores keys or values in codes, which are kept in lists on the host"
                 raise LoweringError(f"the block step cannot be captured: {what}", where="graph", remedy=_AS_IT_IS)
         vars(self).update(vars(source))  # which has made the step and compared it
-        self.source, self.tokenizer = source, forward.tokenizer
+        self.source, self.tokenizer = source, forwards.model.tokenizer
         self.replays = Replays(self._step, self.spec.mask_id, recorder, limit)
-        self._forward = forward
+        self._forwards = forwards
         self._spare: list[KeyValueCache] = []
+        self._returned: list[KeyValueCache] = []
 
     def __call__(self, ids: Tensor, mask_ratio: Tensor | None = None) -> Tensor:
         """The full forward."""
-        logits: Tensor = self._forward(ids, mask_ratio)
+        logits: Tensor = self._forwards(ids, mask_ratio)
         return logits
 
     def new_cache(self, batch: int, length: int, *, plain: bool = False) -> KeyValueCache:
         """An empty cache; its tensors may have been those of one that nobody holds any more."""
+        while self._returned:
+            self._spare.append(self._returned.pop(0))
         held = next((c for c in reversed(self._spare) if (c.keys[0].shape[0], c.length) == (batch, length)), None)
+        self._spare = [cache for cache in self._spare if cache is not held]
+        while len(self._spare) > SPARE:
+            place = _tensors(self._spare.pop(0))[0].data_ptr()
+            for key in [key for key in self.replays.recordings if key.places[0] == place]:
+                del self.replays.recordings[key]
         if held is None:
             held = super().new_cache(batch, length, plain=plain)
         else:
-            self._spare = [cache for cache in self._spare if cache is not held]
             for part in _tensors(held):
                 part.zero_()
         given = KeyValueCache(held.keys, held.values)
-        weakref.finalize(given, self._take_back, held).atexit = False
+        # A collection can come at any time, that of a recording too: no more is done in it than to append.
+        weakref.finalize(given, self._returned.append, held).atexit = False
         return given
-
-    def _take_back(self, held: KeyValueCache) -> None:
-        self._spare.append(held)
-        for old in self._spare[:-SPARE]:
-            place = _tensors(old)[0].data_ptr()
-            for key in [key for key in self.replays.recordings if key[4] == place]:
-                del self.replays.recordings[key]
-        del self._spare[:-SPARE]
 
     @torch.no_grad()
     def step(
-        self, ids: Tensor, start: int, cache: KeyValueCache, *, total: int | None = None, **told: Tensor | None
+        self,
+        ids: Tensor,
+        start: int,
+        cache: KeyValueCache,
+        *,
+        total: int | None = None,
+        visible: Tensor | None = None,
+        mask_ratio: Tensor | None = None,
     ) -> Tensor:
         """As of `CachedModel`, by replay."""
         end = cache.length if total is None else total
@@ -240,11 +279,10 @@ class CapturedSteps(CachedModel):
         def work(ids: Tensor, **told: Tensor) -> Tensor:
             return CachedModel.step(self, ids, start, own, total=end, **told)
 
-        places = (part.data_ptr() for part in _tensors(own))
-        key = (*ids.shape, start, end, *places)
-        told["mask_ratio"] = told.get("mask_ratio") if self.counts_masks else None
+        key = Key(*ids.shape, start, end, tuple(part.data_ptr() for part in _tensors(own)))
+        ratio = mask_ratio if self.counts_masks else None
         # Tables are made for a total and forgotten when others are asked for; a graph goes on reading those of its recording.
-        return self.replays(key, len(ids), work, lambda: self._tables(end), ids=ids, **told)
+        return self.replays(key, work, lambda: (own, self._tables(end)), ids=ids, visible=visible, mask_ratio=ratio)
 
 
 def _tensors(cache: KeyValueCache) -> list[Tensor]:

@@ -276,7 +276,7 @@ def head_job(bits: int, tokens: int, stages: int) -> Job:
 def shipped(target: str) -> list[Job]:
     """Every kernel with every configuration that `choose` has for the device, each once."""
     device = DEVICES[target]
-    sizes = BUCKETS if target == "sm_90" else (16, 64, 128, 1024)
+    sizes = BUCKETS if target == "sm_90" else (16, 64, 128, 1024, 4096)
     jobs: dict[str, Job] = {}
 
     def add(job: Job) -> None:
@@ -303,7 +303,7 @@ def shipped(target: str) -> list[Job]:
     split = Shape("w8", 8, 4096, 4096, 4096)
     for size in (32, 256):
         add(integer_job(split, integer_host.config_of(split, size, device, apart=True), out=32))
-    for size in (512, 1024):
+    for size in (512, 4096):
         add(integer_job(split, integer_host.config_of(split, size, device, added=True), add=True))
     shape = Shape("w16", 4, 4096, 4096, 128)
     for extra in ({"zeros": True}, {"asm": False}, {"kind": "fp16"}):

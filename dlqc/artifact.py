@@ -201,6 +201,10 @@ def _reload(model: Compiled, folder: Path) -> float:
 def load(folder: str | Path, *, backend: str = "auto", check_hashes: bool = True) -> Compiled:
     """Read an artifact and lower it for a backend.
 
+    Args:
+        backend: as of `compile`; tensors are read to the CPU, so "auto" is "cpu".
+        check_hashes: compare the files with the manifest first.
+
     Raises:
         ArtifactError: missing, foreign, newer, corrupt or tampered; nothing is executed.
     """

@@ -203,10 +203,10 @@ def choose_kernel(backend: Backend, spec: LinearSpec) -> tuple[AnyKernel | None,
 def automatic(device: torch.device | None) -> tuple[str, str]:
     """The backend that "auto" stands for, for a model on a device (None: of no known one), and why.
 
-    On a GPU that is Triton's; where that cannot run, plain PyTorch, since the kernels of the `cpu` backend are for CPUs alone.
+    On a CUDA GPU that is Triton's; where that cannot run, plain PyTorch, since kernels of the `cpu` backend are for CPUs alone.
     """
     if device is None or device.type != "cuda":
-        return "cpu", "the model is on no GPU"
+        return "cpu", "the model is on no CUDA GPU"
     triton: Any = importlib.import_module("dlqc.backends.triton")
     reason = triton.BACKEND.available()
     return (

@@ -64,8 +64,8 @@ def compile(
         model: takes token ids int64 [B, L], gives logits [B, L, V]; or what `load_model` takes. It is not changed.
         passes: a preset name (`dlqc.recipe.PRESETS`), a recipe file, one line of text, or Pass objects.
         calibration: a text file, texts, or token ids [R, L]; without it the model's own rollouts are used.
-        backend: "auto", "reference", "cpu", "triton" or "cuda"; "auto" goes by the device that the model is on: "triton" on a GPU
-            that its kernels can use, else "cpu".
+        backend: "auto", "reference", "cpu", "triton" or "cuda"; "auto" goes by the device that the model is on: "triton" on a
+            CUDA GPU that its kernels can use, "reference" on one that they cannot, else "cpu".
         mask_id: token id of [MASK], where the model's configuration does not tell it.
         seed: of everything random; the same seed gives the same result.
         progress: show a progress bar on the terminal.

@@ -246,7 +246,7 @@ def test_doctor_names_the_kernels(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert run(monkeypatch, "doctor", "--json") == 0
     found = output(capsys)
     assert found["backend cpu"].keys() == found["backend reference"].keys()
-    assert found["backend auto"]["for a model on a CPU"] == "cpu because the model is on no GPU"
+    assert found["backend auto"]["for a model on a CPU"] == "cpu because the model is on no CUDA GPU"
     assert found["backend auto"]["for a model on a GPU"].startswith(("triton because", "reference because no Triton"))
     assert found["versions"]["torch"]
     assert "in use" in found["machine"]["native code"]

@@ -22,8 +22,11 @@ BUCKETS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 FOLDER = Path(__file__).parent / "configs"
 #: From here on a weight is worth making dense for a library's product: it is a small part of the time by then.
 DENSE = 2048
-#: From here on, programs that stay: there is more than a tile for each, and nothing but tensor cores to wait for.
+#: From this bucket on (above 512 tokens) there is nothing but tensor cores to wait for. Programs stay where each has a tile and
+#: some have more, whatever number of tokens the bucket holds.
 PERSISTENT = 1024
+#: Output features and tokens of the tiles of programs that stay.
+STAYING = (256, 128)
 #: Up to here a product takes so few microseconds that the gap ahead of it counts.
 DEPENDENT = 128
 
@@ -106,8 +109,8 @@ def rule(shape: Shape, size: int, device: Device = H200) -> Config:
     wide = shape.kernel in ("w16", "coded")
     if wide and size >= DENSE:
         return Config(bn=64, dense=True)
-    if size >= PERSISTENT and tiled(shape, device):
-        return Config(bn=256, bm=128, warps=8, stages=min(4, _stages(device)), persistent=True)
+    if size >= PERSISTENT and tiled(shape, device) and _tiles(shape, size) > device.units:
+        return Config(*STAYING, warps=8, stages=min(4, _stages(device)), persistent=True)
     block = block_of(shape.bits, run_of(shape.bits, shape.k, shape.group)) if wide else 128
     entries = shape.kernel == "coded" and shape.bits < 8
     # Tokens of a long block would fill the shared memory, and entries of tables the registers of single warps.
@@ -141,9 +144,15 @@ def tiled(shape: Shape, device: Device) -> bool:
     return plain and device.warpgroups and _stages(device) >= 3
 
 
+def _tiles(shape: Shape, size: int) -> int:
+    """Tiles of the fewest tokens in a bucket: one more than half of it."""
+    bn, bm = STAYING
+    return -(-(size // 2 + 1) // bm) * -(-padded(shape.n) // bn)
+
+
 def _stages(device: Device) -> int:
     """How many blocks of 128 features of tiles of 128 x 256 fit beside what scales and stores one."""
-    return (device.shared - 32768) // ((128 + 256) * 128)
+    return (device.shared - 32768) // (sum(STAYING) * 128)
 
 
 @cache

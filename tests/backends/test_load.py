@@ -30,8 +30,9 @@ def test_auto_goes_by_the_device_of_the_model(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(runtime, "unavailable", lambda: None)
     assert automatic(gpu) == ("triton", "the model is on a GPU")
     assert load_backend("auto", gpu).name == "triton"
-    for device in (None, torch.device("cpu"), torch.device("meta")):
-        assert automatic(device)[0] == load_backend("auto", device).name == "cpu"
+    for device in (None, *map(torch.device, ("cpu", "meta", "mps", "xpu"))):
+        assert automatic(device) == ("cpu", "the model is on no CUDA GPU")
+        assert load_backend("auto", device).name == "cpu"
     monkeypatch.setattr(runtime, "unavailable", lambda: "the GPU has compute capability 7.5, it needs 8.0")
     said = "no Triton kernel can run: the GPU has compute capability 7.5, it needs 8.0"
     assert automatic(gpu) == ("reference", said)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +14,7 @@ from torch import Tensor
 
 import dlqc
 import dlqc.kernels.reference.coded
-from dlqc.backends.triton_graphs import SPARE, captured, uncapturable
+from dlqc.backends.triton_graphs import SPARE, Key, captured, uncapturable
 from dlqc.cached import CachedModel
 from dlqc.compiled import Compiled
 from dlqc.diffusion.masking import device_of
@@ -22,6 +25,10 @@ from dlqc.kv_cache import KeyValueCache
 from dlqc.ops import CACHED
 
 CODED = torch.ops.dlqc_reference.coded.default
+RATIOS = (
+    "calibrate(sampler=forward_process, sequences=4), quantize_weights(bits=8, group_size=None, symmetric=True, method=rtn), "
+    "quantize_activations(ranges=min_max, buckets=3), pack, lower"
+)
 RECIPE = "quantize_weights(bits=4, group_size=32, method=rtn), pack, lower"
 
 
@@ -65,7 +72,7 @@ def test_buckets_refills_and_results(model: Compiled) -> None:
     for found, expected in kept:  # also what earlier calls returned is still theirs
         assert found.shape == expected.shape
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    assert sorted(fast.replays.recordings) == [(1, 7), (4, 7), (4, 9)]
+    assert sorted(fast.replays.recordings) == [Key(1, 7), Key(4, 7), Key(4, 9)]
     assert (fake.recorded, fake.replayed) == (3, 5)
     # Where samplers put the ids of a prompt.
     assert device_of(fast) == device_of(model) == device_of(fast.cached) == torch.device("cpu")
@@ -77,13 +84,82 @@ def test_the_oldest_goes_and_moved_tensors_drop_all(model: Compiled) -> None:
     fast = captured(model, recorder=fake, limit=2)
     for length in (5, 6, 5, 7, 5):
         fast(ids(1, length, 0))
-    assert list(fast.replays.recordings) == [(1, 7), (1, 5)]
+    assert list(fast.replays.recordings) == [Key(1, 7), Key(1, 5)]
     assert fake.recorded == 3
     name, buffer = next(iter(model.module.named_buffers()))
     model.module.register_buffer(name, buffer.clone())
     fast(ids(1, 5, 0))
-    assert list(fast.replays.recordings) == [(1, 5)]
+    assert list(fast.replays.recordings) == [Key(1, 5)]
     assert fake.recorded == 4
+
+
+def test_moved_tensors_drop_the_steps(model: Compiled) -> None:
+    own, fake, x = copy.deepcopy(model), Fake(), ids(1, 8, 0)
+    fast = captured(own, recorder=fake)
+
+    def step(of: CachedModel) -> Tensor:
+        return of.step(x, 0, of.new_cache(1, 8))
+
+    steps = fast.cached
+    before = step(steps)
+    assert fast.cached is steps
+    own._apply(lambda part: part * 1.5 if part.is_floating_point() else part.clone())
+    torch.testing.assert_close(step(fast.cached), step(own.cached), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(step(fast.cached), before, rtol=1e-2, atol=1e-2)
+    assert fast.cached is not steps
+    assert not steps.replays.recordings
+    assert fake.recorded == 2
+
+
+def test_mask_ratios_are_told(model: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same rows at several ratios by one recording; a bucket's rows that are left over count as masked."""
+    monkeypatch.setattr(runtime, "unavailable", lambda: None)
+    from zoo import MASK, ZOO
+
+    counting = dlqc.compile(ZOO["llada"](), RATIOS, backend="triton", mask_id=MASK, progress=False)
+    fake, x = Fake(), ids(3, 8, 0)
+    fast = captured(counting, recorder=fake)
+    steps, plain = fast.cached, counting.cached
+    cache, other = steps.new_cache(3, 8), plain.new_cache(3, 8)
+    found = []
+    for ratio in (torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64), torch.zeros(3, dtype=torch.float64)):
+        found.append(fast(x, ratio))
+        torch.testing.assert_close(found[-1], counting(x, ratio), rtol=1e-5, atol=1e-5)
+        made = steps.step(x, 0, cache, mask_ratio=ratio)
+        torch.testing.assert_close(made, plain.step(x, 0, other, mask_ratio=ratio), rtol=1e-5, atol=1e-5)
+    assert not torch.equal(*found)
+    assert list(fast.replays.recordings) == [Key(4, 8, told=("mask_ratio",))]
+    assert fast.replays.recordings[Key(4, 8, told=("mask_ratio",))].inputs["mask_ratio"][3] == 1
+    assert [key.told for key in steps.replays.recordings] == [("mask_ratio",)]
+    assert fake.recorded == 2
+    fast = captured(model, recorder=fake)  # which does not go by it
+    fast(x, ratio)
+    assert list(fast.replays.recordings) == [Key(4, 8)]
+    with pytest.raises(TypeError, match="mask_ration"):
+        steps.step(x, 0, cache, mask_ration=ratio)  # type: ignore[call-arg]
+
+
+class Once:
+    """Records what a graph would, and nothing of how it was made."""
+
+    def record(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        return (lambda: None), work()
+
+
+def test_graphs_go_with_who_holds_them(model: Compiled) -> None:
+    fast = captured(model, recorder=Once())
+    steps = fast.cached
+    cache = steps.new_cache(1, 6)
+    fast(ids(1, 6, 0))
+    steps.step(ids(1, 6, 0), 0, cache)
+    held = [weakref.ref(found) for of in (fast, steps) for found in of.replays.recordings.values()]
+    assert len(held) == 2
+    gc.disable()  # no cycle has to be found
+    try:
+        del fast, steps, cache
+        assert [found() for found in held] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_samplers_take_it(model: Compiled) -> None:
@@ -124,7 +200,9 @@ def test_steps_are_recorded_by_window_and_cache(model: Compiled) -> None:
     del first, second
     del (caches := [steps.new_cache(1, 4 + i) for i in range(SPARE)])[:]
     del caches
-    assert not steps.replays.recordings  # went with their caches
+    assert len(steps.replays.recordings) == 5
+    steps.new_cache(3, 3)
+    assert not steps.replays.recordings  # went with their caches, when another was asked for
 
 
 def test_decoding_with_a_cache_is_replayed(model: Compiled) -> None:

@@ -177,6 +177,9 @@ def test_programs_stay_and_begin_early_on_hopper_alone() -> None:
     int8, hopper = dispatch.Shape("w8", 8, 4096, 12288, 4096), runtime.H200
     ampere, small = runtime.Device("A100", 108, 166912, False), runtime.Device("RTX 5090", 170, 101376)
     assert dispatch.rule(int8, 1024, hopper).persistent
+    square = dispatch.Shape("w8", 8, 4096, 4096, 4096)
+    for size, fewest, stays in ((1024, 5 * 16, False), (2048, 9 * 16, True)):  # tiles of 513 and of 1025 tokens
+        assert (fewest > hopper.units) == dispatch.rule(square, size, hopper).persistent == stays
     for shape, size, device_ in (
         (int8, 512, hopper),
         (int8, 1024, ampere),
