@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
-from functools import cached_property
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -24,9 +24,6 @@ from dlqc.weights import Weights
 
 if TYPE_CHECKING:
     from dlqc.artifact import Saved
-
-#: Attributes of a `Compiled` that are made from its module when they are first asked for.
-_VARIANTS = ("cached", "_proposing")
 
 
 class Compiled(nn.Module):
@@ -66,6 +63,8 @@ class Compiled(nn.Module):
         self.lowered = lowered[0]
         self.counts_masks = bool(mask_buckets(graph))
         self.module = build_module(*lowered)
+        self._variants: dict[str, Any] = {}  # made from the module when first asked for
+        self._held: list[tuple[dict[str, Any], str, Any]] = []  # its buffers then, and where they are
         self.eval()
 
     def forward(self, input_ids: torch.Tensor, mask_ratio: torch.Tensor | None = None) -> torch.Tensor:
@@ -84,14 +83,15 @@ class Compiled(nn.Module):
         """Where token ids have to be."""
         return next((buffer.device for buffer in self.module.buffers()), torch.device("cpu"))
 
-    @cached_property
+    @property
     def cached(self) -> CachedModel:
         """Full forward and block step over the buffers of `module`; made when first asked for.
 
         Raises:
             FeasibilityError: the graph cannot be computed for a window of positions, with the node in the way.
         """
-        return CachedModel(self.module, self.spec)
+        made: CachedModel = self._variant("cached", lambda: CachedModel(self.module, self.spec))
+        return made
 
     def propose(
         self, rows: torch.Tensor, input_ids: torch.Tensor, mask_ratio: torch.Tensor | None = None
@@ -108,24 +108,38 @@ class Compiled(nn.Module):
 
     @property
     def proposes(self) -> bool:
-        """Whether `propose` has an answer."""
-        return bool(self._proposing)
+        """Whether `propose` has an answer; it has none where hooks or a subclass change what `forward` gives."""
+        plain = type(self).forward is Compiled.forward
+        hooked = any(part._forward_hooks or part._forward_pre_hooks for part in (self, self.module))
+        return plain and not hooked and bool(self._proposing)
 
-    @cached_property
+    @property
     def _proposing(self) -> Proposing:
-        return Proposing(self.module, self.spec.mask_id)
+        made: Proposing = self._variant(
+            f"proposing {self.spec.mask_id}", lambda: Proposing(self.module, self.spec.mask_id)
+        )
+        return made
+
+    def _variant(self, name: str, make: Callable[[], Any]) -> Any:
+        """What was made of the module, or is made anew where buffers were put in the place of those that it reads."""
+        if any(place.get(key) is not buffer for place, key, buffer in self._held):
+            self._forget()
+        if not self._held:
+            self._held = [(m._buffers, key, part) for m in self.module.modules() for key, part in m._buffers.items()]
+        if name not in self._variants:
+            self._variants[name] = make()
+        return self._variants[name]
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the other variants of the module, which are made again: what they know of the graph cannot be copied."""
-        return {name: part for name, part in self.__dict__.items() if name not in _VARIANTS}
+        return {**self.__dict__, "_variants": {}, "_held": []}
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
         self._forget()  # they read the buffers as they were
         return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call, no-any-return]
 
     def _forget(self) -> None:
-        for name in _VARIANTS:
-            self.__dict__.pop(name, None)
+        self._variants, self._held = {}, []
 
     @property
     def schedule(self) -> PrecisionSchedule | None:

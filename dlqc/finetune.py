@@ -200,7 +200,8 @@ def _compiled(
     target = load_backend(start.report.backend)
     lowered, constants = copy_graph(graph), weights.clone()
     context = Context(constants, start.spec, target, facts=set(FACTS_OF_CAPTURE))
-    found = pass_class("lower")().apply(lowered, context)
+    lower = next((p for p in start.recipe.passes if p.name == "lower"), pass_class("lower")())
+    found = lower.apply(lowered, context)
     report = _report(start.report.lowered_anew(target.name, found), student, how, metrics, bits, seconds)
     made: dict[str, Any] = {"tokenizer": start.tokenizer, "config": start.config}
     return Compiled(graph, weights, (lowered, constants), spec=start.spec, recipe=start.recipe, report=report, **made)

@@ -1,8 +1,9 @@
 """Shapes and dtypes of a graph, computed again from its inputs.
 
 Passes change a few nodes, and the law is read after every one; so a call whose target and arguments are those of the last
-time has the value of the last time. That is exact: a fake call depends on nothing else. A call that was computed again and
-has the type that it had before keeps its old value, so what stands behind it is not computed again either.
+time has the value of the last time. That is exact: besides them a fake call depends on its mode and the default dtype, and those
+are compared, too. A call that was computed again and has the type that it had before keeps its old value, so what stands behind
+it is not computed again either.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ _LAST = "propagated"
 @dataclass(frozen=True)
 class _Call:
     target: Any
+    around: tuple[Any, torch.dtype]
     given: Any
     value: Any
 
@@ -37,7 +39,10 @@ def propagated(node: fx.Node, values: dict[fx.Node, Any], mode: Any) -> Any:
         RuntimeError, TypeError, ValueError: as the op raises them.
     """
     given = fx.map_arg((args_of(node), node.kwargs), lambda n: values[n])
+    around = mode, torch.get_default_dtype()
     last = node.meta.get(_LAST)
+    if last is not None and last.around != around:
+        last = None
     if last is not None and last.target is node.target and _same(given, last.given):
         return last.value
     args, kwargs = given
@@ -45,7 +50,7 @@ def propagated(node: fx.Node, values: dict[fx.Node, Any], mode: Any) -> Any:
         found = node.target(*args, **kwargs)  # type: ignore[operator]
     if last is not None and _type_of(found) == _type_of(last.value):
         found = last.value
-    node.meta[_LAST] = _Call(node.target, given, found)
+    node.meta[_LAST] = _Call(node.target, around, given, found)
     return found
 
 

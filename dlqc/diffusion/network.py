@@ -99,7 +99,7 @@ class Network:
 
         The same forward as `window` (positions first .. last computed, all others from the cache) or, where that is None, as
         `full` (up to `total`). None where the model gives logits only, and where a confidence is not finite: logits tell more.
-        Logits of -inf, which `check` refuses, weigh nothing here, and other rows are not looked at.
+        Other rows are not looked at.
 
         Args:
             wanted: bool [B, stop - start].
@@ -139,12 +139,14 @@ class Network:
             self.window(canvas, start, stop, total=total)
 
     def _proposer(self, cached: bool) -> CachedModel | Compiled | None:
-        """The model, or its block step, if it has an op for `propose`."""
+        """The model, or its block step, if it has an op for `propose`, which never gives the mask token of this run."""
         from dlqc.cached import CachedModel
         from dlqc.compiled import Compiled
 
         model = self._graph if cached or self._visible is not None else self._model
-        return model if isinstance(model, CachedModel | Compiled) and model.proposes else None
+        if not isinstance(model, CachedModel | Compiled) or model.spec.mask_id != self._spec.mask_id:
+            return None
+        return model if model.proposes else None
 
     def check(self, logits: Tensor, step: int, canvas: Tensor) -> None:
         """Refuse logits that are not finite; names the step, and the layer where a second run finds it."""

@@ -77,7 +77,7 @@ def options() -> tuple[str, ...]:
 
 @cache
 def begin(chosen: tuple[str, ...]) -> None:
-    """Build all libraries at once, in the background, with these options: one after the other they would take twice as long."""
+    """Build what most models need at once, in the background, with these options: one after the other takes twice as long."""
     for name in ("linear8", "attention", "linear16", "head"):
         thread = threading.Thread(target=native.library, args=(name, SOURCES, chosen), name=f"dlqc builds {name}")
         try:

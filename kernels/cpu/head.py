@@ -8,9 +8,9 @@ Shapes:  x [..., K], the weight [V, K], bias [V] or None → token int64 [...], 
 Dtypes:  x and weight float32 or bfloat16, products in float32, sums of probabilities in float64: 1 - confidence is as accurate as
          the logits are, so that positions can be ranked by it where they are all nearly sure. Logits are not rounded to the dtype
          of x; of equal ones the first counts.
-Values:  a logit of -inf weighs nothing. Where one is NaN or +inf (or all are -inf) the confidence is NaN, as softmax has it;
-         the token is then the first NaN, or the first +inf.
-Memory:  x in float32, and 48 bytes for each row and part of the vocabulary, of which there are at most 128.
+Values:  where a logit is NaN or infinite the confidence is NaN, and samplers ask for the logits, which they refuse; the token is
+         then the first NaN, or the first of the largest.
+Memory:  x in float32, and 40 bytes for each row and part of the vocabulary, of which there are at most 128.
 Layout:  the weight as a module has it, which may share its memory with the embedding; nothing is packed.
 
 What a sampler needs of masked rows: pass those rows alone (`dlqc.proposal` does). Other dtypes and layouts take the definition,
@@ -28,7 +28,7 @@ from dlqc.kernels.cpu import build
 from dlqc.kernels.cpu.native_op import native_op, register_fake
 from dlqc.kernels.reference.layout import rows
 
-#: Logits that the definition has in memory at a time.
+#: Numbers that the definition has in memory at a time, of logits and of the weight.
 PIECE = 1 << 18
 
 
@@ -52,18 +52,19 @@ def head_argmax(x: Tensor, weight: Tensor, bias: Tensor | None = None, excluded:
     flat, count = flat.to(wide), max(1, PIECE // max(1, *flat.shape))
     # What is found is kept in place: small tensors made anew among the large ones would break up the memory that these leave.
     best, total = (torch.full((flat.shape[0],), -torch.inf, dtype=torch.float64, device=x.device) for _ in range(2))
-    token = torch.zeros_like(best, dtype=torch.int64)
+    token, odd = torch.zeros_like(best, dtype=torch.int64), torch.zeros_like(best, dtype=torch.bool)
     for start in range(0, weight.shape[0], count):
         piece = slice(start, start + count)
         logits = F.linear(flat, weight[piece].to(wide), None if bias is None else bias[piece].to(wide)).double()
         total.copy_(torch.logaddexp(total, logits.logsumexp(-1)))
+        odd |= logits.isneginf().any(-1)
         if start <= excluded < start + count:
             logits[:, excluded - start] = -torch.inf
         most, which = logits.max(-1)
         better = (most > best) | (most.isnan() & ~best.isnan())
         best.copy_(torch.where(better, most, best))
         token.copy_(torch.where(better, which + start, token))
-    confidence = (best - total).exp().masked_fill(total.isposinf(), torch.nan)
+    confidence = (best - total).exp().masked_fill(total.isposinf() | odd, torch.nan)
     return token.reshape(x.shape[:-1]), confidence.reshape(x.shape[:-1])
 
 

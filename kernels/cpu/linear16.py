@@ -6,7 +6,8 @@ Shapes:  x [..., K], codes uint8 [panels, 192·⌈K/32⌉·bits], scales [panels
          bias float32 [N] or None → [..., N]; a panel is 48 output features.
 Dtypes:  everything is float32, whatever x is; then the dtype of x. Activations that the site quantizes are replaced by the
          values that their codes stand for. Where the processor multiplies bfloat16 (AVX512-BF16) and x is that, it meets the
-         integers as they are: exact products, float32 sums, then the scales (csrc/halves16.h). No weight is rounded. With
+         integers as they are: exact products, float32 sums, then the scales (csrc/halves16.h). No weight is rounded; tokens
+         below 2^-126 count as 0 there. With
          `bfloat16` an x in float32 is rounded to that first (relative error 2^-9), and the result is not.
 Layout:  that of `linear8` (csrc/weights.h).
 Requires: groups of the weight that 32 divides; a C++ compiler (or a library in the cache), and `selfcheck.native`.
@@ -125,5 +126,4 @@ class Linear16:
         }
         group = 0 if spec.integers.group_size in (None, k) else spec.integers.group_size or 0
         scalars = (k, spec.out_features, spec.integers.bits, group, *act_scalars(spec.act))
-        scalars = (*scalars, spec.bfloat16) if spec.bfloat16 else scalars
-        return Lowered(torch.ops.dlqc_cpu.linear16.default, tensors, scalars)
+        return Lowered(torch.ops.dlqc_cpu.linear16.default, tensors, (*scalars, True) if spec.bfloat16 else scalars)

@@ -197,6 +197,14 @@ def test_one_changed_byte_of_the_codes_shows() -> None:
         torch.testing.assert_close(model(ids()), eager(wrong)(ids()).logits, rtol=1e-5, atol=1e-5)
 
 
+def test_compiled_for_the_cpu_is_what_is_loaded_for_it(saved: Callable[[str], Path]) -> None:
+    rows = torch.randint(0, MASK, (6, 16), generator=torch.Generator().manual_seed(2))
+    model = dlqc.compile(tiny(), "w4a16-nf4", backend="cpu", calibration=rows, progress=False)
+    loaded = dlqc.load(saved("w4a16-nf4"), backend="cpu")
+    assert torch.equal(model(ids()), loaded(ids()))
+    assert model.report.steps[-1].choices == loaded.report.steps[-1].choices
+
+
 def test_explain_says_what_it_costs(saved: Callable[[str], Path]) -> None:
     text = " ".join(compiled("w4a16-nf4").explain().split())
     assert "kernel coded (nf4 g64 double is dequantized at each call, which saves memory, not time)" in text

@@ -75,20 +75,26 @@ def test_without_text_the_model_calibrates_itself_and_says_so(model: torch.nn.Mo
 
 
 @pytest.fixture(scope="module")
-def smoothed(model: torch.nn.Module) -> dlqc.Compiled:
+def smoothed(model: torch.nn.Module) -> tuple[dlqc.Compiled, dict[str, tuple[int, torch.Tensor]]]:
+    """A compiled model, and the parameters of its source as they were before."""
     before = {name: (id(p), p.detach().clone()) for name, p in model.named_parameters()}
-    q = compiled(model, "w8a8-smoothquant")
-    for name, p in model.named_parameters():
-        assert id(p) == before[name][0], "the user's model was changed"
-        assert torch.equal(p, before[name][1]), "the user's model was changed"
-    return q
+    return compiled(model, "w8a8-smoothquant"), before
 
 
-def test_generation_with_the_compiled_model(smoothed: dlqc.Compiled) -> None:
-    made = dlqc.generate(smoothed, "Once upon a time", gen_length=16, steps=8)
+def test_generation_with_the_compiled_model(smoothed: tuple[dlqc.Compiled, object]) -> None:
+    q, _ = smoothed
+    made = dlqc.generate(q, "Once upon a time", gen_length=16, steps=8)
     assert (made.nfe, made.tokens_per_forward) == (8, 2.0)
     assert made.text.strip()
-    assert dlqc.generate(smoothed, "Once upon a time", gen_length=16, steps=8).ids == made.ids
+    assert dlqc.generate(q, "Once upon a time", gen_length=16, steps=8).ids == made.ids
+
+
+def test_the_users_model_is_unharmed(
+    model: torch.nn.Module, smoothed: tuple[dlqc.Compiled, dict[str, tuple[int, torch.Tensor]]]
+) -> None:
+    for name, p in model.named_parameters():
+        assert id(p) == smoothed[1][name][0]
+        assert torch.equal(p, smoothed[1][name][1])
 
 
 def test_compiled_module_survives_torch_export(model: torch.nn.Module) -> None:

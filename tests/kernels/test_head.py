@@ -123,20 +123,18 @@ def test_confidence_near_one_keeps_what_is_missing() -> None:
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("op", [head_argmax, IN_PYTHON], ids=["native", "python"])
 def test_logits_that_are_no_numbers(op: Any) -> None:
-    """As softmax and argmax of torch: -inf weighs nothing, anything else makes the confidence NaN."""
+    """The confidence is NaN; the token as of argmax."""
     x, weight = torch.ones(1, 1), torch.zeros(200, 1)
     inf, nan = math.inf, math.nan
-    bias = torch.zeros(200)
-    bias[50:] = -inf
-    token, confidence = op(x, weight, bias)
-    assert int(token) == 0
-    torch.testing.assert_close(confidence, torch.tensor([1 / 50], dtype=torch.float64))
     for where, excluded, expected in (
         ({7: inf, 120: inf}, -1, 7),
         ({130: nan, 7: inf, 199: nan}, -1, 130),
         ({130: nan}, 130, 0),
         ({130: inf, 3: 1.0}, 130, 3),
         (dict.fromkeys(range(200), -inf), -1, 0),
+        (dict.fromkeys(range(50, 200), -inf), -1, 0),
+        ({199: -inf, 3: 1.0}, -1, 3),
+        (dict.fromkeys(set(range(200)) - {7}, -inf), 7, 0),
     ):
         bias = torch.zeros(200)
         for at, value in where.items():
@@ -312,6 +310,67 @@ def test_rules_that_read_more_get_logits(compiled: Compiled, monkeypatch: pytest
     for sampler in samplers:
         sampler.run(compiled, prompt, compiled.spec)
     assert spy.rows == 0
+
+
+@pytest.mark.parametrize("sampler", ["llada(steps=4)", "fast_dllm(cache='dual', threshold=none)"])
+@pytest.mark.parametrize("mask", [0, 2, 37, 62])
+def test_another_mask_token_is_never_proposed(compiled: Compiled, mask: int, sampler: str) -> None:
+    spec = dataclasses.replace(compiled.spec, mask_id=mask)
+    made = dlqc.generate(compiled, [1, 5, 9], spec=spec, sampler=sampler, gen_length=8, block_length=8)
+    expected = dlqc.generate(
+        lambda ids: compiled(ids), [1, 5, 9], spec=spec, sampler="llada(steps=4)", gen_length=8, block_length=8
+    )
+    assert mask not in made.ids
+    if "llada" in sampler:
+        assert made.ids == expected.ids
+
+
+def test_hooks_and_subclasses_are_heard(compiled: Compiled) -> None:
+    def only_seven(module: Any, inputs: Any, logits: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(logits, -1e4).index_fill_(-1, torch.tensor([7]), 0.0)
+
+    for hooked in (compiled, compiled.module):
+        handle = hooked.register_forward_hook(only_seven)
+        try:
+            assert not compiled.proposes
+            assert set(dlqc.generate(compiled, [1, 5, 9], sampler="llada", gen_length=4, block_length=4).ids) == {7}
+        finally:
+            handle.remove()
+    assert compiled.proposes
+
+    class Mine(Compiled):
+        def forward(self, *args: Any) -> torch.Tensor:
+            return super().forward(*args)
+
+    mine = copy.deepcopy(compiled)
+    mine.__class__ = Mine
+    assert not mine.proposes
+
+
+def test_tensors_that_were_put_in_place_of_others_are_seen(compiled: Compiled) -> None:
+    model = copy.deepcopy(compiled)
+    ids = torch.randint(0, 100, (1, 8), generator=torch.Generator().manual_seed(0))
+    rows = torch.arange(8)
+
+    def agree() -> bool:
+        logits, cache = model(ids), model.cached.new_cache(1, 8)
+        step = model.cached.step(ids, 0, cache)
+        torch.testing.assert_close(step, logits, rtol=1e-4, atol=1e-5)
+        allowed = logits[0].index_fill(-1, torch.tensor([model.spec.mask_id]), -math.inf)
+        found = model.propose(rows, ids)
+        assert found is not None
+        return torch.equal(found[0], allowed.argmax(-1))
+
+    assert agree()
+    before = model.cached
+    assert model.cached is before
+    head = next(name for name, part in model.module.named_buffers() if "transformer_ff_out_weight" in name)
+    turned = {name: part.flip(0) if name == head else part.clone() for name, part in model.module.state_dict().items()}
+    model.module.load_state_dict(turned, assign=True)
+    assert agree()
+    assert model.cached is not before
+    model.module.register_buffer(head, model.module.get_buffer(head) * 0.5 + 0.01)
+    assert agree()
 
 
 def test_where_it_comes_from(compiled: Compiled) -> None:

@@ -122,6 +122,18 @@ def test_a_token_does_not_know_its_batch() -> None:
     assert not bool(broken[11].isfinite().any())
 
 
+def test_tokens_too_small_for_the_instruction() -> None:
+    """Subnormal ones may count as 0, and nothing else may."""
+    tensors, weight = site(48, 64, 4, 0, False, False, 0)
+    for exponent, least in ((-127, 0.0), (-110, 1.0)):
+        x = torch.full((1, 64), 2.0**exponent, dtype=torch.bfloat16)
+        found = linear16(x, *tensors, None, 64, 48, 4, 0).double() * 2.0**-exponent
+        expected = weight.sum(1)
+        right = (found[0] - expected).abs() <= expected.abs() * 2.0**-7 + 1e-2
+        assert bool((right | (found[0] == 0)).all())
+        assert float(right.double().mean()) >= least
+
+
 def test_nothing_is_read_or_written_outside() -> None:
     for k, group, zeros in ((33, 0, True), (96, 32, True), (7, 0, False)):
         tensors, weight = site(50, k, 3, group, zeros, False, 1)

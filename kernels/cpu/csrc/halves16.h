@@ -1,7 +1,8 @@
 // Integer weights by tokens in bfloat16, two products at a time (AVX512-BF16), where the compiler's target has it.
 //
 // Codes less 2^(b-1) are whole numbers of at most 8 bits, which bfloat16 holds: the products are exact, sums are float32, and scales
-// are applied to the sum over a *run*, features with one scale. So nothing is rounded that the product in float32 does not round.
+// are applied to the sum over a *run*, features with one scale. So nothing is rounded that the product in float32 does not round,
+// but tokens below 2^-126, which the instruction takes for 0.
 // What a zero point differs from 2^(b-1) by comes off with the sum of the run's tokens:
 //
 //   y += (Σ x·(code - 2^(b-1)) - (zero - 2^(b-1))·Σ x) · scale

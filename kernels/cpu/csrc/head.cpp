@@ -58,8 +58,9 @@ struct Found {
     int64_t token = 0;     // whose it is; the first of equal ones
     double sum = 0;        // Σ e^(logit - top)
     int64_t nan = -1;      // the first NaN that may be chosen
-    bool finite = true;    // no NaN and no +inf
+    bool finite = true;    // no NaN and no infinity
 };
+static_assert(sizeof(Found) == 40, "as head.py says");
 
 inline double total(const Doubles& v) {
     double sum = 0;
@@ -85,7 +86,8 @@ void meet(const Matrix& w, const float* logits, int64_t first, int64_t excluded,
         const Floats may = lanes == all(static_cast<int32_t>(excluded - at)) ? all(kNone) : v[s];
         high = v[s] > high ? v[s] : high;
         most = may > most ? may : most;
-        strange |= (v[s] != v[s]) | (v[s] > std::numeric_limits<float>::max());
+        constexpr float kMost = std::numeric_limits<float>::max();
+        strange |= (v[s] != v[s]) | (v[s] > kMost) | (left & (v[s] < -kMost));
         store(allowed + s * kStrip, may);
     }
     float top = high[0], best = most[0];
