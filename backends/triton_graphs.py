@@ -279,7 +279,8 @@ class CapturedSteps(CachedModel):
         def work(ids: Tensor, **told: Tensor) -> Tensor:
             return CachedModel.step(self, ids, start, own, total=end, **told)
 
-        key = Key(*ids.shape, start, end, tuple(part.data_ptr() for part in _tensors(own)))
+        places = tuple(part.data_ptr() for part in _tensors(own))
+        key = Key(len(ids), ids.shape[1], start, end, places)
         ratio = mask_ratio if self.counts_masks else None
         # Tables are made for a total and forgotten when others are asked for; a graph goes on reading those of its recording.
         return self.replays(key, work, lambda: (own, self._tables(end)), ids=ids, visible=visible, mask_ratio=ratio)

@@ -93,7 +93,8 @@ def test_the_oldest_goes_and_moved_tensors_drop_all(model: Compiled) -> None:
     assert fake.recorded == 4
 
 
-def test_moved_tensors_drop_the_steps(model: Compiled) -> None:
+@pytest.mark.parametrize("anew", [False, True])
+def test_moved_tensors_drop_the_steps(model: Compiled, anew: bool) -> None:
     own, fake, x = copy.deepcopy(model), Fake(), ids(1, 8, 0)
     fast = captured(own, recorder=fake)
 
@@ -103,7 +104,11 @@ def test_moved_tensors_drop_the_steps(model: Compiled) -> None:
     steps = fast.cached
     before = step(steps)
     assert fast.cached is steps
-    own._apply(lambda part: part * 1.5 if part.is_floating_point() else part.clone())
+    if anew:
+        for name, part in list(own.module.named_buffers()):
+            own.module.register_buffer(name, part * 1.5 if part.is_floating_point() else part)
+    else:
+        own._apply(lambda part: part * 1.5 if part.is_floating_point() else part.clone())
     torch.testing.assert_close(step(fast.cached), step(own.cached), rtol=1e-5, atol=1e-5)
     assert not torch.allclose(step(fast.cached), before, rtol=1e-2, atol=1e-2)
     assert fast.cached is not steps
