@@ -83,7 +83,8 @@ class Key(NamedTuple):
     """What one graph is for.
 
     Attributes:
-        rows, length: of ids. start, total, places: of a block step, and where its keys and values are. told: names of further inputs.
+        rows, length: of ids. start, total, places: of a block step, and where its keys and values are.
+        told: names of further inputs.
     """
 
     rows: int
