@@ -41,7 +41,7 @@ from dlqc.graph import CODER, SDPA, arg, args_of, aten, is_call
 from dlqc.kv_cache import Coder, KeyValueCache, Stored, correction, decode, exchange
 from dlqc.ops import CACHED, MASK_BUCKET, ROPE
 from dlqc.proposal import Proposals, Proposing
-from dlqc.same_rows import Recorder, check_same
+from dlqc.same_rows import Values, check_same
 from dlqc.tables import Tables
 
 _REMEDY = "Decode without a cache: cache='none'"
@@ -477,7 +477,7 @@ def _compare(model: CachedModel) -> None:
     cache = model.new_cache(2, length, plain=True)
     model.step(ids, 0, cache)
     pairs = [tensor for pair in zip(cache.keys, cache.values, strict=True) for tensor in pair]
-    full, step = Recorder(model.module), Recorder(model._step)
+    full, step = Values(model.module), Values(model._step)
     with torch.no_grad():
         full.run(ids)
         ratio, held = (ids == model.spec.mask_id).double().mean(1), model._tables(length)

@@ -15,7 +15,7 @@ from dlqc.execute import placeholder
 _SAME, _SAME_QUANTIZED = 1e-3, 5e-2
 
 
-class Recorder(fx.Interpreter):
+class Values(fx.Interpreter):
     """Runs a module and keeps the value of every tensor, by the name of its node in the full graph."""
 
     def __init__(self, module: fx.GraphModule) -> None:

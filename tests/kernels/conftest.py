@@ -22,6 +22,7 @@ from dlqc.backend import Kernel, LinearSpec
 from dlqc.formats.activation import ActFormat
 from dlqc.formats.integer import SCALE_DTYPES
 from dlqc.formats.packing import pack
+from dlqc.kernels.cpu import build as cpu_build
 from dlqc.kernels.cuda import build as cuda_build
 
 ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -174,3 +175,14 @@ def judge() -> type[Judge]:
 def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if this machine had all that CUDA kernels need."""
     monkeypatch.setattr(cuda_build, "unavailable", lambda name: None)
+
+
+@pytest.fixture(params=cpu_build.ISAS)
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each path of the library that a file names in LIBRARY, on a machine that can run it."""
+    monkeypatch.setenv("DLQC_CPU_ISA", request.param)
+    reason = cpu_build.unavailable(request.module.LIBRARY)
+    if reason is not None:
+        pytest.skip(reason)
+    assert cpu_build.isa(request.module.LIBRARY) == request.param
+    return str(request.param)

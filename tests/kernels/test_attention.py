@@ -14,20 +14,12 @@ from hypothesis import strategies as st
 
 import dlqc
 from dlqc.graph import SDPA, is_call
-from dlqc.kernels.cpu import build
 from dlqc.kernels.cpu.attention import attention, rope, unavailable
 from dlqc.ops import ROPE
 
+LIBRARY = "attention"  # whose paths `isa` takes in turn
+
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=f"no native code: {unavailable()}")
-
-
-@pytest.fixture(params=build.ISAS)
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each path in turn, on a machine that can run it."""
-    monkeypatch.setenv("DLQC_CPU_ISA", request.param)
-    if unavailable() is not None:
-        pytest.skip(str(unavailable()))
-    return str(request.param)
 
 
 def by_definition(

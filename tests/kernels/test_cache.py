@@ -20,17 +20,9 @@ from dlqc.kernels.cpu.cache import dequantize_cache, quantize_cache, unavailable
 from dlqc.kv_cache import Coder, KeyFormat, Stored, ValueFormat
 from dlqc.ops import CACHED
 
+LIBRARY = "cache"  # whose paths `isa` takes in turn
+
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=f"no native code: {unavailable()}")
-
-
-@pytest.fixture(params=["portable", "the best"])
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Code for no instruction set in particular, and for what the processor has."""
-    if request.param == "portable":
-        monkeypatch.setenv("DLQC_CPU_ISA", "portable")
-    if unavailable() is not None:
-        pytest.skip(str(unavailable()))
-    return str(request.param)
 
 
 def numbers(sizes: tuple[int, int, int, int], dtype: torch.dtype, layout: str, seed: int) -> torch.Tensor:

@@ -19,6 +19,8 @@ from dlqc.formats.planes import PlanesFormat
 from dlqc.kernels.cpu import build
 from dlqc.kernels.cpu.coded16 import Coded16
 
+LIBRARY = "linear16"  # whose paths `isa` takes in turn
+
 KERNEL = Coded16()
 FORMATS = (
     *(Nf4Format(), Nf4Format(32, None), Nf4Format(192)),
@@ -26,16 +28,6 @@ FORMATS = (
     *(PlanesFormat(1, 64), PlanesFormat(2, 96), PlanesFormat(2, None), PlanesFormat(3, 64)),
 )
 K = 192
-
-
-@pytest.fixture(params=build.ISAS)
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("DLQC_CPU_ISA", request.param)
-    reason = build.unavailable("linear16")
-    if reason is not None:
-        pytest.skip(reason)
-    assert build.isa("linear16") == request.param
-    return str(request.param)
 
 
 def stored(fmt: Any, n: int, k: int = K) -> Any:

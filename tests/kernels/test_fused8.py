@@ -32,13 +32,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(params=build.ISAS)
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each path in turn, on a machine that can run it."""
-    monkeypatch.setenv("DLQC_CPU_ISA", request.param)
-    if build.unavailable("linear8") is not None:
-        pytest.skip(str(build.unavailable("linear8")))
-    return str(request.param)
+LIBRARY = "linear8"  # whose paths `isa` takes in turn
 
 
 def weight(n: int, k: int, bits: int, group: int | None, act: ActFormat) -> tuple[Any, torch.Tensor]:

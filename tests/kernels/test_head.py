@@ -27,19 +27,11 @@ from dlqc.errors import ContractError, ModelError
 from dlqc.graph import CHOOSER
 from dlqc.kernels.cpu.head import head_argmax, unavailable
 
+LIBRARY = "head"  # whose paths `isa` takes in turn
+
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=f"no native code: {unavailable()}")
 
 IN_PYTHON = torch.ops.dlqc_cpu.head_argmax_in_python.default
-
-
-@pytest.fixture(params=["portable", "the best"])
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Code for no instruction set in particular, and for what the processor has."""
-    if request.param == "portable":
-        monkeypatch.setenv("DLQC_CPU_ISA", "portable")
-    if unavailable() is not None:
-        pytest.skip(str(unavailable()))
-    return str(request.param)
 
 
 def by_definition(

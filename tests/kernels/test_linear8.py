@@ -23,20 +23,11 @@ from dlqc.formats.packing import pack
 from dlqc.kernels.cpu import build, native_op, selfcheck
 from dlqc.kernels.cpu.linear8 import Linear8, linear8
 
+LIBRARY = "linear8"  # whose paths `isa` takes in turn
+
 KERNEL = Linear8()
 SPEC = LinearSpec(256, 100, IntFormat(4, 64, scale_dtype="float32"), ActFormat(8), False)
 GUARD = 64
-
-
-@pytest.fixture(params=build.ISAS)
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each path in turn, on a machine that can run it."""
-    monkeypatch.setenv("DLQC_CPU_ISA", request.param)
-    reason = build.unavailable("linear8")
-    if reason is not None:
-        pytest.skip(reason)
-    assert build.isa("linear8") == request.param
-    return str(request.param)
 
 
 @pytest.mark.usefixtures("isa")
